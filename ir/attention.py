@@ -72,7 +72,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 
 
 def _backward(ctx, grad):
-    """dV = Pᵀ dO;  dS = P ∘ (dO Vᵀ - Δ), Δ = rowsum(dO ∘ O);  dQ = scale dS K;  dK = scale dSᵀ Q."""
+    """dV = PᵀdO;  dS = P∘(dO Vᵀ - Δ), Δ = rowsum(dO∘O);  dQ = scale dS K;  dK = scale dSᵀQ."""
     query, key, value, mask, output = ctx.saved_tensors
     group = query.shape[1] // key.shape[1]
     p = _probabilities(_scores(query, key, mask, ctx.scale, ctx.diagonal))

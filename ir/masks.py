@@ -1,0 +1,143 @@
+"""What a mask keeps, proven from the graph that builds it.
+
+A boolean mask M[..., i, j] is a conjunction of atoms. An atom that holds for every index is
+dropped; one of the form j <= i + d with d free of the index is the causal triangle with that
+diagonal (`torch.tril`'s convention); any other atom stays a mask. An additive mask
+``where(M, 0, fill)`` keeps what M keeps when `fill` removes a score entirely.
+"""
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from ridgeline.ir.symbolic import element, index_symbol, shape_of
+
+aten = torch.ops.aten
+_AND = (aten.__and__, aten.bitwise_and, aten.logical_and)
+
+# Any fp32 score is far below this in magnitude, so score + fill == fill after rounding, and the
+# softmax weight of such an entry is exactly 0 beside any kept one.
+ABSORBING = -1e30
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A mask split into what is proven and what is left.
+
+    diagonal: keep j <= i + diagonal (a sympy expression over sizes), or None.
+    rest: the node that must still be applied, or None when nothing is left.
+    """
+
+    diagonal: sympy.Expr | None
+    rest: fx.Node | None
+
+
+def analyse(node: fx.Node | None) -> Mask:
+    """Split a boolean or additive mask node; unknown nodes come back whole as `rest`."""
+    if node is None:
+        return Mask(None, None)
+    if node.meta["val"].dtype == torch.bool:
+        return _boolean(node)
+    condition = _kept_by_addition(node)
+    if condition is not None:
+        proven = _boolean(condition)
+        # With a triangle alone every row keeps column 0 (diagonal >= 0), so `fill` and
+        # exclusion agree; beside an unproven rest a row might lose every column, where they differ.
+        if proven.rest is None and (proven.diagonal is None or proven.diagonal.is_nonnegative):
+            return proven
+    return Mask(None, node)
+
+
+def _kept_by_addition(node: fx.Node) -> fx.Node | None:
+    """M of ``where(M, 0, fill)`` with an absorbing fill."""
+    node = through_views(node)
+    if node.target not in (aten.where.ScalarOther, aten.where.self, aten.where.Scalar):
+        return None
+    condition, kept, fill = node.args
+    kept, fill = scalar_value(kept), scalar_value(fill)
+    if kept == 0 and fill is not None and fill <= ABSORBING:
+        return condition
+    return None
+
+
+def scalar_value(value) -> float | None:
+    """The number that a node or a plain number stands for, when it is one for every index."""
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, fx.Node) and value.target in (
+        aten.full.default,
+        aten.scalar_tensor.default,
+    ):
+        value = value.args[-1]
+        return float(value) if isinstance(value, int | float) else None
+    known = element(value)
+    return float(known) if known is not None and known.is_number else None
+
+
+def through_views(node: fx.Node) -> fx.Node:
+    """The node behind full slices, expands and copies that change no value."""
+    while node.target in (aten.expand.default, aten.contiguous.default, aten.clone.default):
+        node = node.args[0]
+    return node
+
+
+def _boolean(node: fx.Node) -> Mask:
+    inner = through_views(node)
+    if getattr(inner.target, "overloadpacket", None) in _AND:
+        left, right = (_boolean(a) for a in inner.args)
+        return _both(node, left, right)
+    known = element(node)
+    if known is None:
+        return Mask(None, node)
+    atoms = [a for a in sympy.And.make_args(known) if not _always(a, node)]
+    if not atoms:
+        return Mask(None, None)
+    diagonal = _diagonal(atoms[0], node.meta["val"].dim()) if len(atoms) == 1 else None
+    return Mask(diagonal, None if diagonal is not None else node)
+
+
+def _both(node: fx.Node, left: Mask, right: Mask) -> Mask:
+    """The conjunction of two analysed masks; two triangles or two rests stay one mask."""
+    two_triangles = left.diagonal is not None and right.diagonal is not None
+    two_rests = left.rest is not None and right.rest is not None
+    if two_triangles or two_rests:
+        return Mask(None, node)
+    diagonal = left.diagonal if left.diagonal is not None else right.diagonal
+    return Mask(diagonal, left.rest or right.rest)
+
+
+def _slack(atom: sympy.Basic) -> sympy.Expr | None:
+    """e such that the atom says e >= 0 (over integers), or None."""
+    if isinstance(atom, sympy.LessThan | sympy.GreaterThan):
+        return sympy.expand(atom.gts - atom.lts)
+    if isinstance(atom, sympy.StrictLessThan | sympy.StrictGreaterThan):
+        return sympy.expand(atom.gts - atom.lts - 1)
+    return None
+
+
+def _always(atom: sympy.Basic, node: fx.Node) -> bool:
+    """Does the atom hold at every index within the node's shape?"""
+    if atom == sympy.true:
+        return True
+    worst = _slack(atom)
+    if worst is None:
+        return False
+    for dim, size in enumerate(shape_of(node)):
+        i = index_symbol(dim)
+        slope = worst.coeff(i)
+        if not slope.is_number or (worst - slope * i).expand().has(i):
+            return False
+        worst = worst.subs(i, 0 if slope.is_nonnegative else size - 1)
+    return bool(sympy.expand(worst).is_nonnegative)
+
+
+def _diagonal(atom: sympy.Basic, rank: int) -> sympy.Expr | None:
+    """d when the atom says j <= i + d, with i, j the last two indices and d free of any index."""
+    slack = _slack(atom)
+    if slack is None or rank < 2:
+        return None
+    diagonal = sympy.expand(slack - index_symbol(rank - 2) + index_symbol(rank - 1))
+    indices = {index_symbol(d) for d in range(rank)}
+    return None if diagonal.free_symbols & indices else diagonal

@@ -1,0 +1,226 @@
+"""Patterns are plain functions; `find` says where one fits, and where it nearly did, why not.
+
+A pattern is traced once to the vocabulary of captured programs (pre-dispatch ATen, normal form).
+Matching starts at the pattern's anchor, a rare operation, follows the pattern to its outputs and
+then reads the graph upwards: operands of commutative operations in either order, floating casts
+inside the pattern seen through, literals captured by name, one binding per name. Every interior
+value must be used inside the site alone.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ridgeline.ir.normalize import is_cast, normalize
+
+aten = torch.ops.aten
+_COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place where a pattern fits.
+
+    bind: pattern argument -> the node that stands for it.
+    literals: pattern argument -> the number found there.
+    nodes: the interior, in graph order; outs: the values that the rest of the graph reads.
+    """
+
+    bind: dict[str, fx.Node]
+    literals: dict[str, float]
+    nodes: tuple[fx.Node, ...]
+    outs: tuple[fx.Node, ...]
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Why not: a sentence a user can act on, the node, and the smallest change that would help."""
+
+    reason: str
+    node: fx.Node
+    needed: str
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A traced pattern. Build one with `trace`."""
+
+    name: str
+    anchor: Any
+    names: dict[fx.Node, str]
+    literals: dict[float, str]
+    outs: tuple[fx.Node, ...]
+    graph: fx.Graph = field(repr=False)
+
+
+def trace(function: Callable[..., Any], anchor: Any, **examples: Any) -> Pattern:
+    """Trace `function` on example values into a pattern.
+
+    examples: for each parameter a fake-able tensor, or a float that stands for "any literal here"
+        (choose a number that the function does not use otherwise).
+    anchor: the overload, occurring once in the pattern, where the search starts.
+    """
+    literals = {v: k for k, v in examples.items() if isinstance(v, float)}
+    tensors = {k: v for k, v in examples.items() if isinstance(v, torch.Tensor)}
+    if list(inspect.signature(function).parameters) != list(examples):
+        raise TypeError(f"{function.__name__}: examples must name its parameters in order")
+
+    def on_tensors(*values):
+        given = dict(zip(tensors, values, strict=True))
+        return function(*(given.get(k, examples[k]) for k in examples))
+
+    traced = make_fx(on_tensors, tracing_mode="fake", pre_dispatch=True)(*tensors.values())
+    normalize(traced)
+    nodes = list(traced.graph.nodes)
+    names = dict(zip((n for n in nodes if n.op == "placeholder"), tensors, strict=True))
+    result = nodes[-1].args[0]
+    outs = tuple(result) if isinstance(result, tuple | list) else (result,)
+    return Pattern(function.__name__, anchor, names, literals, outs, traced.graph)
+
+
+def find(pattern: Pattern, graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
+    """Every site of `pattern` in `graph`, and one `Reject` per anchor outside any site."""
+    start = next(n for n in pattern.graph.nodes if n.target is pattern.anchor)
+    sites, rejects = [], []
+    for node in graph.find_nodes(op="call_function", target=pattern.anchor):
+        attempt = _Attempt(pattern)
+        site = attempt.run(start, node)
+        (sites if isinstance(site, Site) else rejects).append(site)
+    return sites, rejects
+
+
+class _Attempt:
+    """One try to fit a pattern at one anchor; remembers the deepest near miss."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self.miss: Reject | None = None
+
+    def run(self, start: fx.Node, anchor: fx.Node) -> Site | Reject:
+        out = self.pattern.outs[0]
+        for candidate in self._downstream(start, anchor, out):
+            for state in self._unify(out, candidate, {}):
+                if state.get(start) is not anchor:
+                    continue
+                site = self._finish(state)
+                if isinstance(site, Site):
+                    return site
+                self._note(site)
+        assert self.miss is not None
+        return self.miss
+
+    def _note(self, miss: Reject) -> None:
+        if self.miss is None or miss.depth > self.miss.depth:
+            self.miss = miss
+
+    def _downstream(self, start: fx.Node, anchor: fx.Node, out: fx.Node) -> Iterator[fx.Node]:
+        """Graph nodes that could be the pattern's output, following its path from the anchor."""
+        if start is out:
+            yield anchor
+            return
+        step = next(u for u in start.users if u.op != "output")
+        reached = False
+        for user in anchor.users:
+            if is_cast(user) and user.target is not step.target:
+                reached = True
+                yield from self._downstream(start, user, out)
+            elif user.target is step.target:
+                reached = True
+                yield from self._downstream(step, user, out)
+        if not reached:
+            found = ", ".join(sorted({str(u.target) for u in anchor.users})) or "nothing"
+            self._note(
+                Reject(
+                    f"{anchor.name} is read by {found}; {self.pattern.name} has {step.target}",
+                    anchor,
+                    f"let {step.target} read {anchor.name}",
+                    depth=1,
+                )
+            )
+
+    def _unify(self, p: Any, g: Any, state: dict) -> Iterator[dict]:
+        """All extensions of `state` (pattern node -> graph node) under which `p` stands for `g`."""
+        if not isinstance(p, fx.Node):
+            name = self.pattern.literals.get(p) if isinstance(p, float) else None
+            number = isinstance(g, int | float) and not isinstance(g, bool)
+            if name is not None and number and state.get(name, g) == g:
+                yield {**state, name: g}
+            elif name is None and p == g:
+                yield state
+            elif isinstance(p, list | tuple) and isinstance(g, list | tuple) and len(p) == len(g):
+                yield from self._unify_all(list(zip(p, g, strict=True)), state)
+            return
+        if not isinstance(g, fx.Node):
+            return
+        if p in state:
+            if state[p] is g:
+                yield state
+            return
+        if p.op == "placeholder":
+            yield {**state, p: g}
+            return
+        seen = []
+        while is_cast(g) and g.target is not p.target:
+            seen.append(g)
+            g = g.args[0]
+        if g.target is not p.target:
+            self._note(
+                Reject(
+                    f"{g.name} is {_spell(g)}; {self.pattern.name} has {p.target}",
+                    g,
+                    f"compute {g.name} with {p.target}",
+                    depth=2 + sum(isinstance(k, fx.Node) for k in state),
+                )
+            )
+            return
+        state = {**state, p: g, **{("cast", c): c for c in seen}}
+        if dict(p.kwargs).keys() != dict(g.kwargs).keys():
+            return
+        rest = [(p.kwargs[k], g.kwargs[k]) for k in p.kwargs]
+        orders = [list(zip(p.args, g.args, strict=False))]
+        if p.target in _COMMUTATIVE:
+            orders.append(list(zip(p.args, g.args[::-1], strict=False)))
+        if len(p.args) == len(g.args):
+            for order in orders:
+                yield from self._unify_all(order + rest, state)
+
+    def _unify_all(self, pairs: list[tuple[Any, Any]], state: dict) -> Iterator[dict]:
+        if not pairs:
+            yield state
+            return
+        for extended in self._unify(*pairs[0], state):
+            yield from self._unify_all(pairs[1:], extended)
+
+    def _finish(self, state: dict) -> Site | Reject:
+        pattern = self.pattern
+        missing = [o for o in pattern.outs if o not in state]
+        if missing:
+            raise ValueError(f"{pattern.name}: output {missing[0]} isn't reached from the first")
+        outs = tuple(state[o] for o in pattern.outs)
+        interior = {
+            g for p, g in state.items() if isinstance(g, fx.Node) and p not in pattern.names
+        }
+        for node in interior - set(outs):
+            stranger = next((u for u in node.users if u not in interior), None)
+            if stranger is not None:
+                return Reject(
+                    f"{node.name}, inside the site, is also read by {stranger.name}",
+                    node,
+                    f"drop the other use of {node.name} ({stranger.name})",
+                    depth=100,
+                )
+        ordered = tuple(n for n in outs[0].graph.nodes if n in interior)
+        bind = {name: state[p] for p, name in pattern.names.items() if p in state}
+        literals = {name: state[name] for name in pattern.literals.values() if name in state}
+        return Site(bind, literals, ordered, outs, pattern.name)
+
+
+def _spell(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_function" else f"a {node.op}"
