@@ -1,0 +1,36 @@
+"""What is a program worth on a machine? Targets, work, time, energy, and the joint choice."""
+
+from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
+from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
+from ridgeline.cost_model.estimate import Cost, estimate
+from ridgeline.cost_model.target import (
+    InvalidTarget,
+    Target,
+    UnknownTarget,
+    load_target,
+    target_names,
+)
+from ridgeline.cost_model.work import Attention, Collective, Gemm, Stream, Work
+
+__all__ = [
+    "Attention",
+    "Choice",
+    "Collective",
+    "Cost",
+    "Gemm",
+    "InfeasibleChoice",
+    "InvalidOption",
+    "InvalidTarget",
+    "Option",
+    "Stream",
+    "Target",
+    "Uncountable",
+    "UnknownTarget",
+    "Work",
+    "estimate",
+    "load_target",
+    "solve",
+    "target_names",
+    "work_of",
+    "work_of_graph",
+]

@@ -68,7 +68,8 @@ def trace(function: Callable[..., Any], anchor: Any, **examples: Any) -> Pattern
     anchor: the overload, occurring once in the pattern, where the search starts.
     """
     literals = {v: k for k, v in examples.items() if isinstance(v, float)}
-    tensors = {k: v for k, v in examples.items() if isinstance(v, torch.Tensor)}
+    # Copies, because one tensor given twice would be traced as one input.
+    tensors = {k: v.clone() for k, v in examples.items() if isinstance(v, torch.Tensor)}
     if list(inspect.signature(function).parameters) != list(examples):
         raise TypeError(f"{function.__name__}: examples must name its parameters in order")
 
@@ -85,15 +86,18 @@ def trace(function: Callable[..., Any], anchor: Any, **examples: Any) -> Pattern
     return Pattern(function.__name__, anchor, names, literals, outs, traced.graph)
 
 
-def find(pattern: Pattern, graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
-    """Every site of `pattern` in `graph`, and one `Reject` per anchor outside any site."""
+def find(pattern: Pattern, graph: fx.Graph) -> tuple[list[Site], list[tuple[fx.Node, Reject]]]:
+    """Every site of `pattern` in `graph`, and for each anchor outside any site the reason."""
     start = next(n for n in pattern.graph.nodes if n.target is pattern.anchor)
-    sites, rejects = [], []
+    sites: list[Site] = []
+    misses: list[tuple[fx.Node, Reject]] = []
     for node in graph.find_nodes(op="call_function", target=pattern.anchor):
-        attempt = _Attempt(pattern)
-        site = attempt.run(start, node)
-        (sites if isinstance(site, Site) else rejects).append(site)
-    return sites, rejects
+        answer = _Attempt(pattern).run(start, node)
+        if isinstance(answer, Site):
+            sites.append(answer)
+        else:
+            misses.append((node, answer))
+    return sites, misses
 
 
 class _Attempt:
@@ -119,6 +123,14 @@ class _Attempt:
     def _note(self, miss: Reject) -> None:
         if self.miss is None or miss.depth > self.miss.depth:
             self.miss = miss
+
+    def _differs(self, difference: str, state: dict) -> None:
+        """Note that the call matched last has another argument than the pattern."""
+        last = next(g for p, g in reversed(state.items()) if isinstance(p, fx.Node))
+        depth = 2 + sum(isinstance(k, fx.Node) for k in state)
+        self._note(
+            Reject(f"an argument of {last.name} is {difference}", last, "change it", depth=depth)
+        )
 
     def _downstream(self, start: fx.Node, anchor: fx.Node, out: fx.Node) -> Iterator[fx.Node]:
         """Graph nodes that could be the pattern's output, following its path from the anchor."""
@@ -156,20 +168,25 @@ class _Attempt:
                 yield state
             elif isinstance(p, list | tuple) and isinstance(g, list | tuple) and len(p) == len(g):
                 yield from self._unify_all(list(zip(p, g, strict=True)), state)
+            else:
+                self._differs(f"{g}, where {self.pattern.name} has {p}", state)
             return
         if not isinstance(g, fx.Node):
-            return
-        if p in state:
-            if state[p] is g:
-                yield state
+            self._differs(f"{g}, where {self.pattern.name} has a tensor", state)
             return
         if p.op == "placeholder":
-            yield {**state, p: g}
+            if state.get(p, g) is g:
+                yield {**state, p: g}
             return
         seen = []
         while is_cast(g) and g.target is not p.target:
             seen.append(g)
             g = g.args[0]
+        state = {**state, **{("cast", c): c for c in seen}}
+        if p in state:
+            if state[p] is g:
+                yield state
+            return
         if g.target is not p.target:
             self._note(
                 Reject(
@@ -180,16 +197,16 @@ class _Attempt:
                 )
             )
             return
-        state = {**state, p: g, **{("cast", c): c for c in seen}}
-        if dict(p.kwargs).keys() != dict(g.kwargs).keys():
+        state = {**state, p: g}
+        if p.kwargs.keys() != g.kwargs.keys() or len(p.args) != len(g.args):
+            self._differs(f"missing or more than {self.pattern.name} has", state)
             return
         rest = [(p.kwargs[k], g.kwargs[k]) for k in p.kwargs]
         orders = [list(zip(p.args, g.args, strict=False))]
         if p.target in _COMMUTATIVE:
             orders.append(list(zip(p.args, g.args[::-1], strict=False)))
-        if len(p.args) == len(g.args):
-            for order in orders:
-                yield from self._unify_all(order + rest, state)
+        for order in orders:
+            yield from self._unify_all(order + rest, state)
 
     def _unify_all(self, pairs: list[tuple[Any, Any]], state: dict) -> Iterator[dict]:
         if not pairs:

@@ -14,7 +14,7 @@ uint8 [N, K]. Source: MARLIN (symmetric, scale per group); HQQ and GGUF (zero po
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every torch user reads
+import torch.nn.functional as F
 from torch import Tensor
 
 from ridgeline.ir.op import Op

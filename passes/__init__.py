@@ -1,0 +1,7 @@
+"""What do we know about models? One file per rewrite, the order in `PASSES`, and `optimize`."""
+
+from ridgeline.passes.all import PASSES
+from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.optimize import optimize
+
+__all__ = ["PASSES", "Candidate", "Pass", "Setting", "optimize"]

@@ -1,0 +1,201 @@
+"""Lower a rewritten graph for inference: one compiled call instead of one dispatch per node.
+
+A batch-1 decode step reads each weight once, so it should take
+
+    t = bytes / bandwidth + sum over calls of the call's overhead,
+
+and the second term is what this module makes small. Inductor fuses what lies between the
+`ridgeline::` calls into C++ loops, and calls the ops themselves through the dispatcher. It is
+entered at `compile_fx`, below dynamo: no frame is traced and no dynamo guard is evaluated, because
+the caller already chose this graph by its own guards. What compiled code takes for granted about
+its inputs is checked here instead (`inductor_inputs`), once per call and for the inputs only.
+
+Caches stay in place: AOTAutograd makes ``index_copy_`` on an input functional, Inductor puts it
+back, so a mutated input is written and never copied.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from ridgeline.codegen.errors import BackendMissing
+from ridgeline.codegen.inductor_inputs import Check, InputMismatch, input_check
+
+Compiled = Callable[..., tuple[Any, ...]]
+
+# Why each differs from Inductor's default:
+_SETTINGS: dict[str, Any] = {
+    # An assertion per input, per weight and per custom op's result; inputs are checked here.
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "nan_asserts": False,
+    # A thread team costs microseconds to start: loops below 2 x this many elements (all of a
+    # batch-1 decode step but the attention) run on the calling thread.
+    "cpp.min_chunk_size": 4096,
+    # The team's size is read at run time, so that torch.set_num_threads() is obeyed.
+    "cpp.dynamic_threads": True,
+    # Freezing would hold every remaining float weight twice, once packed.
+    "freezing": False,
+    # Settings under which the result would not be a plain function of the inputs.
+    "cpp_wrapper": False,
+    "triton.cudagraphs": False,
+}
+
+
+class NoCompiler(BackendMissing):
+    """Inductor needs a C++ compiler and there is none; eager lowering needs none."""
+
+
+def compile_graph(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, dynamic: bool
+) -> Compiled:
+    """Compile `module` with Inductor, for inference.
+
+    module: pre-dispatch ATen and `ridgeline::` nodes, weights as `get_attr`; neither it nor its
+        tensors are changed. Mutations of inputs and of buffers are kept.
+    example_inputs: one per placeholder, real or fake: tensors, SymInts, or plain constants, and a
+        constant is compiled in.
+    dynamic: True takes shapes from the placeholders' ``meta["val"]``, whose symbolic sizes stay
+        free; False specialises on the example inputs.
+
+    Returns a function of the flat inputs that returns the flat outputs as a tuple, without
+    gradients. A call raises InputMismatch where dtype, shape or strides are not what was compiled.
+    Raises NoCompiler without a C++ compiler.
+    """
+    _require_compiler()
+    graph, outputs = _prepared(module)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != len(example_inputs):
+        raise InputMismatch(
+            f"expected one example input for each of the {len(placeholders)} placeholders, "
+            f"found {len(example_inputs)}"
+        )
+    values = [
+        node.meta.get("val", example) if dynamic else example
+        for node, example in zip(placeholders, example_inputs, strict=True)
+    ]
+    free = _burn_constants(graph, placeholders, values)
+    values = [values[i] for i in free]
+    if not any(isinstance(leaf, fx.Node) for leaf in outputs) and not _has_effects(graph):
+        return _constant(outputs)
+    run, check = _lower(fx.GraphModule(module, graph), values)
+    return _bind(run, check, len(placeholders), free, outputs)
+
+
+def run_eager(module: fx.GraphModule) -> Compiled:
+    """Return `module` as it stands, node by node: a function of flat inputs, without gradients."""
+    graph, outputs = _prepared(module)
+    run = fx.GraphModule(module, graph)
+
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return _filled(outputs, run(*inputs))
+
+    return call
+
+
+def _require_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError, OSError) as error:
+        raise NoCompiler(
+            "compiling the rewritten graph needs a C++ compiler, and none was found; install one "
+            "(`apt install g++`, `dnf install gcc-c++`, `xcode-select --install`, Visual Studio "
+            "Build Tools), name it in the environment variable CXX, or ask for lowering='eager'"
+        ) from error
+
+
+def _prepared(module: fx.GraphModule) -> tuple[fx.Graph, list[Any]]:
+    """A copy of the graph that takes flat inputs and returns its tensor and SymInt outputs.
+
+    Also returns the flat outputs: a node where the copy returns a value, else the constant.
+    """
+    graph = fx.Graph()
+    result = graph.graph_copy(module.graph, {})
+    outputs = tree_leaves(result, is_leaf=lambda leaf: leaf is None)
+    graph.output(tuple(leaf for leaf in outputs if isinstance(leaf, fx.Node)))
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    return graph, outputs
+
+
+def _burn_constants(
+    graph: fx.Graph, placeholders: Sequence[fx.Node], values: Sequence[Any]
+) -> list[int]:
+    """Write plain constants into their users; return the positions of the inputs that remain."""
+    free = []
+    for position, (node, value) in enumerate(zip(placeholders, values, strict=True)):
+        if isinstance(value, torch.Tensor | torch.SymInt):
+            free.append(position)
+            continue
+        for user in list(node.users):
+            replace = {node: value}
+            user.args, user.kwargs = fx.map_arg(
+                (user.args, user.kwargs), lambda n, replace=replace: replace.get(n, n)
+            )
+        graph.erase_node(node)
+    return free
+
+
+def _has_effects(graph: fx.Graph) -> bool:
+    return any(node.op == "call_function" and node.is_impure() for node in graph.nodes)
+
+
+def _constant(outputs: list[Any]) -> Compiled:
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        return tuple(outputs)
+
+    return call
+
+
+def _lower(module: fx.GraphModule, values: list[Any]) -> tuple[Callable[..., Any], Check]:
+    """Compile, and return the compiled function and the check of what it takes for granted."""
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    fake_mode = detect_fake_mode(values)
+    environment = fake_mode.shape_env if fake_mode is not None else None
+    known = len(environment.guards) if environment is not None else 0
+    context = TracingContext(fake_mode) if fake_mode is not None else None
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        tracing(context),
+        config.patch(_SETTINGS),
+    ):
+        run: Any = compile_fx(module, values)
+    assumed = [g.expr for g in environment.guards[known:]] if environment is not None else []
+    return run, input_check(values, assumed)
+
+
+def _filled(outputs: list[Any], values: Sequence[Any]) -> tuple[Any, ...]:
+    """The flat outputs, with constants put back between the values."""
+    if len(values) == len(outputs):
+        return tuple(values)
+    rest = iter(values)
+    return tuple(next(rest) if isinstance(leaf, fx.Node) else leaf for leaf in outputs)
+
+
+def _bind(
+    run: Callable[..., Any], check: Check, arity: int, free: list[int], outputs: list[Any]
+) -> Compiled:
+    select = None if len(free) == arity else free
+
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        if len(inputs) != arity:
+            raise InputMismatch(f"expected {arity} flat inputs, found {len(inputs)}")
+        if select is not None:
+            inputs = tuple(inputs[i] for i in select)
+        check(*inputs)
+        with torch.no_grad():
+            return _filled(outputs, run(*inputs))
+
+    return call

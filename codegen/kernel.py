@@ -1,0 +1,57 @@
+"""One implementation of one operation on one kind of target, and what it leaves in the plan."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ridgeline.cost_model import Target
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """One kernel of a plan: what it is, for which machine, and what its code looks like.
+
+    audit: figures read off the compiled code (registers, shared bytes, matrix instructions, ...).
+    """
+
+    op: str
+    backend: str
+    target: str
+    configuration: str
+    audit: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How nodes of `op` become code of `backend` on targets of the given kinds.
+
+    place: puts the kernel's own op where the node stands (the device is here).
+    compile: the kernel for the node's shapes on a target, built with no device; raises a
+        RidgelineError that says why where there is none.
+    """
+
+    op: str
+    backend: str
+    kinds: frozenset[str]
+    place: Callable[[fx.Node, fx.GraphModule], None]
+    compile: Callable[[fx.Node, Target], KernelReport]
+
+
+def argument(node: fx.Node, position: int, default: Any = None) -> Any:
+    """The positional argument of a node, or its default where the call leaves it out."""
+    return node.args[position] if len(node.args) > position else default
+
+
+def constant(node: fx.Node) -> Any:
+    """The tensor that a get_attr node stands for."""
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def hints(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of a node's tensor, symbolic ones at their captured value."""
+    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)

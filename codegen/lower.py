@@ -1,0 +1,133 @@
+"""From a rewritten graph to something that runs: kernels in place, the rest compiled.
+
+On the machine that is here, each `ridgeline::` node becomes its kernel's op and Inductor compiles
+what lies between. For a machine that is not here, its kernels are compiled and listed all the same
+and the graph runs on the CPU by the ops' references, which the notes say.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ridgeline.codegen.inductor import compile_graph, run_eager
+from ridgeline.codegen.kernel import Kernel, KernelReport
+from ridgeline.cost_model import Target
+from ridgeline.ir.errors import RidgelineError
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """run: a function of the flat inputs; kernels, notes: for the plan."""
+
+    run: Callable[..., Any]
+    kernels: tuple[KernelReport, ...]
+    notes: tuple[str, ...]
+
+
+def lower(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    target: Target,
+    lowering: Literal["inductor", "eager"],
+    training: bool,
+) -> Lowered:
+    """Lower `module` for `target`; it must own its graph (the kernels are put in place in it).
+
+    inputs: the program's example inputs. lowering: "inductor" or "eager", for what is not ours.
+    training: gradients must flow, so every op keeps its reference and autograd formula.
+    """
+    if training:
+        note = "training: ops run by their references, which have gradients"
+        return Lowered(module, (), (note,))
+    kernels, missing = _kernels(target)
+    nodes, reports, notes = _compiled(_ours(module, kernels), target)
+    if missing:
+        notes.append(missing)
+    if _present(target):
+        for node, kernel in nodes:
+            kernel.place(node, module)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        run = _rest(module, inputs, lowering)
+    else:
+        notes.append(
+            f"{target.name} is not in this machine: the model runs on the CPU by reference,"
+            f" and the kernels listed are compiled for {target.arch} without having run"
+        )
+        run = run_eager(module)
+    return Lowered(run, reports, tuple(notes))
+
+
+def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
+    """The kernels for this kind of target, or none and a sentence that says which package lacks."""
+    package = "tvm" if target.kind == "cpu" else "triton"
+    try:
+        if target.kind == "cpu":
+            from ridgeline.codegen.tvm.kernels import KERNELS
+            from ridgeline.codegen.tvm.runtime import import_tvm
+
+            import_tvm()
+        else:
+            from ridgeline.codegen.triton import require_triton
+
+            require_triton()
+            from ridgeline.codegen.triton.kernels import KERNELS
+    except (ImportError, RidgelineError) as error:
+        return (), f"without {package} no kernels: ops run by their references ({error})"
+    return tuple(k for k in KERNELS if target.kind in k.kinds), ""
+
+
+def _ours(module: fx.GraphModule, kernels: tuple[Kernel, ...]) -> list[tuple[fx.Node, Kernel]]:
+    by_op = {k.op: k for k in kernels}
+    return [
+        (node, by_op[node.target._schema.name])
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in by_op
+    ]
+
+
+def _compiled(
+    nodes: Sequence[tuple[fx.Node, Kernel]], target: Target
+) -> tuple[list[tuple[fx.Node, Kernel]], tuple[KernelReport, ...], list[str]]:
+    """The nodes that have a kernel, one report per distinct kernel, and why the others have none."""
+    compiled: list[tuple[fx.Node, Kernel]] = []
+    reports: dict[str, KernelReport] = {}
+    notes: list[str] = []
+    for node, kernel in nodes:
+        try:
+            report = kernel.compile(node, target)
+        except RidgelineError as error:
+            notes.append(f"{kernel.op} at {node.name} runs by its reference: {error}")
+            continue
+        compiled.append((node, kernel))
+        reports.setdefault(f"{report.op} {report.configuration}", report)
+    return compiled, tuple(reports.values()), notes
+
+
+def _present(target: Target) -> bool:
+    """Is this the machine at hand?"""
+    if target.kind == "cpu":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    if target.kind == "hip":
+        return torch.version.hip is not None and target.arch in torch.cuda.get_arch_list()
+    major, minor = torch.cuda.get_device_capability()
+    return torch.version.cuda is not None and target.arch == f"sm_{major}{minor}"
+
+
+def _rest(
+    module: fx.GraphModule, inputs: Sequence[Any], lowering: Literal["inductor", "eager"]
+) -> Callable[..., Any]:
+    if lowering == "eager":
+        return run_eager(module)
+    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    symbolic = any(
+        isinstance(s, torch.SymInt)
+        for v in values
+        for s in (v.shape if isinstance(v, torch.Tensor) else (v,))
+    )
+    return compile_graph(module, inputs, dynamic=symbolic)

@@ -1,0 +1,39 @@
+"""A kernel as one file that a user can take away: it needs torch and triton, not ridgeline."""
+
+from pathlib import Path
+
+from ridgeline.codegen.errors import UnsupportedProblem
+from ridgeline.codegen.triton.config import Config
+
+# What the emitted self-check launches where the caller names no configuration.
+_DEFAULTS = {
+    "attention": Config((("BLOCK_M", 64), ("BLOCK_N", 32)), num_warps=4, num_stages=2),
+    "attention_decode": Config(
+        (("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=2, splits=4
+    ),
+    "quantized_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=4),
+}
+
+
+def standalone_source(kernel: str, config: Config | None = None) -> str:
+    """The source of a kernel: its law, kernels, launcher, a configuration and a self-check.
+
+    kernel: "attention", "attention_decode" or "quantized_linear"; config: as a compiled kernel
+    carries it. Run as a script, the file compares the kernel with float64 on the GPU, or in
+    Triton's interpreter under TRITON_INTERPRET=1. Raises UnsupportedProblem for another name.
+    """
+    if kernel not in _DEFAULTS:
+        raise UnsupportedProblem(f"expected a kernel of {', '.join(_DEFAULTS)}, found {kernel!r}")
+    config = config or _DEFAULTS[kernel]
+    launch = config.launch()
+    if kernel != "attention":
+        launch["splits"] = config.splits
+    source = (Path(__file__).parent / f"{kernel}.py").read_text()
+    return (
+        f"# Written by ridgeline: {kernel}, configuration {config}.\n"
+        f"{source}\n\n"
+        f"CONFIG = {launch!r}\n\n"
+        'if __name__ == "__main__":\n'
+        '    error = self_check("cpu" if INTERPRETED else "cuda", **CONFIG)\n'
+        '    print(f"relative error against float64: {error:.1e}")\n'
+    )

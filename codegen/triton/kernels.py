@@ -1,0 +1,84 @@
+"""The Triton kernels of GPUs, as nodes of a graph and as entries of a plan."""
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from ridgeline.codegen.kernel import Kernel, KernelReport, argument, hints
+from ridgeline.codegen.triton.cross_compile import Compiled
+from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
+from ridgeline.cost_model import Target
+from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
+
+_KINDS = frozenset({"cuda", "hip"})
+
+
+def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
+    node.target = torch.ops.ridgeline.triton_attention.default
+
+
+def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
+    node.target = torch.ops.ridgeline.triton_quantized_linear.default
+
+
+def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
+    query, key, value = node.args[:3]
+    mask = argument(node, 3)
+    kind = "none" if mask is None else "added"
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        kind = "boolean"
+    compiled = compile_attention(
+        hints(query),  # pyright: ignore[reportArgumentType]
+        hints(key),  # pyright: ignore[reportArgumentType]
+        dtype=node.meta["val"].dtype,
+        arch=target.arch,
+        causal=node.kwargs.get("diagonal") is not None,
+        mask=kind,
+        mask_dtype=mask.meta["val"].dtype if kind == "added" else None,
+        value_dim=hints(value)[3],  # pyright: ignore[reportArgumentType]
+        multiprocessors=target.cores,
+    )
+    return _report(ATTENTION.qualified, compiled, target)
+
+
+def _compile_linear(node: fx.Node, target: Target) -> KernelReport:
+    x, packed, scale, offset, bias = (argument(node, i) for i in range(5))
+    rows = 1
+    for size in hints(x)[:-1]:
+        rows *= size
+    offset_dtype = None if offset is None else offset.meta["val"].dtype
+    scheme = "symmetric"
+    if offset_dtype is not None:
+        scheme = "minimum" if offset_dtype.is_floating_point else "zero_point"
+    compiled = compile_quantized_linear(
+        rows,
+        hints(packed)[0],
+        hints(x)[-1],
+        bits=node.kwargs["bits"],  # pyright: ignore[reportArgumentType]
+        group_size=node.kwargs["group_size"],  # pyright: ignore[reportArgumentType]
+        scheme=scheme,
+        dtype=x.meta["val"].dtype,
+        arch=target.arch,
+        multiply=node.kwargs["multiply"],  # pyright: ignore[reportArgumentType]
+        scale_dtype=scale.meta["val"].dtype,
+        offset_dtype=offset_dtype,
+        bias=bias is not None,
+        bias_dtype=None if bias is None else bias.meta["val"].dtype,
+        multiprocessors=target.cores,
+    )
+    return _report(QUANTIZED_LINEAR.qualified, compiled, target)
+
+
+def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
+    audit = dataclasses.asdict(compiled.audit)
+    audit["matrix"] = ", ".join(f"{n} {name}" for name, n in compiled.audit.matrix)
+    audit["code_bytes"] = len(compiled.binary)
+    return KernelReport(op, "triton", target.name, f"{compiled.kernel} {compiled.config}", audit)
+
+
+KERNELS = (
+    Kernel(ATTENTION.qualified, "triton", _KINDS, _place_attention, _compile_attention),
+    Kernel(QUANTIZED_LINEAR.qualified, "triton", _KINDS, _place_linear, _compile_linear),
+)

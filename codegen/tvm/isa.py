@@ -1,0 +1,40 @@
+"""Which vector instructions the CPU kernels may use on this host."""
+
+import os
+
+import torch
+
+from ridgeline.ir.errors import RidgelineError
+
+ISAS = ("generic", "avx512", "avx512_bf16")
+"""From least to most: any CPU; AVX-512 F/BW/DQ/VL; the same and `vdpbf16ps`."""
+
+_NEEDS = {
+    "generic": (),
+    "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "avx512_bf16": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),
+}
+
+
+def best_isa() -> str:
+    """The most capable of `ISAS` that this CPU executes (AVX2 and Arm are "generic")."""
+    has = torch.cpu.get_capabilities()
+    return next(isa for isa in reversed(ISAS) if all(has.get(flag) for flag in _NEEDS[isa]))
+
+
+def host_isa() -> str:
+    """The instruction set that kernels are built for: `RIDGELINE_ISA` if set, else `best_isa()`.
+
+    Raises RidgelineError if `RIDGELINE_ISA` is unknown or more than this CPU has.
+    """
+    forced, best = os.environ.get("RIDGELINE_ISA"), best_isa()
+    if forced is None:
+        return best
+    if forced not in ISAS:
+        raise RidgelineError(f"RIDGELINE_ISA={forced!r} is unknown; choose one of {list(ISAS)}")
+    if ISAS.index(forced) > ISAS.index(best):
+        raise RidgelineError(
+            f"RIDGELINE_ISA={forced!r} asks for instructions that this CPU lacks (it has {best!r});"
+            " unset it or choose a lower one"
+        )
+    return forced

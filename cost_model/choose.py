@@ -1,0 +1,167 @@
+"""One joint decision: which options to take, as a mixed-integer program.
+
+    maximise    sum_i gain_i x_i                                   x_i in {0, 1}
+    subject to  x_i + x_j <= 1             for i, j that conflict (cliques as one row)
+                sum_i error_i² x_i <= error_budget²                errors add as root sum of squares
+                base_memory_bytes + sum_i memory_i x_i <= capacity_bytes
+
+Ties go to the option listed first. Solved by HiGHS through `scipy.optimize.milp`: to the optimum up
+to EXACT_UP_TO options, within LARGE_GAP of it above.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from ridgeline.ir.errors import RidgelineError
+
+# Proving the last thousandth of a large knapsack takes minutes.
+EXACT_UP_TO, LARGE_GAP = 500, 1e-3
+
+
+class InfeasibleChoice(RidgelineError):
+    """No set of options satisfies the constraints."""
+
+
+class InvalidOption(RidgelineError):
+    """An option that can't enter a choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """gain: what the objective wins, in its own unit (seconds, joules, bytes, FLOPs).
+
+    memory_bytes: added to the device's memory (negative: freed). error: relative, >= 0.
+    conflicts: keys of options that can't be taken beside this one; need not be mutual.
+    """
+
+    key: str
+    gain: float
+    memory_bytes: int = 0
+    error: float = 0.0
+    conflicts: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """chosen: keys, in the order listed. gain, memory_bytes (base included), error: their sums."""
+
+    chosen: tuple[str, ...]
+    gain: float
+    memory_bytes: int
+    error: float
+
+
+def solve(
+    options: Sequence[Option],
+    *,
+    error_budget: float = 0.0,
+    capacity_bytes: int | None = None,
+    base_memory_bytes: int = 0,
+) -> Choice:
+    """The options that win the most.
+
+    Raises InvalidOption (keys twice, unknown conflicts, figures that aren't finite) and
+    InfeasibleChoice (the base doesn't fit the memory and no option frees enough).
+    """
+    index = _checked(options, error_budget)
+    rows, limits = _conflicts(options, index)
+    if error_budget > 0:
+        # Scaled so that the tolerance of the solver is relative to the budget.
+        rows.append([(i, (o.error / error_budget) ** 2) for i, o in enumerate(options) if o.error])
+        limits.append(1.0)
+    if capacity_bytes is not None:
+        unit = max(capacity_bytes, 1)
+        rows.append([(i, o.memory_bytes / unit) for i, o in enumerate(options) if o.memory_bytes])
+        limits.append((capacity_bytes - base_memory_bytes) / unit)
+    allowed = np.array([error_budget > 0 or o.error == 0 for o in options], dtype=float)
+    taken = _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
+    kept = [o for o, x in zip(options, taken, strict=True) if x]
+    return Choice(
+        chosen=tuple(o.key for o in kept),
+        gain=sum(o.gain for o in kept),
+        memory_bytes=base_memory_bytes + sum(o.memory_bytes for o in kept),
+        error=float(np.sqrt(sum(o.error**2 for o in kept))),
+    )
+
+
+def _checked(options: Sequence[Option], error_budget: float) -> dict[str, int]:
+    index = {o.key: i for i, o in enumerate(options)}
+    if len(index) != len(options):
+        raise InvalidOption("two options have one key; expected a key of its own for each")
+    if not (np.isfinite(error_budget) and error_budget >= 0):
+        raise InvalidOption(f"error budget: expected a finite number >= 0, found {error_budget}")
+    for o in options:
+        if not (np.isfinite(o.gain) and np.isfinite(o.error) and o.error >= 0):
+            raise InvalidOption(
+                f"option {o.key!r}: expected a finite gain and an error >= 0,"
+                f" found gain {o.gain}, error {o.error}"
+            )
+        unknown = o.conflicts - index.keys()
+        if unknown:
+            raise InvalidOption(f"option {o.key!r} conflicts with unknown {sorted(unknown)}")
+    return index
+
+
+def _conflicts(
+    options: Sequence[Option], index: dict[str, int]
+) -> tuple[list[list[tuple[int, float]]], list[float]]:
+    """Rows 'at most one of these': greedy cliques that cover every conflicting pair."""
+    neighbours: list[set[int]] = [set() for _ in options]
+    for i, o in enumerate(options):
+        for j in (index[key] for key in o.conflicts if index[key] != i):
+            neighbours[i].add(j)
+            neighbours[j].add(i)
+    uncovered = {(i, j) for i, near in enumerate(neighbours) for j in near if i < j}
+    rows = []
+    for i, j in sorted(uncovered):
+        if (i, j) not in uncovered:
+            continue
+        clique = [i, j]
+        for other in sorted(neighbours[i] & neighbours[j]):
+            if all(other in neighbours[member] for member in clique):
+                clique.append(other)
+        clique.sort()
+        uncovered -= {(a, b) for a in clique for b in clique}
+        rows.append([(member, 1.0) for member in clique])
+    return rows, [1.0] * len(rows)
+
+
+def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes) -> np.ndarray:
+    if not options:
+        if capacity_bytes is not None and base_memory_bytes > capacity_bytes:
+            raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, 0))
+        return np.zeros(0, dtype=bool)
+    gains = np.array([o.gain for o in options])
+    scale = float(np.abs(gains).max()) or 1.0
+    # HiGHS stops within an absolute gap of 1e-6: objective in units of the typical gain; the
+    # preference is large enough to decide ties and too small to outweigh a difference that counts.
+    preference = np.linspace(1.0, 0.0, len(options)) * 1e-5 / len(options)
+    objective = gains / scale + np.where(gains > 0, preference, 0.0)
+    constraints = []
+    if rows:
+        entries = [(r, i, v) for r, row in enumerate(rows) for i, v in row]
+        at_row, at_column, values = zip(*entries, strict=True) if entries else ((), (), ())
+        matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), len(options)))
+        constraints = [LinearConstraint(matrix, ub=np.array(limits))]
+    result = milp(
+        -objective,
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0.0, allowed),
+        constraints=constraints,
+        options={"mip_rel_gap": 0.0 if len(options) <= EXACT_UP_TO else LARGE_GAP},
+    )
+    if result.x is None:
+        freed = -sum(min(o.memory_bytes, 0) for o, ok in zip(options, allowed, strict=True) if ok)
+        raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, freed))
+    return result.x > 0.5
+
+
+def _does_not_fit(capacity: int | None, base: int, freed: int) -> str:
+    return (
+        f"the program holds {base} bytes and the device {capacity}; the options free at most"
+        f" {freed}. Choose a device with more memory, or allow options that free more"
+    )

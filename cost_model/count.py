@@ -1,0 +1,328 @@
+"""work_of(node): FLOPs and bytes of one node of a pre-dispatch ATen graph, from `meta["val"]`.
+
+Matrix products, convolutions and attention have laws of their own (equal to
+`torch.utils.flop_counter` where it covers the op). Views, shape arithmetic and checks cost nothing.
+Any other op that returns tensors reads its operands and writes its results once; an op that PyTorch
+runs as several passes over memory (layer_norm, softmax) is one kernel here, as in its fused form.
+Symbolic sizes count with their hints; no guard is added.
+"""
+
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from ridgeline.cost_model.work import Attention, Gemm, Kernel, Stream, Work
+from ridgeline.ir.errors import RidgelineError
+
+aten = torch.ops.aten
+_NOTHING = Work()
+# Operations per element read of the ops that do more than one.
+_FLOPS_PER_ELEMENT = {
+    "layer_norm": 8, "native_layer_norm": 8, "group_norm": 8, "native_group_norm": 8,
+    "rms_norm": 5, "batch_norm": 4, "softmax": 5, "_softmax": 5, "log_softmax": 5,
+    "_log_softmax": 5, "gelu": 8, "silu": 4, "sigmoid": 3, "tanh": 5, "mish": 6,
+}  # fmt: skip
+_REDUCTIONS = frozenset(
+    (
+        "layer_norm",
+        "native_layer_norm",
+        "group_norm",
+        "native_group_norm",
+        "rms_norm",
+        "batch_norm",
+        "softmax",
+        "_softmax",
+        "log_softmax",
+        "_log_softmax",
+        "cumsum",
+        "cumprod",
+        "topk",
+        "sort",
+        "argmax",
+        "argmin",
+    )
+)
+_GATHERS = frozenset(("embedding", "index", "index_select", "gather", "take", "take_along_dim"))
+_COPY_UNLESS_SAME = frozenset(
+    ("to", "_to_copy", "contiguous", "reshape", "flatten", "type_as", "float", "half")
+)
+_IN_PLACE_WRITES = frozenset(
+    ("index_put", "index_put_", "index_copy", "index_copy_", "scatter", "scatter_")
+)
+
+
+class Uncountable(RidgelineError):
+    """A node whose cost can't be told."""
+
+
+def work_of(node: fx.Node) -> Work:
+    """The work of one node; `Work()` for placeholders, attributes, views and shape arithmetic.
+
+    Raises Uncountable for a call without a fake value in `meta["val"]` and for a module or method
+    call: capture the program to ATen first.
+    """
+    if node.op in ("placeholder", "get_attr", "output"):
+        return _NOTHING
+    if node.op != "call_function":
+        raise Uncountable(
+            f"node {node.name!r}: expected an ATen call, found {node.op} {node.target!r};"
+            " capture the program first"
+        )
+    if isinstance(node.target, HigherOrderOperator):
+        return _bodies(node)
+    if not isinstance(node.target, OpOverload):
+        return _NOTHING  # operator.getitem and arithmetic on sizes
+    results = _tensors([node.meta.get("val")])
+    if not results:
+        if "val" not in node.meta and node.target._schema.returns:
+            raise Uncountable(
+                f"node {node.name!r} ({node.target}): expected a fake tensor in meta['val'],"
+                " found none; capture the program first"
+            )
+        return _NOTHING
+    name = node.target._opname
+    law = _LAWS.get(node.target.overloadpacket) if node.target.namespace != "ridgeline" else None
+    law = _RIDGELINE.get(name) if node.target.namespace == "ridgeline" else law
+    if law is not None:
+        return Work((law(node),))
+    if _is_free(node, name, results):
+        return _NOTHING
+    return Work((_stream(node, name, results),))
+
+
+def work_of_graph(graph: fx.Graph) -> Work:
+    """The sum over the graph's nodes."""
+    return Work(tuple(kernel for node in graph.nodes for kernel in work_of(node).kernels))
+
+
+def _bodies(node: fx.Node) -> Work:
+    """A higher-order call counts each of its graph bodies once."""
+    owner = node.graph.owning_module
+    total = _NOTHING
+    for argument in node.all_input_nodes:
+        if argument.op != "get_attr" or owner is None:
+            continue
+        body = owner
+        for part in argument.target.split("."):
+            body = getattr(body, part)
+        if isinstance(body, fx.GraphModule):
+            total = total + work_of_graph(body.graph)
+    return total
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in tensor.shape)
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, fx.Node):
+            value = value.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
+def _size_bytes(tensor: torch.Tensor) -> int:
+    """Bytes really held: a dimension that is only expanded (stride 0) is read once."""
+    strides = tensor.stride()
+    held = (s for s, step in zip(_shape(tensor), strides, strict=True) if step != 0 or s == 0)
+    return prod(held) * tensor.dtype.itemsize
+
+
+def _is_contiguous(tensor: torch.Tensor) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(_shape(tensor)), reversed(tensor.stride()), strict=True):
+        if size > 1:
+            if _hint(stride) != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _is_free(node: fx.Node, name: str, results: list[torch.Tensor]) -> bool:
+    if name in ("dropout", "feature_dropout", "alpha_dropout"):
+        return not node.args[2]
+    if name in ("lift_fresh_copy", "alias", "detach_", "_assert_tensor_metadata"):
+        return True
+    if name in _COPY_UNLESS_SAME:
+        source = _tensors(node.args[:1])
+        if not source or source[0].dtype != results[0].dtype:
+            return False
+        # A view keeps the strides of a source with gaps; a copy closes them.
+        return _is_contiguous(source[0]) or not _is_contiguous(results[0])
+    schema = node.target._schema
+    return not schema.is_mutable and all(r.alias_info is not None for r in schema.returns)
+
+
+def _stream(node: fx.Node, name: str, results: list[torch.Tensor]) -> Stream:
+    written = sum(_size_bytes(t) for t in results)
+    operands = _tensors(node.args) + _tensors(node.kwargs.values())
+    read = sum(_size_bytes(t) for t in operands)
+    elements = max((prod(_shape(t)) for t in (*operands, *results)), default=0)
+    access = "elementwise"
+    if name in _GATHERS:  # rows that are picked, not the table
+        access, elements = "gather", 0
+        read = written + sum(_size_bytes(t) for t in operands[1:])
+    elif name in _IN_PLACE_WRITES:
+        access, elements = "gather", 0
+        updates = sum(_size_bytes(t) for t in operands[1:])
+        functional = 0 if name.endswith("_") else _size_bytes(operands[0])
+        read, written = updates + functional, updates + functional
+    elif name in _REDUCTIONS or torch.Tag.reduction in node.target.tags:
+        access = "reduction"
+    flops = elements * _FLOPS_PER_ELEMENT.get(name, 1)
+    if name in ("clone", "copy_", "cat", "stack", *_COPY_UNLESS_SAME) or not operands:
+        flops = 0
+    return Stream(read, written, flops, results[0].dtype, access)
+
+
+def _val(node: fx.Node, index: int) -> torch.Tensor:
+    return node.args[index].meta["val"]
+
+
+def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """The argument called `name`, given by position or keyword, else its schema's default."""
+    for i, parameter in enumerate(node.target._schema.arguments):
+        if parameter.name == name:
+            if i < len(node.args):
+                return node.args[i]
+            return node.kwargs.get(name, parameter.default_value)
+    return default
+
+
+def _linear(node: fx.Node) -> Kernel:
+    x, weight = _shape(_val(node, 0)), _shape(_val(node, 1))
+    dtype = _val(node, 0).dtype
+    n = weight[0] if len(weight) == 2 else 1
+    biased = _argument(node, "bias") is not None
+    return Gemm(prod(x[:-1]), n, x[-1], dtype=dtype, bias=biased)
+
+
+def _matmul(node: fx.Node, left: int = 0, bias: bool = False) -> Kernel:
+    a, b = _val(node, left), _val(node, left + 1)
+    x, w = _shape(a), _shape(b)
+    m = x[-2] if len(x) > 1 else 1
+    n = w[-1] if len(w) > 1 else 1
+    if len(w) <= 2:  # one right operand: the batch folds into the rows
+        return Gemm(prod(x[:-1]), n, x[-1], dtype=a.dtype, bias=bias)
+    batch = prod(torch.broadcast_shapes(x[:-2], w[:-2]))
+    expanded = b.stride()[:-2]
+    shared = all(s == 1 or step == 0 for s, step in zip(w[:-2], expanded, strict=True))
+    return Gemm(m, n, x[-1], batch, a.dtype, shared_weight=shared, bias=bias)
+
+
+def _addmm(node: fx.Node) -> Kernel:
+    return _matmul(node, left=1, bias=True)
+
+
+def _sdpa(node: fx.Node) -> Kernel:
+    query, key, value = (_val(node, i) for i in range(3))
+    causal = bool(_argument(node, "is_causal", False))
+    q, kv = _shape(query)[-2], _shape(key)[-2]
+    # is_causal starts at the top left: keys beyond the last query are never read.
+    return _attention(query, key, value, causal, min(q, kv) if causal else kv, node)
+
+
+def _ridgeline_attention(node: fx.Node) -> Kernel:
+    query, key, value = (_val(node, i) for i in range(3))
+    diagonal = _argument(node, "diagonal")
+    kv = _shape(key)[-2]
+    if isinstance(diagonal, fx.Node):
+        diagonal = diagonal.meta["val"]
+    if diagonal is not None:  # keys that the last query keeps
+        kv = max(0, min(kv, _shape(query)[-2] + _hint(diagonal)))
+    return _attention(query, key, value, diagonal is not None, kv, node)
+
+
+def _attention(query, key, value, causal: bool, kv: int, node: fx.Node) -> Attention:
+    shape, keys = _shape(query), _shape(key)
+    mask = _argument(node, "mask", _argument(node, "attn_mask"))
+    return Attention(
+        batch=prod(shape[:-3]) if len(shape) > 3 else 1,
+        heads=shape[-3] if len(shape) > 2 else 1,
+        kv_heads=keys[-3] if len(keys) > 2 else 1,
+        q=shape[-2],
+        kv=kv,
+        head_dim=shape[-1],
+        value_dim=_shape(value)[-1],
+        causal=causal,
+        dtype=query.dtype,
+        masked=mask is not None,
+    )
+
+
+def _quantized_linear(node: fx.Node) -> Kernel:
+    x = _val(node, 0)
+    offset = _argument(node, "offset")
+    scheme = "symmetric"
+    if offset is not None:
+        scheme = "minimum" if offset.meta["val"].is_floating_point() else "zero_point"
+    shape = _shape(x)
+    return Gemm(
+        m=prod(shape[:-1]),
+        n=_shape(_val(node, 1))[0],
+        k=shape[-1],
+        dtype=_argument(node, "multiply") or x.dtype,
+        weight_bits=_argument(node, "bits"),
+        group_size=_argument(node, "group_size"),
+        scheme=scheme,
+        bias=_argument(node, "bias") is not None,
+    )
+
+
+def _convolution(node: fx.Node) -> Kernel:
+    """An implicit GEMM: rows are output positions (input positions when transposed)."""
+    image, weight = _val(node, 0), _val(node, 1)
+    x, w, y = _shape(image), _shape(weight), _shape(node.meta["val"])
+    transposed = "transpose" in node.target._opname or bool(_argument(node, "transposed", False))
+    groups = _argument(node, "groups", 1)
+    spatial = len(w) - 2
+    rows = prod((x if transposed else y)[-spatial:]) * (x[0] if len(x) == len(w) else 1)
+    n = w[1] if transposed else w[0] // groups
+    depth = (w[0] // groups if transposed else w[1]) * prod(w[2:])
+    if transposed:
+        n, depth = n * prod(w[2:]), w[0] // groups
+    return Gemm(
+        rows,
+        n,
+        depth,
+        batch=groups,
+        dtype=image.dtype,
+        left_elements=prod(x),
+        bias=_argument(node, "bias") is not None,
+    )
+
+
+_LAWS: dict[Any, Callable[[fx.Node], Kernel]] = {
+    aten.linear: _linear,
+    aten.matmul: _matmul,
+    aten.mm: _matmul,
+    aten.bmm: _matmul,
+    aten.mv: _matmul,
+    aten.addmm: _addmm,
+    aten.baddbmm: _addmm,
+    aten.scaled_dot_product_attention: _sdpa,
+    aten.convolution: _convolution,
+    aten.conv1d: _convolution,
+    aten.conv2d: _convolution,
+    aten.conv3d: _convolution,
+    aten.conv_transpose1d: _convolution,
+    aten.conv_transpose2d: _convolution,
+    aten.conv_transpose3d: _convolution,
+}
+_RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
+    "attention": _ridgeline_attention,
+    "quantized_linear": _quantized_linear,
+}

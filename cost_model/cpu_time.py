@@ -1,0 +1,62 @@
+"""Seconds of one kernel on a CPU.
+
+    t = dispatch + fork + smoothmax(flops / (peak · parallel), bytes / bandwidth(working set))
+
+bandwidth: that of the innermost cache that holds the working set, else DRAM's. parallel: chunks
+over ceil(chunks/threads) threads' rounds. Integer weights add two vector operations per element
+and pass of 32 rows (unpack, scale) on the fp32 unit.
+"""
+
+from math import ceil
+
+import torch
+
+from ridgeline.cost_model.target import Target
+from ridgeline.cost_model.work import Attention, Gemm, Kernel, Stream
+
+CHUNK_M, CHUNK_N = 32, 64  # one thread's share of a GEMM
+UNPACK_FLOPS = 2
+ATTENTION_ROWS = 32
+GRAIN_BYTES = 32768 * 4  # at::parallel_for runs smaller elementwise work on one thread
+
+Parts = tuple[float, float, float]
+
+
+def bandwidth(working_set: float, target: Target) -> float:
+    """Bytes per second of the level that holds `working_set` bytes."""
+    for size, speed in target.caches:
+        if working_set <= size:
+            return speed
+    return target.bandwidth_bytes_per_s
+
+
+def kernel_parts(kernel: Kernel, target: Target) -> Parts:
+    """(compute, memory, fixed) seconds of one kernel; its time is smoothmax of two plus fixed."""
+    moved = sum(kernel.bytes.values())
+    fixed = target.launch_s + (target.fork_s if moved > GRAIN_BYTES else 0.0)
+    memory = moved / (bandwidth(moved, target) * target.bandwidth_efficiency)
+    if isinstance(kernel, Gemm):
+        return _gemm_compute(kernel, target), memory, fixed
+    if isinstance(kernel, Attention):
+        chunks = kernel.batch * kernel.heads * ceil(kernel.q / ATTENTION_ROWS)
+        rate = target.peak(kernel.dtype) * target.attention_efficiency
+        return kernel.flops / (rate * _parallel(chunks, target)), memory, fixed
+    if isinstance(kernel, Stream):
+        return kernel.flops / target.peak(torch.float32), memory, fixed
+    raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")
+
+
+def _gemm_compute(g: Gemm, target: Target) -> float:
+    rows = ceil(g.m / CHUNK_M)
+    parallel = _parallel(g.batch * rows * ceil(g.n / CHUNK_N), target)
+    compute = g.flops / (target.peak(g.dtype) * target.gemm_efficiency * parallel)
+    if g.weight_bits is not None:
+        unpacked = UNPACK_FLOPS * g.batch * g.n * g.k * rows
+        compute += unpacked / (target.peaks["float32"] * parallel)
+    return compute
+
+
+def _parallel(chunks: int, target: Target) -> float:
+    """The busy share of the threads that work on `chunks` equal chunks."""
+    threads = max(target.threads, 1)
+    return chunks / (ceil(chunks / threads) * threads) if chunks else 1.0

@@ -1,0 +1,108 @@
+"""estimate(work, target): seconds with an interval, bytes, FLOPs, eFLOPs, energy, what bounds it.
+
+    seconds  sum over kernels (`gpu_time`, `cpu_time`, collectives); launched one by one
+             (launch="eager") at least the host's time, plus one launch
+    eflops   sum of flops + I · bytes, I = peak of the executing unit / bandwidth   (Kinetics)
+    energy   sum of flops · unit energy + bytes · DRAM energy
+
+Energy uses the unit costs of a 45 nm process (Horowitz, ISSCC 2014; DRAM: 200 pJ per 16 bits).
+They rank number formats; they aren't watts of this chip and are never turned into time.
+
+The interval is t / (1+e) ... t · (1+e) with e the mean error on GPUs and shapes that no constant
+was fitted on, by kind of kernel; errors of one kind are shared, so they add. On a CPU e is the
+spread of the probe and the error of the model's form.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ridgeline.cost_model import cpu_time, gpu_time
+from ridgeline.cost_model.target import InvalidTarget, Target
+from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Stream, Work
+
+DRAM_JOULES_PER_BYTE = 100e-12
+# (multiply + add) / 2 in joules per FLOP.
+_UNIT_JOULES = {1: 0.115e-12, 2: 0.75e-12, 4: 2.3e-12, 8: 9.2e-12}
+# Mean relative errors on unseen GPUs: GEMM 0.19, integer weights 0.28, elementwise 0.34,
+# reductions 0.50, prefill 0.34, decode 0.24, collectives 1.14 (all-reduce).
+_ERROR = {"gemm": 0.19, "quantized": 0.28, "elementwise": 0.34, "reduction": 0.50, "gather": 0.50}
+_PREFILL_ERROR, _DECODE_ERROR, _COLLECTIVE_ERROR, _CPU_ERROR = 0.34, 0.24, 1.14, 0.30
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """seconds within [low, high]; bytes moved; flops; eflops in FLOPs; energy_joules (45 nm units).
+
+    bound: "compute", "memory", "launch" or "communication", whichever takes most of the time.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    bytes: float
+    flops: float
+    eflops: float
+    energy_joules: float
+    bound: str
+
+
+def estimate(work: Work, target: Target, *, launch: str = "graph") -> Cost:
+    """What `work` costs on `target`.
+
+    launch: "graph" (CUDA or HIP graphs, no host time) or "eager"; a CPU has no difference.
+    Raises ValueError for another `launch` and InvalidTarget for a collective without a link.
+    """
+    if launch not in ("graph", "eager"):
+        raise ValueError(f"launch: expected 'graph' or 'eager', found {launch!r}")
+    parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
+    seconds = low = high = moved = flops = eflops = energy = 0.0
+    spent = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
+    for kernel in work.kernels:
+        kernel_bytes = sum(kernel.bytes.values())
+        if isinstance(kernel, Collective):
+            busy, fixed = _communication(kernel, target), 0.0
+            spent["communication"] += busy
+        else:
+            compute, memory, fixed = parts(kernel, target)
+            busy = gpu_time.smoothmax(compute, memory)
+            spent["compute" if compute > memory else "memory"] += busy
+            spent["launch"] += fixed
+            unit = torch.float32 if isinstance(kernel, Stream) else kernel.dtype
+            intensity = target.peak(unit) / target.bandwidth_bytes_per_s
+            eflops += kernel.flops + intensity * kernel_bytes
+            energy += kernel.flops * _UNIT_JOULES[unit.itemsize]
+            energy += kernel_bytes * DRAM_JOULES_PER_BYTE
+        error = _relative_error(kernel, target)
+        seconds += busy + fixed
+        low += (busy + fixed) / (1 + error)
+        high += (busy + fixed) * (1 + error)
+        moved += kernel_bytes
+        flops += kernel.flops
+    host = 0.0
+    if launch == "eager" and target.kind != "cpu" and work.kernels:
+        host = max(0.0, work.launches * target.eager_launch_s - seconds) + target.launch_s
+        spent["launch"] += host
+    bound = max(spent, key=spent.__getitem__)
+    return Cost(seconds + host, low + host, high + host, moved, flops, eflops, energy, bound)
+
+
+def _communication(kernel: Collective, target: Target) -> float:
+    if target.link_bytes_per_s <= 0 and kernel.ranks > 1:
+        raise InvalidTarget(
+            f"target {target.name!r}: key 'link_gb_per_s': expected a positive number for"
+            f" {kernel.name} over {kernel.ranks} ranks, found 0"
+        )
+    return gpu_time.collective_seconds(kernel, target)
+
+
+def _relative_error(kernel: Kernel, target: Target) -> float:
+    if isinstance(kernel, Collective):
+        return _COLLECTIVE_ERROR
+    if target.kind == "cpu":
+        return _CPU_ERROR + target.spread
+    if isinstance(kernel, Attention):
+        return _PREFILL_ERROR if kernel.q > 1 else _DECODE_ERROR
+    if isinstance(kernel, Gemm):
+        return _ERROR["gemm" if kernel.weight_bits is None else "quantized"]
+    return _ERROR[kernel.access]

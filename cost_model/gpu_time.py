@@ -1,0 +1,183 @@
+"""Seconds of one kernel on a GPU.
+
+    t = floor + smoothmax(t_compute, t_memory) + t_extra        smoothmax_p(a, b) = (aᵖ + bᵖ)^(1/p)
+
+GEMM, least over tiles (Tm, Tn) and split-K s:
+    blocks = ceil(m/Tm) ceil(n/Tn) b s,  waves = a blend of blocks/cores and its ceiling
+    t_compute = waves 2 Tm Tn (ceil64(k/s) + fill) / (peak/cores · efficiency · tile efficiency)
+                + ceil(k/s / 64) · step
+    t_memory  = bytes / (bandwidth · efficiency · min(1, blocks / (SATURATION cores)))
+    t_extra   = s > 1: the partial sums through L2
+Attention: tiles of 128 queries, or with few queries the keys split over the cores.
+Stream: bytes / bandwidth with a share of the bytes in L2 where the working set fits.
+
+The GEMM constants were fitted on public CUDA-graph measurements of an A100 (cuBLAS in bf16; for
+integer weights TensorRT-LLM's kernels on A100 and L40S), L1 loss of log time; the efficiencies of
+a product stand in its target file. Attention's floor is that of a bare kernel: serving systems
+add several microseconds of metadata kernels around theirs.
+"""
+
+import functools
+from math import ceil
+
+import numpy as np
+import torch
+
+from ridgeline.cost_model.target import Target
+from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Stream
+
+P = 4
+# Large-tile operand traffic: the efficiency of a tile relative to that of 256 x 128.
+TILE_LOSS = 0.19
+FILL_K = 120  # k elements that fill the pipeline
+STEP = 120e-9  # latency of one 64-deep step of a block's loop, beyond its arithmetic
+DEQUANTIZE_STEP = 150e-9  # the same where the step also unpacks integer weights
+QUANTIZATION = 0.05  # share of wave quantization paid: libraries pick tiles that avoid it
+SATURATION = 0.8  # below this share of busy cores DRAM is not saturated
+GEMM_FLOOR = 1.2e-6  # setup and epilogue beyond the launch floor
+SPLIT_FLOOR = 1.9e-6
+DEQUANTIZE_FLOOR = 2.5e-6
+DEQUANTIZE_EFFICIENCY = 0.97
+ATTENTION_FLOOR = 1.5e-6
+ATTENTION_QUANTIZATION, ATTENTION_SATURATION = 0.5, 0.17
+QUERY_TILE, KEY_TILE = 128, 256
+ACCESS_EFFICIENCY = {"elementwise": 1.05, "reduction": 0.8, "gather": 0.8}
+L2_FULL, L2_NONE = 0.3, 1.0  # working set / L2: everything hits below, nothing above
+UNALIGNED = 0.5  # 16-bit operands whose rows aren't multiples of 16 bytes
+COLLECTIVE_LATENCY, COLLECTIVE_STEP, COLLECTIVE_EFFICIENCY = 5.0e-6, 1.1e-6, 0.72
+
+_TILES = np.array(
+    [
+        (tm, tn, s)
+        for tm, tn in (
+            (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128),
+            (64, 64), (32, 128), (32, 64), (16, 128), (16, 64), (16, 32),
+        )
+        for s in (1, 2, 4, 8, 16)
+    ],
+    dtype=np.float64,
+)  # fmt: skip
+_TM, _TN, _SPLIT = _TILES.T
+_TILE_EFFICIENCY = (1 + TILE_LOSS * 64 * (1 / 256 + 1 / 128)) / (
+    1 + TILE_LOSS * 64 * (1 / _TM + 1 / _TN)
+)
+_AREA = _TM * _TN
+_FLOPS_PER_K = 2 * _AREA / _TILE_EFFICIENCY
+_SPLITS = _SPLIT > 1
+_PARTIAL_BYTES = _SPLITS * 8.0 * _SPLIT  # fp32, written and read
+
+Parts = tuple[float, float, float]
+
+
+def smoothmax(compute: float, memory: float) -> float:
+    """(compute**P + memory**P)**(1/P), scaled so that nothing under- or overflows."""
+    top = max(compute, memory)
+    return top * ((compute / top) ** P + (memory / top) ** P) ** (1 / P) if top > 0 else 0.0
+
+
+def kernel_parts(kernel: Kernel, target: Target) -> Parts:
+    """(compute, memory, fixed) seconds of one kernel; its time is smoothmax of two plus fixed."""
+    if isinstance(kernel, Gemm):
+        return _gemm(kernel, target)
+    if isinstance(kernel, Attention):
+        return _attention(kernel, target)
+    if isinstance(kernel, Stream):
+        return _stream(kernel, target)
+    raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")
+
+
+def _gemm(g: Gemm, target: Target) -> Parts:
+    moved = sum(g.bytes.values())
+    if not g.batch * g.m * g.n:
+        return 0.0, 0.0, target.launch_s
+    rate = target.peak(g.dtype) / target.cores * target.gemm_efficiency * _alignment(g)
+    fixed, step = target.launch_s + GEMM_FLOOR, STEP
+    if g.weight_bits is not None and g.weight_bits < 8 * g.dtype.itemsize:
+        rate *= DEQUANTIZE_EFFICIENCY
+        fixed, step = fixed + DEQUANTIZE_FLOOR, DEQUANTIZE_STEP
+    bandwidth = target.bandwidth_bytes_per_s * target.bandwidth_efficiency
+    compute, memory, extra = _best_tile(
+        (g.m, g.n, g.k, g.batch),
+        target.cores,
+        rate,
+        moved / bandwidth,
+        target.l2_bandwidth_bytes_per_s,
+        step,
+    )
+    return compute, memory, fixed + extra
+
+
+@functools.lru_cache(maxsize=4096)  # a model repeats its layers
+def _best_tile(
+    shape: tuple[int, int, int, int],
+    cores: int,
+    rate: float,
+    memory_s: float,
+    l2_bandwidth: float,
+    step: float,
+) -> Parts:
+    """(compute, memory, extra) seconds of the fastest tile and split.
+
+    rate: FLOP/s of one core with the largest tile; memory_s: with DRAM saturated.
+    """
+    m, n, k, batch = shape
+    share = np.ceil(m / _TM) * np.ceil(n / _TN) * (batch * _SPLIT / cores)
+    waves = QUANTIZATION * np.ceil(share) + (1 - QUANTIZATION) * np.maximum(share, 1.0)
+    depth = np.ceil(k / _SPLIT / 64) * 64
+    compute = waves * (_FLOPS_PER_K * (depth + FILL_K) / rate) + depth / 64 * step
+    memory = memory_s / np.minimum(1.0, share / SATURATION)
+    extra = _SPLITS * SPLIT_FLOOR + _PARTIAL_BYTES * (batch * m * n / l2_bandwidth)
+    # The fourth power and root by squares and square roots, which numpy does much faster.
+    total = np.sqrt(np.sqrt(np.square(compute * compute) + np.square(memory * memory))) + extra
+    best = int(np.argmin(total))
+    return float(compute[best]), float(memory[best]), float(extra[best])
+
+
+def _alignment(g: Gemm) -> float:
+    """Matrix units load rows of 16 bytes; other row lengths take a slower path."""
+    per_row = 16 // g.dtype.itemsize
+    return 1.0 if g.n % per_row == 0 and g.k % per_row == 0 else UNALIGNED
+
+
+def _attention(a: Attention, target: Target) -> Parts:
+    moved = sum(a.bytes.values())
+    if not a.batch * a.heads * a.q:
+        return 0.0, 0.0, target.launch_s
+    group = a.heads // max(a.kv_heads, 1)
+    if a.q * group <= QUERY_TILE:  # the queries of one key head share a tile; keys are split
+        blocks = a.batch * a.kv_heads * max(1, ceil(a.kv / KEY_TILE))
+    else:
+        blocks = a.batch * a.heads * ceil(a.q / QUERY_TILE)
+    share = blocks / target.cores
+    # Tiles are padded to the matrix instruction's 16 rows, and a partial wave leaves cores idle.
+    padding = max(1.0, 16 / (a.q * group))
+    partial = ATTENTION_QUANTIZATION
+    idle = (partial * ceil(share) + (1 - partial) * max(share, 1.0)) / share
+    rate = target.peak(a.dtype) * min(target.attention_efficiency, target.gemm_efficiency)
+    compute = a.flops * padding * idle / rate
+    bandwidth = target.bandwidth_bytes_per_s * target.bandwidth_efficiency
+    memory = moved / (bandwidth * min(1.0, share / ATTENTION_SATURATION))
+    return compute, memory, target.launch_s + ATTENTION_FLOOR
+
+
+def _stream(s: Stream, target: Target) -> Parts:
+    moved = sum(s.bytes.values())
+    if not moved:
+        return 0.0, 0.0, target.launch_s
+    hits = (L2_NONE - moved / target.l2_bytes) / (L2_NONE - L2_FULL)
+    hits = min(1.0, max(0.0, hits))
+    efficiency = min(0.95, target.bandwidth_efficiency * ACCESS_EFFICIENCY[s.access])
+    slow, fast = target.bandwidth_bytes_per_s, target.l2_bandwidth_bytes_per_s
+    memory = moved * (hits / fast + (1 - hits) / slow) / efficiency
+    return s.flops / target.peak(torch.float32), memory, target.launch_s
+
+
+def collective_seconds(c: Collective, target: Target) -> float:
+    """Ring algorithms: latency + steps · step + bytes on the wire / (link · efficiency)."""
+    p = c.ranks
+    if p < 2:
+        return 0.0
+    phases = 2 if c.name == "all_reduce" else 1
+    wire = phases * (p - 1) / p * c.payload_bytes
+    steps = phases * (p - 1) * COLLECTIVE_STEP
+    return COLLECTIVE_LATENCY + steps + wire / (target.link_bytes_per_s * COLLECTIVE_EFFICIENCY)

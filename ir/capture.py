@@ -1,0 +1,303 @@
+"""Capture: one call of an `nn.Module` -> a `Program` on flat tensors, and the way back.
+
+`torch.export.export(strict=False)`, before decompositions: `linear`, `softmax`, `silu`,
+`scaled_dot_product_attention` are single nodes with module path and source line. Batch, sequence
+and cache-length dimensions are free where the model allows it; a dimension of size 1 stays 1.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ridgeline.ir import caches
+from ridgeline.ir.capture_errors import CaptureError, explain
+from ridgeline.ir.guards import ShapeGuards
+from ridgeline.ir.program import Phase, Program
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Call", "CaptureError", "Captured", "capture", "flatten"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call: tensors in a flat list, everything else in a signature.
+
+    leaves: the arguments' leaves, caches whole. flat: tensors, a cache's own in its place.
+    key: structure, dtypes, devices, which sizes are 0, 1 or more, plain values.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    flat: list[Tensor]
+    key: tuple[Any, ...]
+
+    def rebuild(self, flat: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
+        """(args, kwargs, caches) with `flat` in place of this call's tensors."""
+        remaining = iter(flat)
+        leaves, made = [], []
+        for leaf in self.leaves:
+            if isinstance(leaf, Tensor):
+                leaf = next(remaining)
+            elif caches.is_cache(leaf):
+                leaf = caches.with_tensors(leaf, [next(remaining) for _ in caches.tensors(leaf)])
+                made.append(leaf)
+            leaves.append(leaf)
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs, made
+
+    @property
+    def caches(self) -> list[Any]:
+        """The caches among the arguments."""
+        return [leaf for leaf in self.leaves if caches.is_cache(leaf)]
+
+
+def flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+    """Take a call's arguments apart. Raises CacheError for caches that no graph can carry."""
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    leaves, spec = tree_flatten((tuple(args), given), is_leaf=caches.is_cache)
+    flat: list[Tensor] = []
+    key: list[Any] = [tuple(given)]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            flat.append(leaf)
+            key.append(_tensor_key(leaf))
+        elif caches.is_cache(leaf):
+            caches.check(leaf)
+            inside = caches.tensors(leaf)
+            flat += inside
+            key += (caches.signature(leaf), *map(_tensor_key, inside))
+        else:
+            key.append((type(leaf).__name__, str(leaf)))
+    return Call(leaves, spec, flat, tuple(key))
+
+
+def _tensor_key(x: Tensor) -> tuple[Any, ...]:
+    return (x.dtype, x.device, x.requires_grad, *(min(s, 2) for s in x.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A program with the way from a call to its inputs and from its outputs to the result.
+
+    guards: which sizes the program takes. finish: (call, flat outputs) -> what the model returns;
+    puts new tensors into the caller's caches.
+    """
+
+    program: Program
+    guards: ShapeGuards
+    finish: Callable[[Call, Sequence[Any]], Any]
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic: bool = True,
+) -> Captured:
+    """Capture one call of `model` in its current train/eval mode; parameters are shared.
+
+    dynamic: leave batch, sequence and cache-length dimensions free where the model allows it; what
+        stayed fixed is not in the program's `dynamic`. Raises `CaptureError` naming the construct
+        that cannot be captured and the way out, and `CacheError` for unsupported caches.
+    """
+    call = flatten(args, kwargs or {})
+    training = torch.is_grad_enabled() and (
+        model.training or any(x.requires_grad for x in call.flat)
+    )
+    traces: list[_Trace] = []
+    wrapper = _Flat(model, call, traces.append)
+    wrapper.train(model.training)
+    with torch.set_grad_enabled(training):
+        exported = _export(wrapper, call, dynamic)
+    module = _unlifted(exported, wrapper)
+    trace = traces[-1]
+    program = Program.from_graph(
+        module, call.flat, phase=_phase(call, trace, training), training=training
+    )
+    log.info("captured %s: free dimensions %s", program.phase, program.dynamic)
+    return Captured(program, ShapeGuards.of(module), trace.finish)
+
+
+class _Flat(nn.Module):
+    """The model as a function of flat tensors to flat tensors.
+
+    record: receives each run's trace (export undoes what a module does to its own attributes).
+    """
+
+    def __init__(self, model: nn.Module, call: Call, record: Callable[["_Trace"], None]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        self.record = record
+
+    def forward(self, *flat: Tensor) -> tuple[Any, ...]:
+        args, kwargs, made = self.call.rebuild(flat)
+        before = [caches.with_tensors(c, caches.tensors(c)) for c in made]
+        result = self.model(*args, **kwargs)
+        trace = _Trace.of(result, before, made)
+        self.record(trace)
+        return trace.outputs
+
+
+@dataclass(slots=True)
+class _Trace:
+    """How the outputs of one traced call make up its result.
+
+    values: the traced outputs, in flat order. leaves: for each leaf of the result its position
+    among them, or the plain value, or which cache.
+    """
+
+    spec: TreeSpec
+    leaves: list[tuple[str, Any]]
+    changes: list[list[tuple[int, str]]]
+    templates: list[Any]
+    outputs: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, result: Any, before: Sequence[Any], after: Sequence[Any]) -> "_Trace":
+        found, spec = tree_flatten(result, is_leaf=caches.is_cache)
+        outputs: list[Any] = []
+        leaves: list[tuple[str, Any]] = []
+        known = list(after)
+        for leaf in found:
+            if isinstance(leaf, Tensor | torch.SymInt | torch.SymFloat):
+                leaves.append(("output", len(outputs)))
+                outputs.append(leaf)
+            elif caches.is_cache(leaf):
+                if not any(leaf is c for c in known):
+                    known.append(leaf)
+                leaves.append(("cache", next(i for i, c in enumerate(known) if c is leaf)))
+            else:
+                leaves.append(("plain", leaf))
+        changes = []
+        for i, cache in enumerate(known):
+            replaced = caches.replaced(before[i] if i < len(before) else None, cache)
+            changes.append([(layer, name) for layer, name, _ in replaced])
+            outputs += [tensor for _, _, tensor in replaced]
+        return cls(spec, leaves, changes, known, tuple(outputs))
+
+    def finish(self, call: Call, outputs: Sequence[Any]) -> Any:
+        """Flat outputs -> the model's result; the call's caches receive their new tensors."""
+        position = sum(kind == "output" for kind, _ in self.leaves)
+        given, final = call.caches, []
+        for i, changes in enumerate(self.changes):
+            values = outputs[position : position + len(changes)]
+            position += len(changes)
+            if i < len(given):
+                caches.install(given[i], self.templates[i], changes, values)
+                final.append(given[i])
+            else:
+                final.append(caches.rebuilt(self.templates[i], changes, values))
+        pick = {
+            "output": lambda at: outputs[at],
+            "cache": lambda at: final[at],
+            "plain": lambda value: value,
+        }
+        return tree_unflatten([pick[kind](what) for kind, what in self.leaves], self.spec)
+
+
+def _export(wrapper: _Flat, call: Call, dynamic: bool) -> torch.export.ExportedProgram:
+    shapes = {"flat": tuple(_free(call))} if dynamic and call.flat else None
+    try:
+        return torch.export.export(wrapper, tuple(call.flat), dynamic_shapes=shapes, strict=False)
+    except caches.CacheError:
+        raise
+    except Exception as error:  # whatever the model's code meets under tracing
+        if shapes is not None:
+            log.info("capture with free dimensions failed, trying fixed ones: %s", error)
+            return _export(wrapper, call, dynamic=False)
+        raise explain(error, wrapper.model) from error
+
+
+def _free(call: Call) -> list[dict[int, Any] | None]:
+    """Which dimensions may vary: batch and length, never features.
+
+    Index and mask tensors: all. Floating tensors: the batch, and the length of [B,S,H]. Caches that
+    grow: batch and length; static caches: none.
+    """
+    shapes: list[dict[int, Any] | None] = []
+    for leaf in call.leaves:
+        if isinstance(leaf, Tensor):
+            free = range(leaf.dim())
+            if leaf.is_floating_point():
+                free = range(min(leaf.dim(), 2 if leaf.dim() == 3 else 1))
+            shapes.append(_auto(leaf, free))
+        elif caches.is_cache(leaf):
+            for layer in leaf.layers:
+                grows = not hasattr(layer, "max_cache_len")
+                for value in vars(layer).values():
+                    if isinstance(value, Tensor):
+                        shapes.append(_auto(value, (0, 2) if grows and value.dim() == 4 else ()))
+    return shapes
+
+
+def _auto(x: Tensor, dims: Sequence[int]) -> dict[int, Any]:
+    return {d: Dim.AUTO for d in dims if x.shape[d] > 1}
+
+
+def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.GraphModule:
+    """The exported graph with its weights as attributes named as in the model's state dict."""
+    root = nn.Module()
+    graph = exported.graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+        if spec.target is None:
+            continue
+        tensor = exported.constants.get(spec.target)
+        if spec.target in exported.state_dict or tensor is None:
+            tensor = _attribute(wrapper, spec.target)
+        name = spec.target.removeprefix("model.")
+        _assign(root, name, tensor)
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    root.train(wrapper.training)
+    module = fx.GraphModule(root, graph)
+    for node in graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {
+                key: (path.removeprefix("model").removeprefix("."), cls)
+                for key, (path, cls) in stack.items()
+                if path
+            }
+    return module
+
+
+def _attribute(root: nn.Module, path: str) -> Tensor:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _assign(root: nn.Module, path: str, tensor: Tensor) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(last, tensor)
+    else:
+        root.register_buffer(last, tensor, persistent=False)
+
+
+def _phase(call: Call, trace: _Trace, training: bool) -> Phase:
+    if training:
+        return "training"
+    if not trace.templates:
+        return "forward"
+    ids = next((x for x in call.flat if not x.is_floating_point() and x.dim() == 2), None)
+    one_token = ids is None or ids.shape[1] == 1
+    filled = any(caches.is_filled(c) for c in call.caches)
+    return "decode" if one_token and filled else "prefill"

@@ -1,0 +1,59 @@
+"""What could not be captured, where it stands in the model's code, and the way out."""
+
+import linecache
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ridgeline.ir.errors import RidgelineError
+
+_LIBRARIES = tuple(str(Path(m.__file__).parent) for m in (torch,) if m.__file__)
+_HERE = str(Path(__file__).resolve().parent)
+
+_WAYS_OUT = (
+    (
+        ("data-dependent", "unbacked", "Could not guard", "Could not extract specialized"),
+        "the graph depends on the values of a tensor: use torch.where or torch.cond instead of"
+        " `if`, and avoid .item(), .tolist() and int(tensor)",
+    ),
+    (
+        ("Unsupported input type", "unexpected type", "pytree"),
+        "an argument is of a type that torch.export does not know: pass tensors, numbers and"
+        " containers of them, or register it with torch.utils._pytree.register_pytree_node",
+    ),
+    (
+        ("leaf Variable", "in-place", "inplace"),
+        "a tensor that others still need is changed in place: use the out-of-place form",
+    ),
+)
+_DEFAULT = "run the model with torch.no_grad() and eager to see whether the call itself works"
+
+
+class CaptureError(RidgelineError):
+    """A model, or a call of it, that torch.export cannot capture."""
+
+
+def explain(error: BaseException, model: nn.Module) -> CaptureError:
+    """`error` of torch.export as a CaptureError with the model's own line and the way out."""
+    text = str(error)
+    way_out = next((way for words, way in _WAYS_OUT if any(w in text for w in words)), _DEFAULT)
+    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    return CaptureError(
+        f"cannot capture {type(model).__name__}: {_place(error)}{first.strip()}\n  way out: {way_out}"
+    )
+
+
+def _place(error: BaseException) -> str:
+    """``file:line: `source`: `` of the innermost frame outside torch and ridgeline."""
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith((*_LIBRARIES, _HERE, "<"))
+    ]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    line = frame.lineno or 0
+    return f"{frame.filename}:{line}: `{linecache.getline(frame.filename, line).strip()}`: "

@@ -1,0 +1,30 @@
+"""Rewriting: a copy of the graph with the chosen candidates in place; the original stays whole."""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from ridgeline.passes.base import Candidate
+
+
+def apply(module: fx.GraphModule, chosen: Sequence[Candidate]) -> fx.GraphModule:
+    """A copy of `module` (weights shared) in which each chosen candidate is rewritten."""
+    rewritten, copied = copy_graph(module)
+    for candidate in chosen:
+        candidate.rewrite.apply(candidate, copied, rewritten)
+    rewritten.graph.eliminate_dead_code()
+    rewritten.graph.lint()
+    rewritten.recompile()
+    return rewritten
+
+
+def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A graph module of its own graph and the same weights, and old node -> new node."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+        copied[node].meta = dict(node.meta)
+    new = fx.GraphModule(module, graph)
+    new.meta = dict(module.meta)
+    return new, copied

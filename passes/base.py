@@ -1,0 +1,87 @@
+"""The types that passes are made of: a pass is a value, not a subclass."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import fx
+
+from ridgeline.cost_model import Target, Work
+from ridgeline.ir.match import Pattern, Reject, Site
+from ridgeline.ir.op import Op
+
+Exactness = Literal["exact", "reassociating", "approximate"]
+"""exact: the same real function, one rounding less at most; reassociating: equal in real
+arithmetic; approximate: a different function, allowed only under a tolerance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a pass may look at besides the site.
+
+    target: the machine; training: gradients must flow; tolerance: the user's error budget.
+    observed: node -> its value on the example inputs (read only by approximate passes).
+    weights: the store of quantised weights, shared by all graphs of one `optimize`.
+    """
+
+    target: Target
+    training: bool
+    tolerance: float
+    observed: Callable[[fx.Node], Any]
+    weights: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A proposal; nothing is rewritten yet.
+
+    call: what the pass needs to rewrite the site (opaque to everybody else).
+    variant: which of the pass's forms, e.g. "4-bit minimum g32"; "" where there is one.
+    before, after: work of the site as it stands and as it would be.
+    error: expected relative error of the site's output, 0 when equal in real arithmetic.
+    memory_bytes: weights held after, less weights held before.
+    preconditions: what was proven about values and structure, in sentences.
+    """
+
+    rewrite: "Pass"
+    site: Site
+    call: Any
+    before: Work
+    after: Work
+    variant: str = ""
+    error: float = 0.0
+    memory_bytes: int = 0
+    preconditions: tuple[str, ...] = ()
+
+    @property
+    def at(self) -> str:
+        """Module path and node, as ``model.layers.0.self_attn:softmax``."""
+        return location(self.site.outs[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One piece of knowledge about models.
+
+    patterns: the spellings, traced at first use. accepts: a site -> every candidate for it, or the
+    reason why there is none. prepare: once chosen, the costly part (fold or refine weights). apply: (candidate, nodes of the copy, graph module) -> rewrites the
+    copy in place. rounding: largest relative Frobenius error of a kernel against the op's
+    reference, by dtype.
+    """
+
+    name: str
+    op: Op
+    exactness: Exactness
+    patterns: Callable[[], tuple[Pattern, ...]]
+    accepts: Callable[[Site, Setting], "list[Candidate] | Reject"]
+    apply: Callable[[Candidate, Mapping[fx.Node, fx.Node], fx.GraphModule], fx.Node]
+    prepare: Callable[[Candidate, Setting], Candidate] = lambda candidate, setting: candidate
+    rounding: Mapping[str, float] = field(default_factory=dict)
+
+
+def location(node: fx.Node) -> str:
+    """Module path and node name; the path is the innermost module that the node came from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if entry[0]]
+    path = paths[-1].replace("L['self'].", "").removeprefix("L['self']") if paths else ""
+    return f"{path}:{node.name}" if path else node.name

@@ -1,0 +1,197 @@
+"""What `optimize` returns: a drop-in copy of the model whose `forward` runs rewritten graphs.
+
+The copy is of a class made on the spot, a subclass of the model's own, so `isinstance`, `config`,
+`generate`, `state_dict`, `train()` and `eval()` behave. Modules are copied shallowly and share
+every parameter with the caller's model, which is never changed. Graphs are kept per signature and
+phase, chosen by guards, at most `max_graphs` of them, the least recently used given up first.
+"""
+
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ridgeline.ir.caches import CacheError
+from ridgeline.ir.capture import Call, Captured, CaptureError, capture, flatten
+from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.program import Program
+
+log = logging.getLogger(__name__)
+
+CompileProgram = Callable[[Program], Callable[..., Any]]
+
+
+class DropInError(RidgelineError, TypeError):
+    """Something that an optimised copy cannot do."""
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """Beside the modules: the original code on the same modules, and the compiled graphs."""
+
+    original: nn.Module
+    compile_program: CompileProgram
+    strict: bool
+    max_graphs: int
+    graphs: OrderedDict[int, tuple[Any, Captured, Callable[..., Any]]] = field(
+        default_factory=OrderedDict
+    )
+    captures: int = 0
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    refused: set[Any] = field(default_factory=set)
+
+
+class OptimizedModule(nn.Module):
+    """Mixed into a subclass of the model's class; make one with `optimized_copy`."""
+
+    _ridgeline: _State
+
+    @property
+    def plan(self) -> Any:
+        """The account of what was rewritten; it grows as further kinds of call are captured."""
+        return self._ridgeline.compile_program.plan  # pyright: ignore[reportFunctionMemberAccess]
+
+    @property
+    def captures(self) -> int:
+        """How many graphs have been captured so far."""
+        return self._ridgeline.captures
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Kinds of call that run the original code -> the reason."""
+        return dict(self._ridgeline.fallbacks)
+
+    def capture(self, *args: Any, **kwargs: Any) -> None:
+        """Capture and compile the graph of such a call now, without running it for its result."""
+        call = flatten(args, kwargs)
+        if self._find(call) is None:
+            self._compile(call, args, kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._ridgeline
+        try:
+            call = flatten(args, kwargs)
+            found = None if self._key(call) in state.refused else self._find(call)
+            if found is None and self._key(call) not in state.refused:
+                found = self._compile(call, args, kwargs)
+        except (CaptureError, CacheError) as error:
+            if state.strict:
+                raise
+            self._refuse(args, kwargs, error)
+            return self._eager(*args, **kwargs)
+        if found is None:
+            return self._eager(*args, **kwargs)
+        captured, run = found
+        return captured.finish(call, run(*call.flat))
+
+    def _key(self, call: Call) -> Any:
+        training = torch.is_grad_enabled() and self.training
+        return (training, self.training, call.key)
+
+    def _find(self, call: Call) -> tuple[Captured, Callable[..., Any]] | None:
+        key = self._key(call)
+        for number, (known, captured, run) in reversed(self._ridgeline.graphs.items()):
+            if known == key and captured.guards.accept(call.flat):
+                self._ridgeline.graphs.move_to_end(number)
+                return captured, run
+        return None
+
+    def _compile(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Captured, Callable[..., Any]]:
+        state = self._ridgeline
+        captured = capture(self._original(), args, kwargs)
+        run = state.compile_program(captured.program)
+        if len(state.graphs) >= state.max_graphs:
+            _, (_, oldest, _) = state.graphs.popitem(last=False)
+            log.warning(
+                "%d graphs are kept at most; giving up the oldest (%s). Calls with many different"
+                " fixed shapes recompile each time: pad inputs, or raise max_graphs",
+                state.max_graphs,
+                oldest.program.phase,
+            )
+        state.graphs[state.captures] = (self._key(call), captured, run)
+        state.captures += 1
+        return captured, run
+
+    def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+        state = self._ridgeline
+        reason = str(error)
+        if reason not in state.fallbacks.values():
+            log.warning("running the original code for this kind of call: %s", reason)
+        name = f"call {len(state.fallbacks)} ({', '.join(kwargs) or f'{len(args)} arguments'})"
+        state.fallbacks[name] = reason
+        self.plan.note(f"a kind of call runs the original code: {reason}")
+        if not isinstance(error, CacheError):
+            state.refused.add(self._key(flatten(args, kwargs)))
+
+    def _original(self) -> nn.Module:
+        self._ridgeline.original.training = self.training
+        return self._ridgeline.original
+
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original()(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise DropInError(
+            "an optimised model holds compiled code and cannot be copied;"
+            " copy the original and call ridgeline.optimize on it"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DropInError(
+            "an optimised model holds compiled code and cannot be pickled; save the original's"
+            " state_dict and call ridgeline.optimize after loading"
+        )
+
+
+def optimized_copy(
+    model: nn.Module,
+    compile_program: CompileProgram,
+    *,
+    strict: bool = False,
+    max_graphs: int = 16,
+) -> OptimizedModule:
+    """A copy of `model` whose `forward` runs what `compile_program` makes of its graphs.
+
+    strict: raise where a call cannot be captured; else the original code runs, which
+    `fallbacks` and the plan say. Parameters are shared; `model` is not changed.
+    """
+    if isinstance(model, OptimizedModule):
+        raise DropInError("the model is optimised already; pass the original to ridgeline.optimize")
+    copied = _shallow(model, {})
+    original = object.__new__(type(model))
+    original.__dict__ = copied.__dict__.copy()  # shares modules, parameters and buffers with `copied`
+    kind = type(model)
+
+    @functools.wraps(kind.forward)
+    def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    # `generate` and Trainer read the signature and the name of the class.
+    namespace = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    copied.__class__ = type(kind.__name__, (OptimizedModule, kind), namespace)
+    copied.__dict__["_ridgeline"] = _State(original, compile_program, strict, max_graphs)
+    assert isinstance(copied, OptimizedModule)
+    return copied
+
+
+def _shallow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of the module tree with tensors shared; a module used twice stays one module."""
+    if id(module) in made:
+        return made[id(module)]
+    new = object.__new__(type(module))
+    made[id(module)] = new
+    new.__dict__ = module.__dict__.copy()
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict):
+            new.__dict__[name] = value.copy()
+    new.__dict__["_modules"] = {
+        name: child and _shallow(child, made) for name, child in module._modules.items()
+    }
+    return new

@@ -1,0 +1,289 @@
+"""Attention in any of its spellings -> `ridgeline::attention` (FlashAttention-2).
+
+Law: see `ridgeline.ir.attention`. The rewrite is equal in real arithmetic; scores are formed in
+fp32 and never written to memory. A mask proven causal becomes a diagonal, one proven to keep
+everything disappears, any other stays as it is. Source: Dao, FlashAttention-2; the value
+preconditions are proven by `ridgeline.ir.masks`.
+"""
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ridgeline.cost_model import Attention, Work, work_of
+from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.masks import Mask, analyse
+from ridgeline.ir.match import Pattern, Reject, Site, trace
+from ridgeline.ir.symbolic import shape_of
+from ridgeline.passes.base import Candidate, Pass, Setting
+
+aten = torch.ops.aten
+MAX_HEAD_DIM = 256
+
+
+def masked(query: Tensor, key_t: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return torch.softmax(query @ key_t * scale + mask, -1) @ value
+
+
+def masked_unscaled(query: Tensor, key_t: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(query @ key_t + mask, -1) @ value
+
+
+def unmasked(query: Tensor, key_t: Tensor, value: Tensor, scale: float) -> Tensor:
+    return torch.softmax(query @ key_t * scale, -1) @ value
+
+
+def unmasked_unscaled(query: Tensor, key_t: Tensor, value: Tensor) -> Tensor:
+    return torch.softmax(query @ key_t, -1) @ value
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def sdpa_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def sdpa_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+@functools.cache
+def patterns() -> tuple[Pattern, ...]:
+    """The spellings left after normalisation, the most specific first."""
+    q, k, v = torch.empty(2, 4, 6, 8), torch.empty(2, 4, 5, 8), torch.empty(2, 4, 5, 8)
+    mask, scale = torch.empty(2, 1, 6, 5), 0.37
+    raw = {"query": q, "key_t": k.transpose(2, 3), "value": v}
+    whole = {"query": q, "key": k, "value": v}
+    softmax, fused = aten.softmax.int, aten.scaled_dot_product_attention.default
+    return (
+        trace(masked, softmax, **raw, mask=mask, scale=scale),
+        trace(unmasked, softmax, **raw, scale=scale),
+        trace(masked_unscaled, softmax, **raw, mask=mask),
+        trace(unmasked_unscaled, softmax, **raw),
+        trace(sdpa_masked, fused, **whole, mask=mask, scale=scale),
+        trace(sdpa_causal, fused, **whole, scale=scale),
+        trace(sdpa, fused, **whole, scale=scale),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """The arguments of `ridgeline::attention`, as nodes of the program.
+
+    key is [B,Hk,Sk,D], or its transpose [B,Hk,D,Sk] when `transposed`.
+    diagonal: None, an integer, or "Sk - Sq" taken from the shapes at run time.
+    """
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    transposed: bool
+    mask: fx.Node | None
+    scale: float
+    diagonal: int | str | None
+
+
+def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
+    """Check dtypes, ranks and head counts; settle the mask; state the work on both sides."""
+    query = site.bind["query"]
+    key, transposed = _untransposed(site)
+    key, value = _without_repeat(key, transposed), _without_repeat(site.bind["value"], False)
+    if refusal := _shapes_refused(site, query, key, value, transposed):
+        return refusal
+    mask = analyse(site.bind.get("mask"))
+    if site.pattern == "sdpa_causal":
+        mask = Mask(sympy.Integer(0), None)
+    q_len, k_len = shape_of(query)[2], shape_of(site.bind["value"])[2]
+    diagonal = _diagonal(mask, q_len, k_len)
+    rest = mask.rest
+    if mask.diagonal is not None and diagonal is None:  # a triangle that no argument can express
+        rest = site.bind["mask"]
+    call = Call(query, key, value, transposed, rest, site.literals.get("scale", 1.0), diagonal)
+    return [
+        Candidate(
+            rewrite=FLASH_ATTENTION,
+            site=site,
+            call=call,
+            before=sum((work_of(n) for n in site.nodes), Work()),
+            after=_work(call, site),
+            preconditions=_proven(site, mask, diagonal, rest),
+        )
+    ]
+
+
+def _untransposed(site: Site) -> tuple[fx.Node, bool]:
+    """The key as [B,Hk,Sk,D] where the graph has it, else its transpose and True."""
+    if "key" in site.bind:
+        return site.bind["key"], False
+    key_t = site.bind["key_t"]
+    if key_t.target is aten.transpose.int and key_t.args[1:] == (2, 3):
+        return key_t.args[0], False
+    return key_t, True
+
+
+def _without_repeat(node: fx.Node, transposed: bool) -> fx.Node:
+    """x behind ``reshape(expand(unsqueeze(x, 2)))``, transformers' `repeat_kv`, or the node."""
+    if transposed or node.target not in (aten.reshape.default, aten.view.default):
+        return node
+    wide = node.args[0]
+    if wide.target is not aten.expand.default:
+        return node
+    thin = wide.args[0]
+    if thin.target is not aten.unsqueeze.default or thin.args[1] != 2:
+        return node
+    x = thin.args[0]
+    batch, heads, length, dim = shape_of(x)
+    repeats = shape_of(wide)[2]
+    regular = shape_of(node) == [batch, heads * repeats, length, dim]
+    return x if regular and shape_of(wide) == [batch, heads, repeats, length, dim] else node
+
+
+def _shapes_refused(
+    site: Site, query: fx.Node, key: fx.Node, value: fx.Node, transposed: bool
+) -> Reject | None:
+    operands = {"query": query, "key": key, "value": value}
+    ranks = {name: n.meta["val"].dim() for name, n in operands.items()}
+    if set(ranks.values()) != {4}:
+        return Reject(
+            f"operands have ranks {ranks}; the kernel reads [batch, heads, length, head_dim]",
+            site.outs[0],
+            "reshape query, key and value to four dimensions",
+        )
+    dtypes = {str(n.meta["val"].dtype).removeprefix("torch.") for n in operands.values()}
+    if len(dtypes) > 1 or dtypes == {"float64"}:
+        return Reject(
+            f"operands have dtypes {sorted(dtypes)}; one of float32, bfloat16, float16 is needed",
+            site.outs[0],
+            "cast query, key and value to one dtype",
+        )
+    heads, kv_heads, v_heads = (shape_of(n)[1] for n in operands.values())
+    if kv_heads != v_heads or not (kv_heads.is_Integer and (heads % kv_heads) == 0):
+        return Reject(
+            f"{heads} query heads read {kv_heads} key and {v_heads} value heads",
+            site.outs[0],
+            "make the number of query heads a multiple of the key/value heads",
+        )
+    dims = (shape_of(query)[3], shape_of(key)[2 if transposed else 3], shape_of(value)[3])
+    if dims[0] != dims[1] or not all(d.is_Integer and d <= MAX_HEAD_DIM for d in dims):
+        return Reject(
+            f"head dimensions are {dims}; at most {MAX_HEAD_DIM} fits the kernel's registers",
+            site.outs[0],
+            f"use head dimensions of at most {MAX_HEAD_DIM}",
+        )
+    batches = {shape_of(n)[0] for n in operands.values()}
+    if len(batches) > 1:
+        return Reject(
+            f"batch sizes {batches} are broadcast against each other",
+            site.outs[0],
+            "expand query, key and value to one batch size",
+        )
+    return None
+
+
+def _diagonal(mask: Mask, q_len: sympy.Expr, k_len: sympy.Expr) -> int | str | None:
+    if mask.diagonal is None:
+        return None
+    if mask.diagonal.is_Integer:
+        return int(mask.diagonal)
+    return "Sk - Sq" if sympy.expand(mask.diagonal - (k_len - q_len)) == 0 else None
+
+
+def _proven(
+    site: Site, mask: Mask, diagonal: int | str | None, rest: fx.Node | None
+) -> tuple[str, ...]:
+    said = [f"softmax over the last dimension, scale {site.literals.get('scale', 1.0):g}"]
+    if diagonal is not None:
+        said.append(f"the mask keeps j <= i + ({diagonal}) for every size")
+    if "mask" in site.bind:
+        said.append(f"{rest.name} stays as mask" if rest else "nothing else is masked")
+    return tuple(said)
+
+
+def _work(call: Call, site: Site) -> Work:
+    def hint(size: sympy.Expr, like: int | torch.SymInt) -> int:
+        return int(size) if size.is_Integer else int(like.node.hint)
+
+    q, v = call.query.meta["val"], site.bind["value"].meta["val"]
+    batch, heads, q_len, dim = (
+        hint(e, s) for e, s in zip(shape_of(call.query), q.shape, strict=True)
+    )
+    return Work(
+        (
+            Attention(
+                batch=batch,
+                heads=heads,
+                kv_heads=int(shape_of(call.value)[1]),
+                q=q_len,
+                kv=hint(shape_of(site.bind["value"])[2], v.shape[2]),
+                head_dim=dim,
+                value_dim=int(shape_of(call.value)[3]),
+                causal=call.diagonal is not None,
+                dtype=q.dtype,
+                masked=call.mask is not None,
+            ),
+        )
+    )
+
+
+def apply(
+    candidate: Candidate, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule
+) -> fx.Node:
+    """Put one `ridgeline::attention` where the site's output is computed."""
+    call: Call = candidate.call
+    out = copied[candidate.site.outs[0]]
+    graph = module.graph
+    with graph.inserting_before(out):
+        key = copied[call.key]
+        if call.transposed:
+            key = graph.call_function(aten.transpose.int, (key, 2, 3))
+            key.meta["val"] = copied[call.key].meta["val"].transpose(2, 3)
+        diagonal = call.diagonal
+        if diagonal == "Sk - Sq":
+            diagonal = _length_difference(graph, copied[call.query], key)
+        mask = copied[call.mask] if call.mask is not None else None
+        new = graph.call_function(
+            ATTENTION.overload,
+            (copied[call.query], key, copied[call.value], mask),
+            {"scale": call.scale, "diagonal": diagonal},
+        )
+    new.meta = dict(out.meta)
+    dtype = call.query.meta["val"].dtype
+    new.meta["val"] = out.meta["val"].to(dtype)
+    result = new
+    if out.meta["val"].dtype != dtype:  # the site ended in a cast that was seen through
+        with graph.inserting_before(out):
+            result = graph.call_function(aten.to.dtype, (new, out.meta["val"].dtype))
+        result.meta = dict(out.meta)
+    out.replace_all_uses_with(result)
+    return new
+
+
+def _length_difference(graph: fx.Graph, query: fx.Node, key: fx.Node) -> fx.Node:
+    """Sk - Sq as a node."""
+    sizes = []
+    for node in (key, query):
+        size = graph.call_function(aten.sym_size.int, (node, 2))
+        size.meta["val"] = node.meta["val"].shape[2]
+        sizes.append(size)
+    difference = graph.call_function(operator.sub, tuple(sizes))
+    difference.meta["val"] = sizes[0].meta["val"] - sizes[1].meta["val"]
+    return difference
+
+
+FLASH_ATTENTION = Pass(
+    name="flash_attention",
+    op=ATTENTION,
+    exactness="reassociating",
+    patterns=patterns,
+    accepts=accepts,
+    apply=apply,
+    rounding={"float32": 2e-6, "bfloat16": 4e-3, "float16": 6e-4},
+)

@@ -1,0 +1,91 @@
+"""What flows through a program on its example inputs: evidence for approximate rewrites."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ridgeline.passes.certify import relative_error
+
+aten = torch.ops.aten
+ROWS = 256
+"""Rows of each observed activation that are kept."""
+
+
+def clone_inputs(inputs: Sequence[Any]) -> list[Any]:
+    """Copies, so that a program which updates its caches in place can be run again."""
+    return [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+
+
+@torch.no_grad()
+def outputs_of(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The flat outputs on copies of `inputs`, followed by the inputs it may have updated."""
+    copies = clone_inputs(inputs)
+    result = module(*copies)
+    return [*(result if isinstance(result, tuple | list) else [result]), *copies]
+
+
+class Observation:
+    """The inputs of every linear layer of a program, and how errors there reach the outputs."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self._module, self._inputs = module, inputs
+        self._rows: dict[fx.Node, Tensor] | None = None
+
+    def __call__(self, node: fx.Node) -> Tensor:
+        """Up to `ROWS` rows of the value of `node`, which must be read by a linear layer."""
+        if self._rows is None:
+            run = _Recorder(self._module, self._module.graph)
+            run.run(*clone_inputs(self._inputs))
+            self._rows = run.rows
+        return self._rows[node]
+
+    def sensitivity(self) -> float:
+        """Output error per unit of local error, measured by rounding every linear input to bf16.
+
+        Local errors add as root of the sum of squares; the answer is the model's output error
+        divided by that, at least 1e-3 so that nothing counts as free.
+        """
+        exact = _Recorder(self._module, self._module.graph)
+        probe = _Recorder(self._module, self._module.graph, round_inputs=True)
+        expected = exact.run(*clone_inputs(self._inputs))
+        got = probe.run(*clone_inputs(self._inputs))
+        local = sum(e * e for e in probe.errors) ** 0.5
+        return max(relative_error(got, expected) / local, 1e-3) if local else 1.0
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a program, keeping (or rounding) the inputs of its linear layers."""
+
+    def __init__(
+        self, module: fx.GraphModule, graph: fx.Graph, *, round_inputs: bool = False
+    ) -> None:
+        super().__init__(module, graph=graph)
+        self.rows: dict[fx.Node, Tensor] = {}
+        self.errors: list[float] = []
+        self._round = round_inputs
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().run(*args, **kwargs)
+        return list(result) if isinstance(result, tuple | list) else [result]
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is not aten.linear.default:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        source = n.args[0]
+        assert isinstance(source, fx.Node)
+        x = args[0]
+        if source not in self.rows:
+            self.rows[source] = x.detach().flatten(0, -2)[:ROWS].clone()
+        if not self._round:
+            return self.call_function(n.target, args, kwargs)
+        rounded = self.call_function(n.target, (x.bfloat16().to(x.dtype), *args[1:]), kwargs)
+        exact = self.call_function(n.target, args, kwargs)
+        self.errors.append(relative_error([rounded], [exact]))
+        return rounded
+
+
+Observer = Callable[[fx.Node], Tensor]

@@ -1,0 +1,102 @@
+"""The account: every site, applied or refused, with the reason, the worth and the evidence."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ridgeline.codegen.kernel import KernelReport
+from ridgeline.cost_model import Cost
+from ridgeline.passes.base import Exactness
+from ridgeline.passes.plan_text import render
+
+RefusedBy = Literal["pattern", "precondition", "cost", "budget", "certificate", "overlap"]
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Evidence for one rewrite.
+
+    kind: "equivalence" (site against replacement in float64 on adversarial inputs) or "drift"
+        (measured on data).
+    relative_error: the largest relative Frobenius error seen; limit: what was allowed.
+    cases: the inputs tried; preconditions: what was proven about values and structure.
+    """
+
+    kind: Literal["equivalence", "drift"]
+    relative_error: float
+    limit: float
+    cases: tuple[str, ...]
+    preconditions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One line of the account; the fields are those of `Plan.to_dict` and of ``dump --format json``.
+
+    at: module path and node. refused_by: None when applied. needed: the smallest change that would
+    let a refused rewrite fire. before, after: predicted cost of the site on the target.
+    """
+
+    rewrite: str
+    at: str
+    exactness: Exactness
+    refused_by: RefusedBy | None
+    reason: str
+    phase: str = "forward"
+    variant: str = ""
+    needed: str = ""
+    before: Cost | None = None
+    after: Cost | None = None
+    certificate: Certificate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; costs as seconds with their interval and bound."""
+        plain = asdict(self)
+        for side in ("before", "after"):
+            plain[side] = cost_to_dict(getattr(self, side))
+        return plain
+
+
+def cost_to_dict(cost: Cost | None) -> dict[str, Any] | None:
+    """The figures of a cost that a plan reports."""
+    return None if cost is None else asdict(cost)
+
+
+@dataclass(slots=True)
+class Plan:
+    """The whole account of one `optimize` call; graphs captured later add to it.
+
+    predicted: seconds of each captured graph before and after, by phase, with intervals.
+    measured: relative error of the outputs of each graph against the unrewritten model.
+    notes: what else the user should know, such as which device the result runs on.
+    """
+
+    target: str
+    tolerance: float
+    applied: list[Decision] = field(default_factory=list)
+    refused: list[Decision] = field(default_factory=list)
+    predicted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    kernels: list[KernelReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        """Add a note once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for json."""
+        return {
+            "target": self.target,
+            "tolerance": self.tolerance,
+            "applied": [d.to_dict() for d in self.applied],
+            "refused": [d.to_dict() for d in self.refused],
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "kernels": [asdict(k) for k in self.kernels],
+            "notes": list(self.notes),
+        }
+
+    def print(self, *, detail: bool = False) -> None:
+        """Print the plan; `detail` gives each site its own line and adds the evidence."""
+        render(self, detail=detail)

@@ -1,0 +1,51 @@
+"""Every site of every pass: its candidates, or the reason why it has none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ridgeline.ir.match import Reject, Site, find
+from ridgeline.passes.base import Candidate, Pass, Setting
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refusal:
+    """A site, or an anchor that is no site, of a pass with the reason."""
+
+    rewrite: Pass
+    reject: Reject
+    by: str  # "pattern" or "precondition"
+
+
+def propose(
+    passes: Sequence[Pass], module: fx.GraphModule, setting: Setting
+) -> tuple[list[Candidate], list[Refusal]]:
+    """Look for every pass in a normalised graph; nothing is rewritten."""
+    candidates: list[Candidate] = []
+    refusals: list[Refusal] = []
+    for rewrite in passes:
+        sites, misses = _sites(rewrite, module.graph)
+        refusals += [Refusal(rewrite, miss, "pattern") for miss in misses]
+        for site in sites:
+            answer = rewrite.accepts(site, setting)
+            if isinstance(answer, Reject):
+                refusals.append(Refusal(rewrite, answer, "precondition"))
+            else:
+                candidates += answer
+    return candidates, refusals
+
+
+def _sites(rewrite: Pass, graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
+    """One site per output, from the first pattern that fits; the deepest miss per other anchor."""
+    sites: dict[fx.Node, Site] = {}
+    misses: dict[fx.Node, Reject] = {}
+    for pattern in rewrite.patterns():
+        found, missed = find(pattern, graph)
+        for site in found:
+            sites.setdefault(site.outs[0], site)
+        for anchor, miss in missed:
+            if anchor not in misses or miss.depth > misses[anchor].depth:
+                misses[anchor] = miss
+    covered = {node for site in sites.values() for node in site.nodes}
+    return list(sites.values()), [m for anchor, m in misses.items() if anchor not in covered]

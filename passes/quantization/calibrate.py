@@ -1,0 +1,243 @@
+"""What a linear layer's inputs look like: H = 2/n sum over the n calibration rows of x xᵀ.
+
+H [K,K] is fp32, kept as a running mean, with TF32 and bf16 products off. Layers that read the very
+same tensor (q, k and v; gate and up) share one H. At most `byte_limit` bytes of H live at once: the
+layers are taken in chunks, in the order in which the model runs them, one pass over the batches per
+chunk, and a pass stops as soon as its chunk's last layer has been reached.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ridgeline.passes.quantization.codec import QuantizationError
+
+Batch = Tensor | Sequence[Any] | Mapping[str, Any]
+Progress = Callable[[int, int], None]
+
+
+class _ChunkReached(Exception):  # noqa: N818 - control flow, not an error
+    """Every layer of the chunk has had this batch; the rest of the model need not run."""
+
+
+def collect_hessians(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    *,
+    byte_limit: int = 4 * 2**30,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """H of every layer in `names`, all held together; layers with one input share one tensor.
+
+    Raises QuantizationError where they need more than `byte_limit` bytes: use `stream_hessians`.
+    """
+    shared = _shared_inputs(model, names, batches)
+    needed = sum(_hessian_bytes(model, leader) for leader in shared)
+    if needed > byte_limit:
+        raise QuantizationError(
+            f"the Hessians of {len(names)} layers take {needed} bytes, above the limit of"
+            f" {byte_limit}; raise byte_limit, or take them chunk by chunk from stream_hessians"
+        )
+    return _accumulate(model, shared, batches, _counter(progress, len(batches)))
+
+
+def stream_hessians(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    *,
+    byte_limit: int = 4 * 2**30,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """H of the layers in `names`, chunk after chunk in the order in which the model runs them.
+
+    A consumer that writes a chunk's quantised weights into the model before it asks for the next
+    chunk calibrates sequentially: later layers then see what the quantised prefix computes. Asking
+    for the next chunk empties the dict of the last one, which is what keeps to `byte_limit`.
+
+    model: run as `model(batch)`, `model(*batch)` or `model(**batch)`, in eval mode, without grad.
+    names: qualified names of nn.Linear or transformers' Conv1D modules.
+    batches: run through once per chunk; every row of a layer's input counts, so leave padding out.
+    byte_limit: bytes of Hessians alive at once; each must fit by itself.
+    progress: called with (batches run, batches to run in all) after each batch.
+    """
+    shared = _shared_inputs(model, names, batches)
+    chunks = _chunks(model, shared, byte_limit)
+    tick = _counter(progress, len(chunks) * len(batches))
+    for chunk in chunks:
+        hessians = _accumulate(model, chunk, batches, tick)
+        yield hessians
+        # The consumer's loop variable would keep these alive while the next ones grow.
+        hessians.clear()
+
+
+def in_features(module: nn.Module) -> int:
+    """K of a linear layer; transformers' Conv1D holds its weight as [K,N]."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    kind = type(module)
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return module.get_parameter("weight").shape[0]
+    raise QuantizationError(
+        f"expected nn.Linear or transformers' Conv1D, found {kind.__module__}.{kind.__qualname__}"
+    )
+
+
+def _hessian_bytes(model: nn.Module, name: str) -> int:
+    return 4 * in_features(model.get_submodule(name)) ** 2
+
+
+def _chunks(
+    model: nn.Module, shared: dict[str, list[str]], byte_limit: int
+) -> list[dict[str, list[str]]]:
+    """`shared` cut, in order, into runs whose Hessians fit together."""
+    chunks: list[dict[str, list[str]]] = []
+    room = 0
+    for leader, followers in shared.items():
+        needed = _hessian_bytes(model, leader)
+        if needed > byte_limit:
+            raise QuantizationError(
+                f"the Hessian of {leader} takes {needed} bytes, above the limit of {byte_limit};"
+                " raise byte_limit"
+            )
+        if needed > room:
+            chunks.append({})
+            room = byte_limit
+        chunks[-1][leader] = followers
+        room -= needed
+    return chunks
+
+
+def _shared_inputs(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, list[str]]:
+    """{first reader of an input: all its readers, itself included}, in order of execution.
+
+    Layers that the first batch does not reach (experts) follow at the end, each for itself.
+    """
+    if not names or not batches:
+        raise QuantizationError(
+            f"calibration needs layers and batches; found {len(names)} layers,"
+            f" {len(batches)} batches"
+        )
+    shared: dict[str, list[str]] = {}
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        if any(name in readers for readers in shared.values()):
+            return
+        # `inputs` keeps the tensors alive, so that identity cannot be a reused address.
+        leader = next((first for first, seen in inputs.items() if seen is x), name)
+        shared.setdefault(leader, []).append(name)
+        inputs.setdefault(leader, x)
+
+    with _hooks(model, names, note):
+        _run(model, batches[0])
+    reached = {name for readers in shared.values() for name in readers}
+    return shared | {name: [name] for name in names if name not in reached}
+
+
+def _accumulate(
+    model: nn.Module,
+    shared: dict[str, list[str]],
+    batches: Sequence[Batch],
+    tick: Callable[[], None],
+) -> dict[str, Tensor]:
+    """One pass over the batches: H of each leader, under the names of all its readers."""
+    hessians: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    pending: set[str] = set()
+
+    def add(name: str, x: Tensor) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        before = rows.get(name, 0)
+        rows[name] = total = before + flat.shape[0]
+        if total == 0:
+            return
+        if name not in hessians:
+            hessians[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
+        hessians[name].addmm_(flat.T, flat, beta=before / total, alpha=2 / total)
+        pending.discard(name)
+        if not pending:
+            raise _ChunkReached
+
+    with _hooks(model, list(shared), add), _full_precision():
+        for batch in batches:
+            pending.update(shared)
+            _run(model, batch)
+            tick()
+    for leader in shared:
+        if leader not in hessians:
+            raise QuantizationError(
+                f"no calibration batch reached {leader}; add batches that do, or leave it out"
+            )
+        if not bool(hessians[leader].isfinite().all()):
+            raise QuantizationError(
+                f"the inputs of {leader} hold NaN or infinity on the calibration batches"
+            )
+    return {name: hessians[leader] for leader, readers in shared.items() for name in readers}
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, names: Sequence[str], call: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """`call(name, input)` before each of the named layers runs."""
+
+    def hook_of(name: str):
+        return lambda module, inputs: call(name, inputs[0])
+
+    modules = {}
+    for name in names:
+        modules[name] = model.get_submodule(name)
+        in_features(modules[name])
+    handles = [m.register_forward_pre_hook(hook_of(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 products in fp32: no TF32 on a GPU, no bf16 on a CPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batch: Batch) -> None:
+    training = model.training
+    model.eval()
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, Tensor):
+            model(batch)
+        else:
+            model(*batch)
+    except _ChunkReached:
+        pass
+    finally:
+        model.train(training)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return tick

@@ -1,0 +1,109 @@
+"""The joint decision against brute force, its constraints, its ties, its errors."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ridgeline.cost_model import InfeasibleChoice, InvalidOption, Option, solve
+
+KEYS = "abcdefg"
+
+
+@st.composite
+def instances(draw):
+    count = draw(st.integers(1, len(KEYS)))
+    names = KEYS[:count]
+    options = [
+        Option(
+            key=name,
+            gain=draw(st.integers(-5, 20)) / 4,
+            memory_bytes=draw(st.integers(-3, 5)),
+            error=draw(st.sampled_from([0.0, 0.1, 0.2, 0.3])),
+            conflicts=frozenset(draw(st.sets(st.sampled_from(names), max_size=3))),
+        )
+        for name in names
+    ]
+    budget = draw(st.sampled_from([0.0, 0.15, 0.25, 0.4]))
+    return options, budget, draw(st.none() | st.integers(0, 12)), draw(st.integers(0, 8))
+
+
+def feasible(chosen, budget, capacity, base):
+    keys = {o.key for o in chosen}
+    return (
+        not any((o.conflicts - {o.key}) & keys for o in chosen)
+        and sum(o.error**2 for o in chosen) <= budget**2 + 1e-9
+        and (capacity is None or base + sum(o.memory_bytes for o in chosen) <= capacity)
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(instances())
+def test_equals_brute_force(instance):
+    options, budget, capacity, base = instance
+    sets = (
+        chosen
+        for size in range(len(options) + 1)
+        for chosen in itertools.combinations(options, size)
+        if feasible(chosen, budget, capacity, base)
+    )
+    best = max((sum(o.gain for o in chosen) for chosen in sets), default=None)
+    arguments = {"error_budget": budget, "capacity_bytes": capacity, "base_memory_bytes": base}
+    if best is None:
+        with pytest.raises(InfeasibleChoice):
+            solve(options, **arguments)
+        return
+    choice = solve(options, **arguments)
+    taken = [o for o in options if o.key in choice.chosen]
+    assert feasible(taken, budget, capacity, base)
+    assert choice.gain == pytest.approx(best)
+
+
+def test_gains_of_microseconds_are_told_apart():
+    rivals = [Option("slow", 1e-7), Option("fast", 1.1e-7, conflicts=frozenset({"slow"}))]
+    assert solve(rivals).chosen == ("fast",)
+
+
+def test_ties_go_to_the_first():
+    everyone = frozenset("abc")
+    options = [Option(k, 1.0, conflicts=everyone - {k}) for k in "abc"]
+    assert solve(options).chosen == ("a",)
+    assert solve(options[::-1]).chosen == ("c",)
+
+
+def test_errors_add_as_root_sum_of_squares():
+    options = [Option(k, 1.0, error=0.03) for k in "abcd"]
+    assert len(solve(options, error_budget=0.06).chosen) == 4  # sqrt(4) · 0.03
+    assert len(solve(options, error_budget=0.059).chosen) == 3
+    assert solve(options).chosen == ()
+    assert solve(options, error_budget=0.06).error == pytest.approx(0.06)
+
+
+def test_memory_is_freed_where_needed():
+    shrink = Option("shrink", -1.0, memory_bytes=-50)
+    choice = solve([shrink, Option("fast", 5.0, 10)], capacity_bytes=100, base_memory_bytes=120)
+    assert choice.chosen == ("shrink", "fast")
+    assert choice.memory_bytes == 80
+    with pytest.raises(InfeasibleChoice, match=r"120 bytes and the device 60.*at most 50"):
+        solve([shrink], capacity_bytes=60, base_memory_bytes=120)
+
+
+def test_nothing_to_choose():
+    assert solve([]).chosen == ()
+    with pytest.raises(InfeasibleChoice):
+        solve([], capacity_bytes=1, base_memory_bytes=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([Option("a", 1.0), Option("a", 1.0)], "one key"),
+        ([Option("a", float("nan"))], "finite gain"),
+        ([Option("a", 1.0, error=-1.0)], "error >= 0"),
+        ([Option("a", 1.0, conflicts=frozenset("z"))], "unknown"),
+    ],
+)
+def test_invalid_options(options, message):
+    with pytest.raises(InvalidOption, match=message):
+        solve(options)

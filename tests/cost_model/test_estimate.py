@@ -1,0 +1,208 @@
+"""Scaling laws, order of alternatives, bounds, and no NaN."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ridgeline.cost_model import (
+    Attention,
+    Collective,
+    Gemm,
+    InvalidTarget,
+    Stream,
+    Work,
+    estimate,
+    load_target,
+    target_names,
+)
+from ridgeline.cost_model.target import FOLDER
+
+GPUS = [n for n in target_names() if n != "native"]
+BF16 = torch.bfloat16
+CPU = """
+name = "desk"
+kind = "cpu"
+arch = "x86_64"
+features = ["avx2"]
+cores = 8
+threads = 8
+memory_gb = 32
+bandwidth_gb_per_s = 40
+cache_kib = [256, 4096, 32768]
+cache_bandwidth_gb_per_s = [1000, 400, 200]
+launch_us = 2
+fork_us = 3
+gemm_efficiency = 0.9
+bandwidth_efficiency = 1.0
+attention_efficiency = 0.5
+spread = 0.05
+[peaks_tflops]
+float32 = 0.8
+bfloat16 = 1.6
+[source]
+"""
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory):
+    keys = [line.split(" =")[0] for line in CPU.split("[peaks")[0].splitlines() if " = " in line]
+    numbers = [k for k in keys if k not in ("name", "kind", "arch", "features")]
+    text = CPU + "".join(f'{k} = "test"\n' for k in numbers)
+    path = tmp_path_factory.mktemp("targets") / "desk.toml"
+    path.write_text(text + '[source.peaks_tflops]\nfloat32 = "test"\nbfloat16 = "test"\n')
+    return load_target(path)
+
+
+def seconds(kernel, target, **options):
+    return estimate(Work((kernel,)), target, **options).seconds
+
+
+def w4(m, n, k):
+    return Gemm(m, n, k, dtype=BF16, weight_bits=4, group_size=128)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_four_bit_weights_win_for_one_row(name):
+    target = load_target(name)
+    for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
+        assert seconds(w4(1, n, k), target) < seconds(Gemm(1, n, k, dtype=BF16), target)
+
+
+def test_four_bit_weights_lose_for_many_rows_and_cross_once():
+    target = load_target("a100")
+    wins = [
+        seconds(w4(m, 4096, 4096), target) < seconds(Gemm(m, 4096, 4096, dtype=BF16), target)
+        for m in (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    ]
+    assert wins == sorted(wins, reverse=True)
+    assert wins[0]
+    assert not any(wins[-3:])
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("length", [256, 512, 1024, 4096])
+def test_one_pass_attention_beats_three(name, length):
+    target, heads, dim = load_target(name), 32, 128
+    scores = heads * length * length * 2
+    unfused = Work(
+        (
+            Gemm(length, length, dim, heads, BF16),
+            Stream(scores, scores, heads * length * length, BF16),
+            Stream(scores, scores, 5 * heads * length * length, BF16, "reduction"),
+            Gemm(length, dim, length, heads, BF16),
+        )
+    )
+    fused = Attention(1, heads, heads, length, length, dim, dim, dtype=BF16)
+    assert seconds(fused, target) < estimate(unfused, target).seconds
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_large_work_scales_linearly(name):
+    target = load_target(name)
+    gemm = [seconds(Gemm(8192, 8192, k, dtype=BF16), target) for k in (8192, 16384)]
+    assert gemm[1] / gemm[0] == pytest.approx(2, rel=0.05)
+    size = 8 * target.l2_bytes
+    stream = [seconds(Stream(b, b), target) for b in (size, 2 * size)]
+    assert stream[1] / stream[0] == pytest.approx(2, rel=0.05)
+    heads = [
+        seconds(Attention(b, 32, 32, 4096, 4096, 128, 128, True, BF16), target) for b in (4, 8)
+    ]
+    assert heads[1] / heads[0] == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_large_gemm_reaches_its_product_s_efficiency(name):
+    target = load_target(name)
+    gemm = Gemm(16384, 16384, 16384, dtype=BF16)
+    reached = gemm.flops / seconds(gemm, target) / target.peak(BF16)
+    assert reached == pytest.approx(target.gemm_efficiency, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*GPUS, "cpu"])
+def test_monotone_in_each_dimension(name, cpu):
+    target = cpu if name == "cpu" else load_target(name)
+    sizes = (8, 16, 128, 1024, 8192)  # whole 16-byte rows: others take a slower path
+    base = {"m": 256, "n": 1024, "k": 1024}
+    for dim in base:
+        grown = [seconds(Gemm(**{**base, dim: s}, dtype=BF16), target) for s in sizes]
+        assert all(b >= 0.95 * a for a, b in itertools.pairwise(grown))  # tile steps
+    streams = [seconds(Stream(4**e, 4**e), target) for e in range(18)]
+    assert streams == sorted(streams)
+    decode = [seconds(Attention(4, 32, 8, 1, s, 128, 128, True, BF16), target) for s in sizes]
+    assert decode == pytest.approx(sorted(decode))
+
+
+@pytest.mark.parametrize("name", [*GPUS, "cpu"])
+def test_no_nan_for_empty_work(name, cpu):
+    target = cpu if name == "cpu" else load_target(name)
+    assert estimate(Work(), target).seconds == 0
+    kernels = [Gemm(m, n, k, dtype=BF16) for m, n, k in itertools.product((0, 3), repeat=3)]
+    kernels += [Attention(1, 2, 2, q, kv, 8, 8) for q, kv in itertools.product((0, 3), repeat=2)]
+    kernels += [Stream(0, 0), Attention(0, 0, 0, 4, 4, 8, 8)]
+    for kernel in kernels:
+        cost = estimate(Work((kernel,)), target)
+        for figure in (cost.seconds, cost.low, cost.high, cost.eflops, cost.energy_joules):
+            assert math.isfinite(figure)
+        assert cost.low <= cost.seconds <= cost.high
+
+
+def test_what_bounds(cpu):
+    a100 = load_target("a100")
+    assert estimate(Work((Gemm(8192, 8192, 8192, dtype=BF16),)), a100).bound == "compute"
+    assert estimate(Work((Gemm(1, 16384, 16384, dtype=BF16),)), a100).bound == "memory"
+    assert estimate(Work((Stream(64, 64),)), a100).bound == "launch"
+    reduce = Work((Collective("all_reduce", 2**28, 8),))
+    assert estimate(reduce, a100).bound == "communication"
+    with pytest.raises(InvalidTarget, match="link_gb_per_s"):
+        estimate(reduce, cpu)
+
+
+def test_all_reduce_bandwidth():
+    a100, payload = load_target("a100"), 2**30
+    took = estimate(Work((Collective("all_reduce", payload, 8),)), a100).seconds
+    assert payload * 2 * 7 / 8 / took == pytest.approx(0.72 * 300e9, rel=0.02)
+
+
+def test_sums_add():
+    a100 = load_target("a100")
+    parts = Work((Gemm(64, 64, 64),)), Work((Stream(1e6, 1e6, 7),))
+    total, one, two = (estimate(w, a100) for w in (parts[0] + parts[1], *parts))
+    for field in ("seconds", "low", "high", "bytes", "flops", "eflops", "energy_joules"):
+        assert getattr(total, field) == pytest.approx(getattr(one, field) + getattr(two, field))
+
+
+def test_eager_launch_is_bound_by_the_host():
+    a100 = load_target("a100")
+    small = Work((Stream(64, 64),) * 100)
+    graph, eager = (estimate(small, a100, launch=mode) for mode in ("graph", "eager"))
+    assert eager.seconds == pytest.approx(100 * a100.eager_launch_s + a100.launch_s)
+    assert graph.seconds < eager.seconds
+    with pytest.raises(ValueError, match="'graph' or 'eager'"):
+        estimate(small, a100, launch="lazy")
+
+
+def test_eflops_charge_memory_at_the_unit_s_intensity():
+    a100 = load_target("a100")
+    gemm = Gemm(16, 256, 256, dtype=BF16)
+    cost = estimate(Work((gemm,)), a100)
+    assert cost.eflops == pytest.approx(gemm.flops + 312e12 / 2.039e12 * cost.bytes)
+
+
+def test_integer_weights_save_energy_and_time_on_a_cpu(cpu):
+    plain, packed = Gemm(1, 4096, 4096, dtype=BF16), w4(1, 4096, 4096)
+    dense, four = (estimate(Work((k,)), cpu) for k in (plain, packed))
+    assert four.seconds < dense.seconds
+    assert four.energy_joules < dense.energy_joules
+
+
+def test_cpu_reads_at_the_speed_of_the_cache_that_holds_the_data(cpu):
+    for bytes_moved, speed in ((2**17, 1000e9), (2**21, 400e9), (2**28, 40e9)):
+        fork = cpu.fork_s if bytes_moved > 2**17 else 0.0
+        expected = cpu.launch_s + fork + bytes_moved / speed
+        assert seconds(Stream(bytes_moved / 2, bytes_moved / 2), cpu) == pytest.approx(expected)
+
+
+def test_shipped_folder_is_what_names_list():
+    assert sorted(p.stem for p in FOLDER.glob("*.toml")) == sorted(GPUS)

@@ -1,0 +1,72 @@
+"""The probe yields a usable description, keeps it, and doesn't keep what it can't trust."""
+
+import logging
+
+import pytest
+
+from ridgeline.cost_model import load_target, probe
+from ridgeline.cost_model.target import parse_target
+
+LIGHT = probe.ProbeSizes(gemm=64, dram_bytes=2**16, repeats=2, seconds=1e-4)
+
+
+@pytest.fixture(scope="module")
+def described():
+    return probe.probe(LIGHT)
+
+
+@pytest.fixture
+def clean(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path / "cache"))
+    probe.probe_host.cache_clear()
+    yield tmp_path / "cache"
+    probe.probe_host.cache_clear()
+
+
+def _probing(monkeypatch, described, spread):
+    runs = []
+
+    def run(sizes):
+        runs.append(sizes)
+        return {**described, "spread": spread}
+
+    monkeypatch.setattr(probe, "probe", run)
+    return runs
+
+
+def test_description_is_a_target(described):
+    target = parse_target(described, "test")
+    assert target.kind == "cpu"
+    assert target.threads >= 1
+    assert {"float32", "bfloat16", "int8"} <= target.peaks.keys()
+    speeds = [speed for _, speed in target.caches]
+    assert speeds == sorted(speeds, reverse=True)
+    assert target.bandwidth_bytes_per_s <= speeds[-1]
+
+
+def test_steady_probe_is_kept(clean, monkeypatch, described):
+    runs = _probing(monkeypatch, described, spread=0.05)
+    first = load_target("native")
+    probe.probe_host.cache_clear()
+    assert load_target("cpu") == first
+    assert len(runs) == 1
+    assert [p.suffix for p in clean.iterdir()] == [".json"]
+
+
+def test_noisy_probe_serves_this_process_alone(clean, monkeypatch, caplog, described):
+    runs = _probing(monkeypatch, described, spread=0.4)
+    with caplog.at_level(logging.WARNING):
+        assert load_target("native") is load_target("native")
+    assert len(runs) == 1
+    assert not clean.exists()
+    assert "40 %" in caplog.text
+
+
+def test_damaged_file_is_probed_again(clean, monkeypatch, caplog, described):
+    clean.mkdir()
+    probe.cache_path().write_text("{")
+    _probing(monkeypatch, described, spread=0.05)
+    with caplog.at_level(logging.WARNING):
+        assert load_target("native").name == "native"
+    assert "probing again" in caplog.text
+    assert probe.cache_path().read_text().startswith("{\n")

@@ -1,0 +1,164 @@
+"""`torch.compile(model, backend="ridgeline", options={...})`: rewrite at compile time.
+
+Dynamo hands over a graph of torch functions. It is traced to the vocabulary that passes know
+(pre-dispatch ATen), rewritten as `optimize` does, and given on: for inference to the same lowering,
+for training to AOTAutograd and Inductor, through the gradients that `ridgeline::` ops have. A graph
+that cannot be traced goes to Inductor as it came, and the log says why.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ridgeline.codegen.lower import lower
+from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.program import Program
+from ridgeline.passes import PASSES
+from ridgeline.passes.optimize import Compiler
+from ridgeline.passes.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class PluginError(RidgelineError, ValueError):
+    """An option of the backend that cannot be used, or weights changed after they were folded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The backend's `options`; the first four are `optimize`'s.
+
+    on_plan: called with the `Plan` of each compiled graph.
+    """
+
+    target: str = "native"
+    tolerance: float = 0.0
+    objective: str = "latency"
+    ignore: tuple[str, ...] = ()
+    on_plan: Callable[[Plan], None] | None = None
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The `torch_dynamo_backends` entry point; see `Options` for `options`.
+
+    Raises PluginError for unknown options or a `mode` (ridgeline has targets instead).
+    """
+    chosen = _options(options, mode)
+    training = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in example_inputs
+    )
+    try:
+        program, feed = _program(gm, example_inputs, training)
+    except Exception as error:  # whatever tracing meets, the user's model must still run
+        log.warning("ridgeline leaves this graph to Inductor: it could not be traced: %s", error)
+        return _inductor(gm, example_inputs)
+    compiler = Compiler(
+        chosen.target,
+        tolerance=chosen.tolerance,
+        objective=chosen.objective,
+        passes=PASSES,
+        ignore=chosen.ignore,
+    )
+    rewritten = compiler.rewrite(program)
+    counters["ridgeline"]["applied"] += len(compiler.plan.applied)
+    counters["ridgeline"]["refused"] += len(compiler.plan.refused)
+    if training:
+        run = _inductor(rewritten, program.inputs)
+    else:
+        run = compiler.lower(rewritten, program)
+    if chosen.on_plan is not None:
+        chosen.on_plan(compiler.plan)
+    return feed(run)
+
+
+def _options(options: dict[str, Any] | None, mode: str | None) -> Options:
+    known = [f.name for f in fields(Options)]
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise PluginError(f"unknown options {unknown}; ridgeline takes {known}")
+    if mode not in (None, "default"):
+        raise PluginError(f"mode={mode!r} is Inductor's; ridgeline takes options={{'target': ...}}")
+    return Options(**(options or {}))
+
+
+def _program(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool
+) -> tuple[Program, Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """Dynamo's graph as a `Program`, and a wrapper that feeds its inputs to the compiled code.
+
+    For inference the parameters among the inputs become constants of the program, so that they
+    can be quantised and packed; in training they stay inputs.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [n.meta.get("example_value") for n in placeholders]
+    fake_mode = detect_fake_mode([v for v in values if v is not None])
+    if fake_mode is None:
+        raise RidgelineError("the graph's placeholders carry no fake tensors")
+    given = [x if v is None else v for x, v in zip(example_inputs, values, strict=True)]
+    with fake_mode:
+        traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
+            *given
+        )
+    constants = [not training and isinstance(x, nn.Parameter) for x in example_inputs]
+    frozen = _freeze(traced, example_inputs, constants)
+    free = [i for i, constant in enumerate(constants) if not constant]
+    program = Program.from_graph(
+        traced,
+        [example_inputs[i] for i in free],
+        phase="training" if training else "forward",
+        training=training,
+    )
+
+    def feed(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            for name, parameter, version in frozen:
+                if parameter._version != version:
+                    raise PluginError(
+                        f"{name} changed after ridgeline compiled it as a constant;"
+                        " call torch.compiler.reset() after changing weights"
+                    )
+            return run(*(inputs[i] for i in free))
+
+        return call
+
+    return program, feed
+
+
+def _freeze(
+    traced: fx.GraphModule, example_inputs: Sequence[Any], constants: Sequence[bool]
+) -> list[tuple[str, Tensor, int]]:
+    """Turn placeholders of parameters into attributes; returns (name, parameter, version)."""
+    frozen = []
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for node, parameter, constant in zip(placeholders, example_inputs, constants, strict=True):
+        if not constant:
+            continue
+        name = f"constant_{node.name}"
+        traced.register_parameter(name, parameter)
+        with traced.graph.inserting_before(node):
+            attribute = traced.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        traced.graph.erase_node(node)
+        frozen.append((name, parameter, parameter._version))
+    traced.recompile()
+    return frozen
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs))
