@@ -52,6 +52,14 @@ def constant(node: fx.Node) -> Any:
     return value
 
 
+def attribute(module: fx.GraphModule, name: str, like: fx.Node) -> fx.Node:
+    """A get_attr node for the tensor `name` of `module`, inserted at the graph's current point."""
+    node = module.graph.get_attr(name)
+    fake = like.meta["val"].fake_mode
+    node.meta["val"] = fake.from_tensor(getattr(module, name), static_shapes=True)
+    return node
+
+
 def hints(node: fx.Node) -> tuple[int, ...]:
     """The sizes of a node's tensor, symbolic ones at their captured value."""
     return tuple(s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)

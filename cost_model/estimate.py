@@ -8,9 +8,11 @@
 Energy uses the unit costs of a 45 nm process (Horowitz, ISSCC 2014; DRAM: 200 pJ per 16 bits).
 They rank number formats; they aren't watts of this chip and are never turned into time.
 
-The interval is t / (1+e) ... t · (1+e) with e the mean error on GPUs and shapes that no constant
-was fitted on, by kind of kernel; errors of one kind are shared, so they add. On a CPU e is the
-spread of the probe and the error of the model's form.
+The interval is t / (1+e) ... t · (1+e); errors of one kind of kernel are shared, so they add. On
+GPUs e is the mean relative error, on GPUs left out of the fit, of an earlier fit of this same form
+of model; it doesn't cover the metadata kernels that serving systems run around attention, with
+which short attention calls were measured at two to three times the bare kernel predicted here. On
+a CPU e is the probe's spread plus an assumed error of the form.
 """
 
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Strea
 DRAM_JOULES_PER_BYTE = 100e-12
 # (multiply + add) / 2 in joules per FLOP.
 _UNIT_JOULES = {1: 0.115e-12, 2: 0.75e-12, 4: 2.3e-12, 8: 9.2e-12}
-# Mean relative errors on unseen GPUs: GEMM 0.19, integer weights 0.28, elementwise 0.34,
+# Mean relative errors (see above): GEMM 0.19, integer weights 0.28, elementwise 0.34,
 # reductions 0.50, prefill 0.34, decode 0.24, collectives 1.14 (all-reduce).
 _ERROR = {"gemm": 0.19, "quantized": 0.28, "elementwise": 0.34, "reduction": 0.50, "gather": 0.50}
 _PREFILL_ERROR, _DECODE_ERROR, _COLLECTIVE_ERROR, _CPU_ERROR = 0.34, 0.24, 1.14, 0.30

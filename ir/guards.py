@@ -68,7 +68,10 @@ class ShapeGuards:
 
 
 # What PythonPrinter may write beside integers and operators.
-_NAMES = {"__builtins__": {"max": max, "min": min, "abs": abs, "int": int}, "math": __import__("math")}
+_NAMES = {
+    "__builtins__": {"max": max, "min": min, "abs": abs, "int": int},
+    "math": __import__("math"),
+}
 
 
 def _code(expression: sympy.Basic) -> CodeType:

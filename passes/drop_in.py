@@ -166,7 +166,9 @@ def optimized_copy(
         raise DropInError("the model is optimised already; pass the original to ridgeline.optimize")
     copied = _shallow(model, {})
     original = object.__new__(type(model))
-    original.__dict__ = copied.__dict__.copy()  # shares modules, parameters and buffers with `copied`
+    original.__dict__ = (
+        copied.__dict__.copy()
+    )  # shares modules, parameters and buffers with `copied`
     kind = type(model)
 
     @functools.wraps(kind.forward)

@@ -1,42 +1,90 @@
-"""A plan as a table for people."""
+"""A plan for people: what was applied (+), what was refused (-), worth, evidence, kernels."""
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from ridgeline.cost_model import Cost
+from rich.padding import Padding
+from rich.text import Text
 
 if TYPE_CHECKING:  # plan.py imports this module to print itself
+    from ridgeline.cost_model import Cost
     from ridgeline.passes.plan import Decision, Plan
 
 
 def render(plan: "Plan", *, detail: bool = False, console: Console | None = None) -> None:
-    """Print `plan`: rewrites, refusals, predictions, evidence, kernels, notes."""
-    console = console or Console()
-    console.print(f"[bold]plan for {escape(plan.target)}[/] (tolerance {plan.tolerance:g})")
-    console.print(_decisions("applied", plan.applied, detail))
-    if plan.refused:
-        console.print(_decisions("refused", plan.refused, detail))
+    """Print `plan`; `detail` gives each site its own lines and shows all evidence."""
+    console = console or Console(highlight=False)
+    console.print(Text(f"plan for {plan.target}, tolerance {plan.tolerance:g}", style="bold"))
+    if not plan.predicted:
+        console.print("nothing captured yet: call the model, or pass example inputs")
     for phase, figures in plan.predicted.items():
-        before, after = figures["before"], figures["after"]
-        console.print(
-            f"predicted {escape(phase)}: {_interval(before)} -> {_interval(after)}"
-            f"  ({before['seconds'] / after['seconds']:.2f}x, bound by {after['bound']};"
-            f" {before['eflops']:.3g} -> {after['eflops']:.3g} eFLOPs)"
-        )
-    for phase, error in plan.measured.items():
-        console.print(f"measured output error, {escape(phase)}: {error:.2e}")
+        _phase(console, plan, phase, figures, detail)
     if plan.kernels:
-        console.print(_kernels(plan))
+        console.print(Text(f"\nkernels ({len(plan.kernels)})", style="bold"))
+        for k in plan.kernels:
+            audit = ", ".join(f"{name} {value}" for name, value in k.audit.items())
+            _entry(console, f"{k.op} {k.backend} for {k.target}: {k.configuration}", audit)
     for sentence in plan.notes:
-        console.print(f"note: {escape(sentence)}", highlight=False)
+        console.print(Text(f"note: {sentence}", style="yellow"))
 
 
-def _interval(cost: dict) -> str:
+def _phase(
+    console: Console, plan: "Plan", phase: str, figures: dict[str, Any], detail: bool
+) -> None:
+    before, after = figures["before"], figures["after"]
+    console.print(Text(f"\n{phase}", style="bold"))
+    ratio = before["seconds"] / after["seconds"] if after["seconds"] else 1.0
+    console.print(
+        f"  predicted {_interval(before)} -> {_interval(after)}: {ratio:.2f}x,"
+        f" bound by {after['bound']}; eFLOPs {before['eflops']:.3g} -> {after['eflops']:.3g}"
+    )
+    if phase in plan.measured:
+        console.print(f"  measured output error {plan.measured[phase]:.2e}")
+    for sign, style, decisions in (("+", "green", plan.applied), ("-", "red", plan.refused)):
+        here = [d for d in decisions if d.phase == phase]
+        for heading, members in [(d.at, [d]) for d in here] if detail else grouped(here):
+            first = members[0]
+            line = Text(f"  {sign} ", style=style)
+            line.append(f"{first.rewrite} ", style="bold")
+            line.append(heading + (f" ×{len(members)}" if len(members) > 1 else ""))
+            line.append(_worth(members), style="dim")
+            console.print(line)
+            _entry(console, "", _why(members, detail))
+
+
+def _entry(console: Console, line: str, below: str) -> None:
+    if line:
+        console.print(f"  {line}", markup=False)
+    if below:
+        console.print(Padding(Text(below, style="dim"), (0, 0, 0, 6)))
+
+
+def _worth(members: list["Decision"]) -> str:
+    before, after = (_sum([getattr(d, side) for d in members]) for side in ("before", "after"))
+    return f"  {before} -> {after}" if before and after else ""
+
+
+def _why(members: list["Decision"], detail: bool) -> str:
+    first = members[0]
+    if first.refused_by:
+        fix = f" ({first.needed})" if first.needed else ""
+        return f"{first.refused_by}: {first.reason}{fix}"
+    words = [first.variant or first.exactness]
+    worst = max(
+        (d.certificate for d in members if d.certificate),
+        key=lambda c: c.relative_error,
+        default=None,
+    )
+    if worst is not None:
+        words += worst.preconditions if detail or len(worst.preconditions) > 1 else ()
+        words.append(f"{worst.kind} {worst.relative_error:.1e}, allowed {worst.limit:.1e}")
+        words += worst.cases if detail else ()
+    return "; ".join(words)
+
+
+def _interval(cost: dict[str, Any]) -> str:
     return f"{_time(cost['seconds'])} ({_time(cost['low'])} to {_time(cost['high'])})"
 
 
@@ -47,71 +95,25 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def _sum(costs: list[Cost | None]) -> str:
+def _sum(costs: list["Cost | None"]) -> str:
     known = [c.seconds for c in costs if c is not None]
     return _time(sum(known)) if known else ""
 
 
-def _decisions(title: str, decisions: list["Decision"], detail: bool) -> Table:
-    table = Table(title=f"{title} ({len(decisions)})", title_justify="left")
-    for column in ("phase", "rewrite", "where", "sites", "before", "after", "why"):
-        table.add_column(
-            column, justify="right" if column in ("sites", "before", "after") else "left"
-        )
-    groups = [(d.at, [d]) for d in decisions] if detail else grouped(decisions)
-    for heading, members in groups:
-        first = members[0]
-        table.add_row(
-            first.phase,
-            first.rewrite,
-            escape(heading),
-            str(len(members)),
-            _sum([d.before for d in members]),
-            _sum([d.after for d in members]),
-            escape(_why(first, detail)),
-        )
-    return table
-
-
-def _why(decision: "Decision", detail: bool) -> str:
-    if decision.refused_by:
-        fix = f" ({decision.needed})" if decision.needed else ""
-        return f"{decision.refused_by}: {decision.reason}{fix}"
-    words = [decision.variant or decision.exactness, decision.reason]
-    if decision.certificate:
-        c = decision.certificate
-        words.append(f"{c.kind} {c.relative_error:.1e} <= {c.limit:.1e}")
-        if detail:
-            words += [*c.preconditions, *c.cases]
-    return "; ".join(w for w in words if w)
-
-
-def _kernels(plan: "Plan") -> Table:
-    table = Table(title=f"kernels ({len(plan.kernels)})", title_justify="left")
-    for column in ("op", "back end", "for", "configuration", "code"):
-        table.add_column(column)
-    for k in plan.kernels:
-        audit = ", ".join(f"{name} {value}" for name, value in k.audit.items())
-        table.add_row(k.op, k.backend, k.target, escape(k.configuration), escape(audit))
-    return table
-
-
-def grouped(decisions: "Iterable[Decision]") -> "list[tuple[str, list[Decision]]]":
+def grouped(decisions: Iterable["Decision"]) -> list[tuple[str, list["Decision"]]]:
     """Equal decisions across layers under one heading, as ``model.layers.{0-29}.mlp.up_proj``."""
-    groups: dict[tuple, list["Decision"]] = {}
+    groups: dict[tuple[Any, ...], list[Decision]] = {}
     for d in decisions:
         shape = re.sub(r"\d+", "#", d.at.partition(":")[0] or d.at)
         reason = re.sub(r"[\d.]+|\w+_\d+", "#", d.reason)
-        groups.setdefault((d.phase, d.rewrite, d.variant, d.refused_by, shape, reason), []).append(
-            d
-        )
+        key = (d.phase, d.rewrite, d.variant, d.refused_by, shape, reason)
+        groups.setdefault(key, []).append(d)
     return [(_heading([d.at for d in ds]), ds) for ds in groups.values()]
 
 
 def _heading(places: list[str]) -> str:
     paths = [p.partition(":")[0] or p for p in places]
-    parts = [re.split(r"(\d+)", p) for p in paths]
-    columns = zip(*parts, strict=False)
+    columns = zip(*(re.split(r"(\d+)", p) for p in paths), strict=True)
     return "".join(
         c[0] if len(set(c)) == 1 else "{" + _range(sorted({int(n) for n in c})) + "}"
         for c in columns

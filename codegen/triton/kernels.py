@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from torch import fx
 
-from ridgeline.codegen.kernel import Kernel, KernelReport, argument, hints
+from ridgeline.codegen.kernel import Kernel, KernelReport, argument, attribute, constant, hints
+from ridgeline.codegen.triton import ops as ops  # registers the kernels' own ops
 from ridgeline.codegen.triton.cross_compile import Compiled
 from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
 from ridgeline.cost_model import Target
@@ -20,7 +21,23 @@ def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
 
 
 def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
+    """Repack the codes into the words that the kernel reads, once per weight."""
+    from ridgeline.codegen.triton.quantized_linear import pack  # the module needs triton
+
+    x, packed, scale = node.args[:3]
+    name = f"{packed.target}_words"
+    if not hasattr(module, name):
+        words = pack(
+            constant(packed),
+            bits=node.kwargs["bits"],
+            group_size=node.kwargs["group_size"],
+            in_features=x.meta["val"].shape[-1],
+        )
+        module.register_buffer(name, words, persistent=False)
+    with node.graph.inserting_before(node):
+        words = attribute(module, name, packed)
     node.target = torch.ops.ridgeline.triton_quantized_linear.default
+    node.args = (x, words, scale, *node.args[3:])
 
 
 def _compile_attention(node: fx.Node, target: Target) -> KernelReport:

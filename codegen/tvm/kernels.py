@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ridgeline.codegen.kernel import Kernel, KernelReport, argument, constant, hints
+from ridgeline.codegen.kernel import Kernel, KernelReport, argument, attribute, constant, hints
 from ridgeline.codegen.tvm import attention as attention  # registers its op
 from ridgeline.codegen.tvm import quantized_linear
 from ridgeline.codegen.tvm.isa import host_isa
@@ -49,19 +49,12 @@ def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
             if tensor is not None:
                 module.register_buffer(f"{name}_{part}", tensor, persistent=False)
     with node.graph.inserting_before(node):
-        parts = [_attribute(module, f"{name}_{p}", packed) for p in ("codes", "scale")]
-        parts.append(None if offset is None else _attribute(module, f"{name}_offset", packed))
+        parts = [attribute(module, f"{name}_{p}", packed) for p in ("codes", "scale")]
+        parts.append(None if offset is None else attribute(module, f"{name}_offset", packed))
     multiply = node.kwargs["multiply"] or x.meta["val"].dtype
     node.target = torch.ops.ridgeline.tvm_quantized_linear.default
     node.args = (x, *parts, bias, packed.meta["val"].shape[0], bits, group, multiply)
     node.kwargs = {}
-
-
-def _attribute(module: fx.GraphModule, name: str, like: fx.Node) -> fx.Node:
-    node = like.graph.get_attr(name)
-    fake = like.meta["val"].fake_mode
-    node.meta["val"] = fake.from_tensor(getattr(module, name), static_shapes=True)
-    return node
 
 
 def _report_linear(node: fx.Node, target: Target) -> KernelReport:

@@ -1,0 +1,86 @@
+"""The CPU kernel of the quantised linear layer, side by side with torch's own layers.
+
+Run as ``python -m ridgeline.tools.bench_linear``. Weights are cold: every function walks through
+`COPIES` copies of its weight, together larger than the last cache. The baselines are torch's
+linear in fp32 and bf16 and its 4-bit `_weight_int4pack_mm_for_cpu` in bf16 (its fp32 form is a
+slow fallback and no opponent). Outputs are allocated by the call on every side.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch user reads
+from torch import Tensor
+
+from ridgeline.codegen.tvm import quantized_linear as cpu
+from ridgeline.ir.quantized_linear import dequantize, pack_codes
+from ridgeline.tools.timing import Timings, dram_read_bandwidth, interleave
+
+COPIES = 3
+KERNEL = "ridgeline 4-bit bf16"
+
+
+def _walk(weight: Tensor) -> Callable[[], Tensor]:
+    copies = itertools.cycle([weight] + [weight.clone() for _ in range(COPIES - 1)])
+    return copies.__next__
+
+
+def rounds(
+    m: int, n: int = 11008, k: int = 4096, *, group_size: int = 128, samples: int = 21
+) -> tuple[Timings, dict[str, int]]:
+    """Time x [m, k] in bf16 against a symmetric 4-bit weight [n, k], cold.
+
+    Returns the timings (baseline "torch int4pack bf16") and the weight bytes that one call reads.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    scale = ((torch.rand(n, k // group_size, generator=generator) + 0.5) * 0.02).half()
+    x = torch.randn(m, k, generator=generator)
+    x16 = x.bfloat16()
+
+    settings = {"bits": 4, "group_size": group_size, "in_features": k}
+    weight = cpu.pack(pack_codes(codes, 4), scale, None, **settings)
+    fp32 = dequantize(pack_codes(codes, 4), scale, None, **settings)
+    int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    # int4pack's law is scale * (code - 8) + zero, both bf16 [G, N, 2]
+    factor = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).bfloat16().contiguous()
+    bytes_read = {
+        KERNEL: weight.codes.nbytes + weight.scale.nbytes,
+        "torch int4pack bf16": int4.nbytes + factor.nbytes,
+        "torch bf16": fp32.nbytes // 2,
+        "torch fp32": fp32.nbytes,
+    }
+    ours, theirs, w16, w32 = map(_walk, (weight.codes, int4, fp32.bfloat16(), fp32))
+    run, int4mm = (
+        torch.ops.ridgeline.tvm_quantized_linear.default,
+        torch.ops.aten._weight_int4pack_mm_for_cpu.default,
+    )
+    functions = {
+        "torch int4pack bf16": lambda: int4mm(x16, theirs(), group_size, factor),
+        "torch bf16": lambda: F.linear(x16, w16()),
+        "torch fp32": lambda: F.linear(x, w32()),
+        KERNEL: lambda: run(
+            x16, ours(), weight.scale, None, None, n, 4, group_size, torch.bfloat16
+        ),
+    }
+    timings = interleave(
+        functions, baseline="torch int4pack bf16", rounds=samples, seconds_per_sample=0.01
+    )
+    return timings, bytes_read
+
+
+def main() -> None:
+    """Print the table of each batch size, with the share of the measured DRAM bandwidth."""
+    from rich.console import Console
+
+    console = Console()
+    for m in (1, 4, 16, 64):
+        ceiling = dram_read_bandwidth()
+        timings, bytes_read = rounds(m)
+        console.print(timings.table(f"{m} x 4096 -> 11008, cold", bytes_read, ceiling))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
