@@ -92,7 +92,7 @@ def _ours(module: fx.GraphModule, kernels: tuple[Kernel, ...]) -> list[tuple[fx.
 def _compiled(
     nodes: Sequence[tuple[fx.Node, Kernel]], target: Target
 ) -> tuple[list[tuple[fx.Node, Kernel]], tuple[KernelReport, ...], list[str]]:
-    """The nodes that have a kernel, one report per distinct kernel, and why the others have none."""
+    """The nodes that have a kernel, a report per distinct kernel, and why the others have none."""
     compiled: list[tuple[fx.Node, Kernel]] = []
     reports: dict[str, KernelReport] = {}
     notes: list[str] = []

@@ -8,6 +8,7 @@ and cache-length dimensions are free where the model allows it; a dimension of s
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -58,12 +59,18 @@ class Call:
         return [leaf for leaf in self.leaves if caches.is_cache(leaf)]
 
 
+# What repr tells apart completely; any other object could change without its signature changing.
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), Enum),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
+
+
 def flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
     """Take a call's arguments apart. Raises CacheError for caches that no graph can carry."""
-    given = {k: v for k, v in kwargs.items() if v is not None}
-    leaves, spec = tree_flatten((tuple(args), given), is_leaf=caches.is_cache)
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs)), is_leaf=caches.is_cache)
     flat: list[Tensor] = []
-    key: list[Any] = [tuple(given)]
+    key: list[Any] = [repr(spec)]  # {"x": t} is not {"y": t}, nor is (t,) [t]
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             flat.append(leaf)
@@ -74,7 +81,12 @@ def flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
             flat += inside
             key += (caches.signature(leaf), *map(_tensor_key, inside))
         else:
-            key.append((type(leaf).__name__, str(leaf)))
+            if not isinstance(leaf, _PLAIN):
+                raise CaptureError(
+                    f"an argument is a {type(leaf).__name__}, whose value no signature can hold;"
+                    " pass tensors, numbers, strings, caches, and containers of them"
+                )
+            key.append((type(leaf).__name__, repr(leaf)))
     return Call(leaves, spec, flat, tuple(key))
 
 
@@ -114,7 +126,7 @@ def capture(
     )
     traces: list[_Trace] = []
     wrapper = _Flat(model, call, traces.append)
-    wrapper.train(model.training)
+    wrapper.training = model.training  # not train(): submodules keep their own modes
     with torch.set_grad_enabled(training):
         exported = _export(wrapper, call, dynamic)
     module = _unlifted(exported, wrapper)

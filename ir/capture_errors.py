@@ -41,7 +41,8 @@ def explain(error: BaseException, model: nn.Module) -> CaptureError:
     way_out = next((way for words, way in _WAYS_OUT if any(w in text for w in words)), _DEFAULT)
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     return CaptureError(
-        f"cannot capture {type(model).__name__}: {_place(error)}{first.strip()}\n  way out: {way_out}"
+        f"cannot capture {type(model).__name__}: {_place(error)}{first.strip()}\n"
+        f"  way out: {way_out}"
     )
 
 

@@ -28,7 +28,7 @@ class CertificateError(RidgelineError):
 
 
 def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
-    """‖got - expected‖ / ‖expected‖ over all floating tensors; inf where one is not finite alone."""
+    """‖got - expected‖ / ‖expected‖ over all floating tensors; inf where one alone is finite."""
     difference, whole = 0.0, 0.0
     for a, b in zip(got, expected, strict=True):
         if not isinstance(b, Tensor) or not b.is_floating_point():

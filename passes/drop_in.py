@@ -11,11 +11,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ridgeline.codegen.inductor_inputs import InputMismatch
 from ridgeline.ir.caches import CacheError
 from ridgeline.ir.capture import Call, Captured, CaptureError, capture, flatten
 from ridgeline.ir.errors import RidgelineError
@@ -23,7 +24,21 @@ from ridgeline.ir.program import Program
 
 log = logging.getLogger(__name__)
 
-CompileProgram = Callable[[Program], Callable[..., Any]]
+
+class CompileProgram(Protocol):
+    """Program -> a function on its flat inputs; knows which weights its code has folded."""
+
+    plan: Any
+
+    def __call__(self, program: Program, /) -> Callable[..., Any]: ...
+
+    def stale(self) -> bool:
+        """Has a folded weight been changed since?"""
+        ...
+
+    def forget(self) -> None:
+        """Start anew: folded weights and decisions are dropped."""
+        ...
 
 
 class DropInError(RidgelineError, TypeError):
@@ -38,6 +53,8 @@ class _State:
     compile_program: CompileProgram
     strict: bool
     max_graphs: int
+    modules: list[nn.Module]
+    weights: list[tuple[dict[str, Any], str, Any]]
     graphs: OrderedDict[int, tuple[Any, Captured, Callable[..., Any]]] = field(
         default_factory=OrderedDict
     )
@@ -54,7 +71,7 @@ class OptimizedModule(nn.Module):
     @property
     def plan(self) -> Any:
         """The account of what was rewritten; it grows as further kinds of call are captured."""
-        return self._ridgeline.compile_program.plan  # pyright: ignore[reportFunctionMemberAccess]
+        return self._ridgeline.compile_program.plan
 
     @property
     def captures(self) -> int:
@@ -69,32 +86,49 @@ class OptimizedModule(nn.Module):
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Capture and compile the graph of such a call now, without running it for its result."""
         call = flatten(args, kwargs)
-        if self._find(call) is None:
-            self._compile(call, args, kwargs)
+        key = self._key(call)
+        if self._find(key, call) is None:
+            self._compile(key, call, args, kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         state = self._ridgeline
+        self._forget_changed_weights()
+        key = None
         try:
             call = flatten(args, kwargs)
-            found = None if self._key(call) in state.refused else self._find(call)
-            if found is None and self._key(call) not in state.refused:
-                found = self._compile(call, args, kwargs)
+            key = self._key(call)
+            if key in state.refused:
+                return self._eager(*args, **kwargs)
+            captured, run = self._find(key, call) or self._compile(key, call, args, kwargs)
+            try:
+                outputs = run(*call.flat)
+            except InputMismatch:  # the sizes fit, but strides differ from the captured ones
+                captured, run = self._compile(key, call, args, kwargs)
+                outputs = run(*call.flat)
         except (CaptureError, CacheError) as error:
             if state.strict:
                 raise
-            self._refuse(args, kwargs, error)
+            self._refuse(args, kwargs, key, error)
             return self._eager(*args, **kwargs)
-        if found is None:
-            return self._eager(*args, **kwargs)
-        captured, run = found
-        return captured.finish(call, run(*call.flat))
+        return captured.finish(call, outputs)
+
+    def _forget_changed_weights(self) -> None:
+        """Drop graphs that hold weights which have been reassigned or, once folded, changed."""
+        state = self._ridgeline
+        replaced = any(owner[name] is not w for owner, name, w in state.weights)
+        if not replaced and not state.compile_program.stale():
+            return
+        log.info("weights changed: captured graphs are dropped")
+        state.graphs.clear()
+        state.compile_program.forget()
+        state.weights = _weights(state.modules)
 
     def _key(self, call: Call) -> Any:
         training = torch.is_grad_enabled() and self.training
-        return (training, self.training, call.key)
+        modes = tuple(m.training for m in self._ridgeline.modules)
+        return (training, modes, call.key)
 
-    def _find(self, call: Call) -> tuple[Captured, Callable[..., Any]] | None:
-        key = self._key(call)
+    def _find(self, key: Any, call: Call) -> tuple[Captured, Callable[..., Any]] | None:
         for number, (known, captured, run) in reversed(self._ridgeline.graphs.items()):
             if known == key and captured.guards.accept(call.flat):
                 self._ridgeline.graphs.move_to_end(number)
@@ -102,7 +136,7 @@ class OptimizedModule(nn.Module):
         return None
 
     def _compile(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, key: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Captured, Callable[..., Any]]:
         state = self._ridgeline
         captured = capture(self._original(), args, kwargs)
@@ -115,20 +149,23 @@ class OptimizedModule(nn.Module):
                 state.max_graphs,
                 oldest.program.phase,
             )
-        state.graphs[state.captures] = (self._key(call), captured, run)
+        state.graphs[state.captures] = (key, captured, run)
         state.captures += 1
         return captured, run
 
-    def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+    def _refuse(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, error: Exception
+    ) -> None:
         state = self._ridgeline
+        if key is not None:
+            state.refused.add(key)
         reason = str(error)
-        if reason not in state.fallbacks.values():
-            log.warning("running the original code for this kind of call: %s", reason)
+        if reason in state.fallbacks.values():
+            return  # said once; a cache that counts in Python would repeat it at every token
+        log.warning("running the original code for this kind of call: %s", reason)
         name = f"call {len(state.fallbacks)} ({', '.join(kwargs) or f'{len(args)} arguments'})"
         state.fallbacks[name] = reason
         self.plan.note(f"a kind of call runs the original code: {reason}")
-        if not isinstance(error, CacheError):
-            state.refused.add(self._key(flatten(args, kwargs)))
 
     def _original(self) -> nn.Module:
         self._ridgeline.original.training = self.training
@@ -177,10 +214,20 @@ def optimized_copy(
 
     # `generate` and Trainer read the signature and the name of the class.
     namespace = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    if hasattr(kind, "_valid_auto_compile_criteria"):  # `generate` must not compile us once more
+        namespace["_valid_auto_compile_criteria"] = lambda self, *args, **kwargs: False
     copied.__class__ = type(kind.__name__, (OptimizedModule, kind), namespace)
-    copied.__dict__["_ridgeline"] = _State(original, compile_program, strict, max_graphs)
+    modules = list(copied.modules())
+    copied.__dict__["_ridgeline"] = _State(
+        original, compile_program, strict, max_graphs, modules, _weights(modules)
+    )
     assert isinstance(copied, OptimizedModule)
     return copied
+
+
+def _weights(modules: list[nn.Module]) -> list[tuple[dict[str, Any], str, Any]]:
+    """Every parameter with the dictionary that holds it, to see whether it is still there."""
+    return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
 
 
 def _shallow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
@@ -193,6 +240,11 @@ def _shallow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     for name, value in module.__dict__.items():
         if isinstance(value, dict):
             new.__dict__[name] = value.copy()
+    # Buffers are state that a forward may update (batch norm): the copy keeps its own.
+    new.__dict__["_buffers"] = {
+        name: None if buffer is None else buffer.detach().clone()
+        for name, buffer in module._buffers.items()
+    }
     new.__dict__["_modules"] = {
         name: child and _shallow(child, made) for name, child in module._modules.items()
     }

@@ -122,6 +122,15 @@ class Compiler:
         """Program -> a function on the program's flat inputs."""
         return self.lower(self.rewrite(program), program)
 
+    def stale(self) -> bool:
+        """Has a weight that was folded into compiled code been changed in place?"""
+        return self._weights.stale()
+
+    def forget(self) -> None:
+        """Drop folded weights and decisions; the next program starts anew."""
+        self._weights = WeightStore(self._weights.hessians)
+        self.plan.clear()
+
     def lower(self, rewritten: fx.GraphModule, program: Program) -> Callable[..., Any]:
         """Kernels in place of the `ridgeline::` ops of `rewritten`; the plan lists them."""
         lowered = lower(rewritten, program.inputs, self.target, self.lowering, program.training)

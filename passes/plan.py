@@ -30,7 +30,7 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One line of the account; the fields are those of `Plan.to_dict` and of ``dump --format json``.
+    """One line of the account, with the fields of `Plan.to_dict` and ``dump --format json``.
 
     at: module path and node. refused_by: None when applied. needed: the smallest change that would
     let a refused rewrite fire. before, after: predicted cost of the site on the target.
@@ -83,6 +83,13 @@ class Plan:
         """Add a note once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def clear(self) -> None:
+        """Forget every decision; target and tolerance stay."""
+        for entries in (self.applied, self.refused, self.kernels, self.notes):
+            entries.clear()
+        for figures in (self.predicted, self.measured):
+            figures.clear()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for json."""

@@ -48,7 +48,7 @@ def _phase(
             first = members[0]
             line = Text(f"  {sign} ", style=style)
             line.append(f"{first.rewrite} ", style="bold")
-            line.append(heading + (f" ×{len(members)}" if len(members) > 1 else ""))
+            line.append(heading + (f" x{len(members)}" if len(members) > 1 else ""))
             line.append(_worth(members), style="dim")
             console.print(line)
             _entry(console, "", _why(members, detail))

@@ -1,4 +1,4 @@
-"""Quantised weights, made once and shared by every graph of one `optimize` (prefill, decode, ...)."""
+"""Quantised weights, made once and shared by every graph of one `optimize`."""
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +14,8 @@ class WeightStore:
     """
 
     def __init__(self, hessians: dict[str, Tensor] | None = None) -> None:
-        self._hessians = hessians or {}
+        self.hessians = hessians or {}
+        self._sources: dict[str, tuple[Tensor, int]] = {}
         self._rounded: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._refined: dict[tuple[str, Codec], QuantizedWeight] = {}
 
@@ -25,6 +26,10 @@ class WeightStore:
             value = getattr(value, part)
         assert isinstance(value, Tensor)
         return value.detach().T if transposed else value.detach()
+
+    def stale(self) -> bool:
+        """Has a weight been changed in place since it was quantised?"""
+        return any(w._version != version for w, version in self._sources.values())
 
     def rounded(self, name: str, weight: Tensor, codec: Codec) -> QuantizedWeight:
         """Round to nearest: what the chooser weighs."""
@@ -37,9 +42,11 @@ class WeightStore:
         """The best that can be had: lossless as it is, GPTQ with data, a search without."""
         key = (name, codec)
         if key not in self._refined:
+            if not weight.is_inference():  # such tensors cannot be changed, nor count changes
+                self._sources[name] = (weight, weight._version)
             rounded = self.rounded(name, weight, codec)
             lossless = torch.equal(rounded.dequantize(), weight.float())
             self._refined[key] = (
-                rounded if lossless else quantize(weight, codec, self._hessians.get(name))
+                rounded if lossless else quantize(weight, codec, self.hessians.get(name))
             )
         return self._refined[key]

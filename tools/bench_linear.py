@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every torch user reads
+import torch.nn.functional as F
 from torch import Tensor
 
 from ridgeline.codegen.tvm import quantized_linear as cpu

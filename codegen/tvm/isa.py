@@ -1,5 +1,6 @@
 """Which vector instructions the CPU kernels may use on this host."""
 
+import functools
 import os
 
 import torch
@@ -16,6 +17,7 @@ _NEEDS = {
 }
 
 
+@functools.cache
 def best_isa() -> str:
     """The most capable of `ISAS` that this CPU executes (AVX2 and Arm are "generic")."""
     has = torch.cpu.get_capabilities()

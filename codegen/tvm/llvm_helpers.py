@@ -9,7 +9,7 @@ rl_cvtbf16(a f32x16) -> i16x16           fp32 to bf16, nearest even
 rl_i8_bf16(a i8x32) -> i32x16            signed bytes to bf16, exact
 rl_cvtf32(a i16x16) -> f32x16            bf16 to fp32, exact
 rl_half_f32(a i16x16) -> f32x16          fp16 to fp32, exact
-rl_exp2(x f32x16)                        2**x, relative error 2e-7, AVX512F; x <= -127 counts as -127
+rl_exp2(x f32x16)                        2**x, rel. error 2e-7, AVX512F; x is held above -127
 rl_prefetch(address) -> i32              brings a cache line nearer; any address, never faults
 rl_max, rl_hmax, rl_hsum                 maximum of two; horizontal maximum and sum; NaN is not kept
 """

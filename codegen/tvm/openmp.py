@@ -85,7 +85,7 @@ def _address(library: ctypes.CDLL, name: str) -> int:
 
 @functools.cache
 def _launcher(target: Any) -> tuple[Any, int] | None:
-    """The module that holds `launch` (which must stay alive) and its address; None if impossible."""
+    """The module that holds `launch` (it must stay alive) and its address; None if impossible."""
     torch_library = ctypes.CDLL(torch._C.__file__)
     try:
         ir = _IR.format(**{name: _address(torch_library, name) for name in _NEEDS})

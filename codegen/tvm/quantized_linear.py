@@ -13,13 +13,13 @@ N is padded to 64 and K to 8; padded columns have scale 0, padded features meet 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa
+from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.op import LIBRARY
 from ridgeline.ir.quantized_linear import pack_codes, unpack_codes
@@ -82,8 +82,8 @@ def pack(
     dtype (minimum). bits 4 or 8; group_size a multiple of 16; any N, K >= 1.
     Raises QuantizedWeightError on anything else.
     """
-    n, groups = packed.shape[0], -(-in_features // group_size)
     _check(packed, scale, offset, bits, group_size, in_features)
+    n = packed.shape[0]
     panels, steps = -(-n // PANEL), -(-in_features // STEP)
     codes = unpack_codes(packed, bits, in_features)
     codes = F.pad(codes, (0, steps * STEP - in_features, 0, panels * PANEL - n))
@@ -153,8 +153,7 @@ def _check(
     )
 
 
-@functools.cache
-def kernel(
+def _prim_func(
     n: int,
     k: int,
     group_size: int,
@@ -166,28 +165,69 @@ def kernel(
     multiply: torch.dtype,
     isa: str,
     parallel: bool,
-) -> Callable[..., None]:
-    """The compiled kernel for these shapes and dtypes: (x, codes, scale, offset, bias, y)."""
-    from ridgeline.codegen.tvm import quantized_linear_kernel as source
+) -> Any:
+    import_tvm()
+    from ridgeline.codegen.tvm import quantized_linear_kernel
 
-    scheme = "symmetric" if offset is None else "zero_point"
-    if offset is not None and offset.is_floating_point:
-        scheme = "minimum"
-    spec = source.Spec(
-        out_features=n,
-        in_features=k,
-        group_size=group_size,
-        bits=bits,
-        scheme=scheme,
-        scale=TVM_DTYPE[scale],
-        offset=TVM_DTYPE[offset or torch.float32],
-        bias=bias and TVM_DTYPE[bias],
-        activation=TVM_DTYPE[activation],
-        multiply=TVM_DTYPE[multiply],
-        isa=isa,
-        parallel=parallel,
+    exact_in_fp32 = multiply == activation == torch.float16
+    if activation not in FLOATING or not (
+        multiply in (torch.float32, torch.bfloat16) or exact_in_fp32
+    ):
+        raise QuantizedWeightError(
+            "expected x of float32, float16 or bfloat16, multiplied in float32 or bfloat16 (or"
+            f" float16 for a float16 x), found x {activation}, multiply {multiply}"
+        )
+    scheme = "symmetric"
+    if offset is not None:
+        scheme = "minimum" if offset.is_floating_point else "zero_point"
+    return quantized_linear_kernel.build(
+        quantized_linear_kernel.Spec(
+            out_features=n,
+            in_features=k,
+            group_size=group_size,
+            bits=bits,
+            scheme=scheme,
+            scale=TVM_DTYPE[scale],
+            offset=TVM_DTYPE[offset or torch.float32],
+            bias=None if bias is None else TVM_DTYPE[bias],
+            activation=TVM_DTYPE[activation],
+            multiply="float32" if exact_in_fp32 else TVM_DTYPE[multiply],
+            isa=isa,
+            parallel=parallel,
+        )
     )
-    return compile_kernel(source.build(spec), isa)
+
+
+@functools.cache
+def kernel(*spec: Any) -> Callable[..., None]:
+    """The compiled kernel for `_prim_func`'s arguments: (x, codes, scale, offset, bias, y)."""
+    return compile_kernel(_prim_func(*spec), spec[-2])
+
+
+def source(
+    weight: PackedWeight,
+    *,
+    activation: torch.dtype,
+    multiply: torch.dtype,
+    bias: torch.dtype | None = None,
+    isa: str | None = None,
+    parallel: bool = True,
+) -> str:
+    """The TVMScript text of the kernel that serves `weight`, to read or to take away."""
+    offset = None if weight.offset is None else weight.offset.dtype
+    return _prim_func(
+        weight.out_features,
+        weight.in_features,
+        weight.group_size,
+        weight.bits,
+        weight.scale.dtype,
+        offset,
+        bias,
+        activation,
+        multiply,
+        isa or host_isa(),
+        parallel,
+    ).script()
 
 
 _ABSENT = torch.zeros(1)
@@ -209,6 +249,7 @@ def quantized_linear(
     rows = x if x.dim() == 2 else x.reshape(-1, k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    torch.get_num_threads()  # a thread's first call gives its OpenMP region torch's setting
     y = rows.new_empty((rows.shape[0], n))
     kernel(
         n,
@@ -222,7 +263,14 @@ def quantized_linear(
         multiply,
         host_isa(),
         rows.shape[0] * n * k >= PARALLEL_WORK,
-    )(rows, codes, scale, _ABSENT if offset is None else offset, _ABSENT if bias is None else bias, y)
+    )(
+        rows,
+        codes,
+        scale,
+        _ABSENT if offset is None else offset,
+        _ABSENT if bias is None else bias,
+        y,
+    )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 

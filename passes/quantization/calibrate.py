@@ -19,7 +19,7 @@ Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 Progress = Callable[[int, int], None]
 
 
-class _ChunkReached(Exception):  # noqa: N818 - control flow, not an error
+class _ChunkReached(Exception):
     """Every layer of the chunk has had this batch; the rest of the model need not run."""
 
 

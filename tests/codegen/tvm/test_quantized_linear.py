@@ -215,3 +215,18 @@ def test_what_cannot_be_packed_says_so(change, message):
     settings = {"bits": 4, "group_size": 128, "in_features": 576} | change
     with pytest.raises(cpu.QuantizedWeightError, match=message):
         cpu.pack(*canonical(192, 576), **settings)
+
+
+def test_source_is_the_kernel_as_text():
+    weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
+    text = cpu.source(weight, activation=torch.float32, multiply=torch.float32, isa="generic")
+    assert "@T.prim_func" in text
+    assert "T.parallel" in text
+
+
+def test_unknown_multiply_dtype_says_so(square):
+    weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
+    with pytest.raises(cpu.QuantizedWeightError, match=r"multiply torch\.float64"):
+        torch.ops.ridgeline.tvm_quantized_linear(
+            inputs(1, 576), *weight[:3], None, 192, 4, 128, torch.float64
+        )
