@@ -2,7 +2,8 @@
 
     t = dispatch + fork + smoothmax(flops / (peak · parallel), bytes / bandwidth(working set))
 
-bandwidth: that of the innermost cache that holds the working set, else DRAM's. parallel: chunks
+bandwidth: that of the innermost cache that holds the working set, else DRAM's; weights come from
+the level that holds all that the program reads between two uses of one of them. parallel: chunks
 over ceil(chunks/threads) threads' rounds. Integer weights add two vector operations per element
 and pass of 32 rows (unpack, scale) on the fp32 unit.
 """
@@ -30,11 +31,15 @@ def bandwidth(working_set: float, target: Target) -> float:
     return target.bandwidth_bytes_per_s
 
 
-def kernel_parts(kernel: Kernel, target: Target) -> Parts:
+def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts:
     """(compute, memory, fixed) seconds of one kernel; its time is smoothmax of two plus fixed."""
     moved = sum(kernel.bytes.values())
     fixed = target.launch_s + (target.fork_s if moved > GRAIN_BYTES else 0.0)
-    memory = moved / (bandwidth(moved, target) * target.bandwidth_efficiency)
+    weights = kernel.bytes.get("weight", 0.0)
+    memory = (
+        weights / bandwidth(max(moved, resident_bytes), target)
+        + (moved - weights) / bandwidth(moved, target)
+    ) / target.bandwidth_efficiency
     if isinstance(kernel, Gemm):
         return _gemm_compute(kernel, target), memory, fixed
     if isinstance(kernel, Attention):

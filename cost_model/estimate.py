@@ -49,10 +49,14 @@ class Cost:
     bound: str
 
 
-def estimate(work: Work, target: Target, *, launch: str = "graph") -> Cost:
+def estimate(
+    work: Work, target: Target, *, launch: str = "graph", resident_bytes: float = 0.0
+) -> Cost:
     """What `work` costs on `target`.
 
     launch: "graph" (CUDA or HIP graphs, no host time) or "eager"; a CPU has no difference.
+    resident_bytes: weights that the whole program reads between two uses of one of them; a CPU's
+        cache keeps a weight for the next step only if it keeps all of these.
     Raises ValueError for another `launch` and InvalidTarget for a collective without a link.
     """
     if launch not in ("graph", "eager"):
@@ -66,7 +70,7 @@ def estimate(work: Work, target: Target, *, launch: str = "graph") -> Cost:
             busy, fixed = _communication(kernel, target), 0.0
             spent["communication"] += busy
         else:
-            compute, memory, fixed = parts(kernel, target)
+            compute, memory, fixed = parts(kernel, target, resident_bytes)
             busy = gpu_time.smoothmax(compute, memory)
             spent["compute" if compute > memory else "memory"] += busy
             spent["launch"] += fixed

@@ -75,8 +75,11 @@ def smoothmax(compute: float, memory: float) -> float:
     return top * ((compute / top) ** P + (memory / top) ** P) ** (1 / P) if top > 0 else 0.0
 
 
-def kernel_parts(kernel: Kernel, target: Target) -> Parts:
-    """(compute, memory, fixed) seconds of one kernel; its time is smoothmax of two plus fixed."""
+def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts:
+    """(compute, memory, fixed) seconds of one kernel; its time is smoothmax of two plus fixed.
+
+    resident_bytes is not read: weights are taken to come from DRAM whatever the program's size.
+    """
     if isinstance(kernel, Gemm):
         return _gemm(kernel, target)
     if isinstance(kernel, Attention):

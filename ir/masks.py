@@ -91,6 +91,9 @@ def _boolean(node: fx.Node) -> Mask:
     known = element(node)
     if known is None:
         return Mask(None, node)
+    # A dimension of size 1 is read at index 0 wherever it is broadcast to.
+    single = {index_symbol(d): 0 for d, size in enumerate(shape_of(node)) if size == 1}
+    known = known.subs(single)
     atoms = [a for a in sympy.And.make_args(known) if not _always(a, node)]
     if not atoms:
         return Mask(None, None)

@@ -169,7 +169,8 @@ class _Attempt:
             elif isinstance(p, list | tuple) and isinstance(g, list | tuple) and len(p) == len(g):
                 yield from self._unify_all(list(zip(p, g, strict=True)), state)
             else:
-                self._differs(f"{g}, where {self.pattern.name} has {p}", state)
+                expected = "a number" if name is not None else p
+                self._differs(f"{g}, where {self.pattern.name} has {expected}", state)
             return
         if not isinstance(g, fx.Node):
             self._differs(f"{g}, where {self.pattern.name} has a tensor", state)
@@ -206,7 +207,9 @@ class _Attempt:
         if p.target in _COMMUTATIVE:
             orders.append(list(zip(p.args, g.args[::-1], strict=False)))
         for order in orders:
-            yield from self._unify_all(order + rest, state)
+            # Plain arguments first: they cost nothing to compare, and settle most attempts.
+            pairs = sorted(order + rest, key=lambda pair: isinstance(pair[0], fx.Node))
+            yield from self._unify_all(pairs, state)
 
     def _unify_all(self, pairs: list[tuple[Any, Any]], state: dict) -> Iterator[dict]:
         if not pairs:

@@ -19,6 +19,11 @@ aten = torch.ops.aten
 Rule = Callable[[fx.Node], bool]
 
 _CASTS = (aten.to, aten._to_copy, aten.type_as)
+_NEW = (aten.new_zeros, aten.new_ones, aten.new_full)
+_FILLS = {
+    **{aten.new_zeros: 0, aten.new_ones: 1, aten.new_full: None},
+    **{aten.zeros_like: 0, aten.ones_like: 1, aten.full_like: None},
+}
 _SCORE_STEPS = (aten.add.Tensor, aten.mul.Tensor, aten.where.self, aten.masked_fill.Scalar)
 
 
@@ -112,17 +117,49 @@ def _drop_identity(node: fx.Node) -> bool:
     return False
 
 
-def _positive_dims(node: fx.Node) -> bool:
-    """transpose(-1, -2) -> transpose(2, 3); softmax(dim=-1) -> softmax(dim=3)."""
-    if node.target not in (aten.transpose.int, aten.softmax.int):
+def _plain_dims(node: fx.Node) -> bool:
+    """transpose(-1, -2) -> transpose(2, 3), counted from the front; softmax(3) -> softmax(-1)."""
+    if node.target is aten.transpose.int:
+        rank = node.meta["val"].dim()
+        dims = sorted(d % rank for d in node.args[1:])
+    elif node.target is aten.softmax.int:
+        rank = max(node.meta["val"].dim(), 1)
+        dims = [node.args[1] % rank - rank]
+    else:
         return False
-    rank = node.meta["val"].dim()
-    last = 3 if node.target is aten.transpose.int else 2
-    dims = [d % rank for d in node.args[1:last]]
-    args = (node.args[0], *(sorted(dims)), *node.args[last:])
+    args = (node.args[0], *dims, *node.args[1 + len(dims) :])
     if args == node.args:
         return False
     node.args = args
+    return True
+
+
+def _plain_fill(node: fx.Node) -> bool:
+    """x.new_ones(sizes) and ones_like(x) -> full(sizes, 1): x lends dtype and device alone."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in _FILLS:
+        return False
+    value = node.meta["val"]
+    number = _FILLS[packet]
+    rest = node.args[1:]
+    sizes = rest[0] if packet in _NEW and rest else None
+    if packet in (aten.new_full, aten.full_like):
+        number = rest[-1]
+    if sizes is None:
+        if not all(isinstance(s, int) for s in value.shape) or not value.is_contiguous():
+            return False
+        sizes = list(value.shape)
+    if value.dtype == torch.bool and isinstance(number, int | float):
+        number = bool(number)
+    full = _insert(
+        *(node, aten.full.default, sizes, number),
+        dtype=value.dtype,
+        device=value.device,
+        pin_memory=False,
+        value=value,
+    )
+    node.replace_all_uses_with(full)
+    node.graph.erase_node(node)
     return True
 
 
@@ -270,7 +307,8 @@ def _additive_mask(node: fx.Node) -> bool:
 EXACT: tuple[Rule, ...] = (
     _drop_assertion,
     _drop_identity,
-    _positive_dims,
+    _plain_dims,
+    _plain_fill,
     _plain_softmax,
     _explicit_attention,
     _linear_from_addmm,

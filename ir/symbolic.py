@@ -10,6 +10,8 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import fx
 
 aten = torch.ops.aten
@@ -48,7 +50,20 @@ def element(node: Any) -> Expression | None:
     if node.op != "call_function":
         return None
     handler = _HANDLERS.get(getattr(node.target, "overloadpacket", None))
-    return handler(node) if handler else None
+    known = handler(node) if handler else None
+    return known if known is not None and _cannot_wrap(node, known) else None
+
+
+def _cannot_wrap(node: fx.Node, known: Expression) -> bool:
+    """Integers of 8 and 16 bits may overflow; conditions (0 or 1) never do."""
+    dtype = node.meta["val"].dtype
+    wide = dtype.is_floating_point or dtype in (torch.bool, torch.int32, torch.int64)
+    return wide or _is_condition(known) or known in (0, 1)
+
+
+def _is_condition(e: Expression) -> bool:
+    """True, false, a comparison or a combination of them; in arithmetic it counts as 1 or 0."""
+    return isinstance(e, Relational | BooleanFunction | BooleanAtom)
 
 
 def _reindex(node: fx.Node, source: Any, index: dict[int, Expression]) -> Expression | None:
@@ -88,11 +103,63 @@ def _elementwise(combine: Callable[..., Expression]) -> Callable[[fx.Node], Expr
 
 
 def _arithmetic(combine: Callable[..., Expression]) -> Callable[[fx.Node], Expression | None]:
-    return _elementwise(lambda *xs: combine(*map(_number, xs)))
+    """Over numbers; a comparison among the operands leaves the result unknown."""
+
+    def on_numbers(*operands: Expression) -> Expression | None:
+        numbers = [_number(o) for o in operands]
+        return None if any(_is_condition(n) for n in numbers) else combine(*numbers)
+
+    return _elementwise(on_numbers)
 
 
-def _constant(value: Expression) -> Callable[[fx.Node], Expression]:
-    return lambda node: value
+def _logical(combine: Callable[..., Expression]) -> Callable[[fx.Node], Expression | None]:
+    """Over conditions; the bits of any other integer stay unknown."""
+
+    def on_conditions(*operands: Expression) -> Expression | None:
+        return combine(*operands) if all(map(_is_condition, operands)) else None
+
+    return _elementwise(on_conditions)
+
+
+def _product(a: Expression, b: Expression) -> Expression | None:
+    """Of two conditions, their conjunction."""
+    if _is_condition(a) and _is_condition(b):
+        return sympy.And(a, b)
+    a, b = _number(a), _number(b)
+    return None if _is_condition(a) or _is_condition(b) else a * b
+
+
+def _difference(a: Expression, b: Expression) -> Expression | None:
+    """1 less a condition is its negation."""
+    if _number(a) == 1 and _is_condition(b):
+        return sympy.Not(b)
+    a, b = _number(a), _number(b)
+    return None if _is_condition(a) or _is_condition(b) else a - b
+
+
+def _equal(a: Expression, b: Expression) -> Expression | None:
+    """A condition equals 1 where it holds and 0 where it doesn't."""
+    for condition, other in ((a, b), (b, a)):
+        if _is_condition(condition) and _number(other) in (0, 1):
+            return condition if _number(other) == 1 else sympy.Not(condition)
+    return None if _is_condition(a) or _is_condition(b) else sympy.Eq(a, b)
+
+
+def _unequal(a: Expression, b: Expression) -> Expression | None:
+    equal = _equal(a, b)
+    return None if equal is None else sympy.Not(equal)
+
+
+def _filled(value: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Expression | None]:
+    """The same number everywhere; of a boolean tensor, true or false."""
+
+    def handler(node: fx.Node) -> Expression | None:
+        known = element(value(node))
+        if known is None or node.meta["val"].dtype != torch.bool or _is_condition(known):
+            return known
+        return sympy.Ne(known, 0) if known.is_number else None
+
+    return handler
 
 
 def _arange(node: fx.Node) -> Expression | None:
@@ -107,11 +174,18 @@ def _same(node: fx.Node) -> Expression | None:
     """A cast between integers and booleans, a copy, an alias."""
     before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
     inner = element(node.args[0])
-    if inner is None or after.is_floating_point:
+    if inner is None or before.is_floating_point or after.is_floating_point:
         return None
-    if after == torch.bool and before != torch.bool:
-        return sympy.Ne(_number(inner), 0)
+    if after == torch.bool and not _is_condition(inner):
+        return sympy.Ne(inner, 0)
     return inner
+
+
+def _not(node: fx.Node) -> Expression | None:
+    """Negation; ~ of an integer flips its bits and stays unknown."""
+    inner = element(node.args[0])
+    boolean = node.meta["val"].dtype == torch.bool
+    return sympy.Not(inner) if boolean and inner is not None and _is_condition(inner) else None
 
 
 def _unsqueeze(node: fx.Node) -> Expression | None:
@@ -164,7 +238,7 @@ def _index(node: fx.Node) -> Expression | None:
     if len(indices) != source.meta["val"].dim() or any(i is None for i in indices):
         return None
     at = [_broadcast(node, i) for i in indices]
-    if any(a is None for a in at):
+    if any(a is None or not a.is_nonnegative for a in at):  # -1 would read from the end
         return None
     return _reindex(node, source, dict(enumerate(at)))
 
@@ -183,28 +257,28 @@ def _triangle(keep: Callable[[Expression, Expression], Expression]) -> Callable:
 
 _HANDLERS: dict[Any, Callable[[fx.Node], Expression | None]] = {
     aten.arange: _arange,
-    aten.zeros: _constant(sympy.Integer(0)),
-    aten.ones: lambda n: sympy.true if n.meta["val"].dtype == torch.bool else sympy.Integer(1),
-    aten.new_zeros: _constant(sympy.Integer(0)),
-    aten.new_ones: lambda n: sympy.true if n.meta["val"].dtype == torch.bool else sympy.Integer(1),
-    aten.full: lambda n: element(n.args[1]),
+    aten.zeros: _filled(lambda n: 0),
+    aten.ones: _filled(lambda n: 1),
+    aten.new_zeros: _filled(lambda n: 0),
+    aten.new_ones: _filled(lambda n: 1),
+    aten.full: _filled(lambda n: n.args[1]),
     aten.add: _arithmetic(lambda a, b: a + b),
-    aten.sub: _arithmetic(lambda a, b: a - b),
-    aten.mul: _arithmetic(lambda a, b: a * b),
+    aten.sub: _elementwise(_difference),
+    aten.mul: _elementwise(_product),
     aten.le: _arithmetic(sympy.Le),
     aten.lt: _arithmetic(sympy.Lt),
     aten.ge: _arithmetic(sympy.Ge),
     aten.gt: _arithmetic(sympy.Gt),
-    aten.eq: _arithmetic(sympy.Eq),
-    aten.ne: _arithmetic(sympy.Ne),
-    aten.__and__: _elementwise(sympy.And),
-    aten.bitwise_and: _elementwise(sympy.And),
-    aten.logical_and: _elementwise(sympy.And),
-    aten.__or__: _elementwise(sympy.Or),
-    aten.bitwise_or: _elementwise(sympy.Or),
-    aten.logical_or: _elementwise(sympy.Or),
-    aten.logical_not: _elementwise(sympy.Not),
-    aten.bitwise_not: _elementwise(sympy.Not),
+    aten.eq: _elementwise(_equal),
+    aten.ne: _elementwise(_unequal),
+    aten.__and__: _logical(sympy.And),
+    aten.bitwise_and: _logical(sympy.And),
+    aten.logical_and: _logical(sympy.And),
+    aten.__or__: _logical(sympy.Or),
+    aten.bitwise_or: _logical(sympy.Or),
+    aten.logical_or: _logical(sympy.Or),
+    aten.logical_not: _not,
+    aten.bitwise_not: _not,
     aten.to: _same,
     aten._to_copy: _same,
     aten.contiguous: _same,

@@ -17,14 +17,18 @@ def choose(
     tolerance: float,
     objective: str,
     sensitivity: float,
-    base_memory: int,
+    weight_bytes: int,
 ) -> tuple[list[Candidate], list[tuple[Candidate, str, str]], dict[Candidate, tuple[Cost, Cost]]]:
     """Pick the candidates to apply on `target`.
 
-    sensitivity: output error per unit of local error, measured by a probe. Returns the chosen, the
+    sensitivity: output error per unit of local error, measured by a probe. weight_bytes: of all
+    weights of the program. Returns the chosen, the
     others with (refused_by, reason), and every candidate's predicted (before, after).
     """
-    costs = {c: (estimate(c.before, target), estimate(c.after, target)) for c in candidates}
+    costs = {
+        c: tuple(estimate(w, target, resident_bytes=weight_bytes) for w in (c.before, c.after))
+        for c in candidates
+    }
     worth = {c: _gain(*costs[c], c, objective) for c in candidates}
     useful = [c for c in candidates if worth[c] > 0]
     touched: dict[fx.Node, list[int]] = {}
@@ -45,7 +49,7 @@ def choose(
         options,
         error_budget=tolerance,
         capacity_bytes=target.memory_bytes,
-        base_memory_bytes=base_memory,
+        base_memory_bytes=weight_bytes,
     ).chosen
     chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
     return chosen, _others(candidates, chosen, costs, worth, target, tolerance), costs

@@ -98,6 +98,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     key, value = _without_repeat(key, transposed), _without_repeat(site.bind["value"], False)
     if refusal := _shapes_refused(site, query, key, value, transposed):
         return refusal
+    if refusal := _mask_refused(site, query):
+        return refusal
     mask = analyse(site.bind.get("mask"))
     if site.pattern == "sdpa_causal":
         mask = Mask(sympy.Integer(0), None)
@@ -140,6 +142,8 @@ def _without_repeat(node: fx.Node, transposed: bool) -> fx.Node:
     if thin.target is not aten.unsqueeze.default or thin.args[1] != 2:
         return node
     x = thin.args[0]
+    if x.meta["val"].dim() != 4:
+        return node
     batch, heads, length, dim = shape_of(x)
     repeats = shape_of(wide)[2]
     regular = shape_of(node) == [batch, heads * repeats, length, dim]
@@ -184,6 +188,32 @@ def _shapes_refused(
             f"batch sizes {batches} are broadcast against each other",
             site.outs[0],
             "expand query, key and value to one batch size",
+        )
+    return None
+
+
+def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
+    if "mask" not in site.bind:
+        return None
+    mask = site.bind["mask"]
+    dtype = mask.meta["val"].dtype
+    # In `scores + mask` a boolean counts as 0 or 1; only the fused call reads it as "keep".
+    boolean = dtype == torch.bool and site.pattern == "sdpa_masked"
+    if not (boolean or dtype.is_floating_point):
+        return Reject(
+            f"the mask {mask.name} is {dtype} and is added to the scores as a number",
+            mask,
+            "add a floating mask, or exclude with masked_fill(~mask, -inf)",
+        )
+    (batch, heads, q_len, _), k_len = shape_of(query), shape_of(site.bind["value"])[2]
+    sizes = shape_of(mask)
+    scores = [batch, heads, q_len, k_len][max(4 - len(sizes), 0) :]
+    if len(sizes) > 4 or any(s not in (1, full) for s, full in zip(sizes, scores, strict=True)):
+        return Reject(
+            f"the mask {mask.name} of shape {sizes} widens scores of shape"
+            f" {[batch, heads, q_len, k_len]}",
+            mask,
+            "expand query, key and value to the mask's batch and heads",
         )
     return None
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx, nn
 
+from ridgeline.codegen.kernel import constant
 from ridgeline.codegen.lower import lower
 from ridgeline.cost_model import Target, estimate, load_target, work_of_graph
 from ridgeline.ir.errors import RidgelineError
@@ -90,6 +91,12 @@ def _hessians(model: nn.Module, calibration: Iterable[Any] | None) -> dict[str, 
     return {f"{name}.weight": h for name, h in collect_hessians(model, calibration).items()}
 
 
+def weight_bytes(module: fx.GraphModule) -> int:
+    """Bytes of the distinct tensors that the graph reads as attributes."""
+    tensors = {id(t): t for n in module.graph.find_nodes(op="get_attr") for t in [constant(n)]}
+    return sum(t.nbytes for t in tensors.values())
+
+
 class Compiler:
     """Turns captured programs into callables for one target, and keeps the plan."""
 
@@ -154,7 +161,7 @@ class Compiler:
             tolerance=self.tolerance,
             objective=self.objective,
             sensitivity=observed.sensitivity() if lossy else 1.0,
-            base_memory=sum(p.nbytes for p in module.parameters()),
+            weight_bytes=weight_bytes(module),
         )
         prepared = {c.rewrite.prepare(c, setting): c for c in chosen}
         kept, given_back, error = self._settle(program, module, list(prepared))
@@ -177,7 +184,9 @@ class Compiler:
         plan.refused += [refusal_decision(r, phase) for r in refusals]
         plan.refused += ignored
         plan.predicted[phase] = {
-            side: cost_to_dict(estimate(work_of_graph(m.graph), self.target))
+            side: cost_to_dict(
+                estimate(work_of_graph(m.graph), self.target, resident_bytes=weight_bytes(m))
+            )
             for side, m in (("before", module), ("after", rewritten))
         }
         return rewritten
