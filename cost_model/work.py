@@ -70,7 +70,7 @@ class Attention:
     """softmax(q kᵀ) v in one pass over the keys, no score in memory.
 
     causal: query i keeps the keys j <= i + (kv - q), at most kv. masked: a mask of one byte per
-    score is read for one head.
+    score is read for one head. library: whose kernel it is, "torch" or "ridgeline".
     """
 
     batch: int
@@ -83,6 +83,7 @@ class Attention:
     causal: bool = False
     dtype: torch.dtype = torch.float32
     masked: bool = False
+    library: str = "torch"
 
     @property
     def pairs(self) -> int:

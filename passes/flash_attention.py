@@ -258,6 +258,7 @@ def _work(call: Call, site: Site) -> Work:
                 causal=call.diagonal is not None,
                 dtype=q.dtype,
                 masked=call.mask is not None,
+                library="ridgeline",
             ),
         )
     )

@@ -108,7 +108,7 @@ def mask_widens_the_heads(q, k, v):
 @pytest.mark.parametrize(
     ("trap", "reason"),
     [
-        (softmax_over_queries, "an argument of softmax is -2, where unmasked has -1"),
+        (softmax_over_queries, "an argument of softmax is -2, where masked has -1"),
         (weights_returned_too, "softmax, inside the site, is also read by output"),
         (scores_returned_too, "inside the site, is also read by output"),
         (weights_sharpened, "softmax is read by aten.square"),
