@@ -17,8 +17,10 @@ class Certificate:
 
     kind: "equivalence" (site against replacement in float64 on adversarial inputs) or "drift"
         (measured on data).
-    relative_error: the largest relative Frobenius error seen; limit: what was allowed.
+    relative_error: the largest relative Frobenius error of the site's output; limit: what was
+        allowed, of an equivalence at the site, of drift at the model's outputs.
     cases: the inputs tried; preconditions: what was proven about values and structure.
+    model_error: of drift, the relative error of the model's outputs with every rewrite applied.
     """
 
     kind: Literal["equivalence", "drift"]
@@ -26,6 +28,7 @@ class Certificate:
     limit: float
     cases: tuple[str, ...]
     preconditions: tuple[str, ...] = ()
+    model_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,13 @@ def _why(members: list["Decision"], detail: bool) -> str:
     )
     if worst is not None:
         words += worst.preconditions if detail or len(worst.preconditions) > 1 else ()
-        words.append(f"{worst.kind} {worst.relative_error:.1e}, allowed {worst.limit:.1e}")
+        if worst.model_error is None:
+            words.append(f"{worst.kind} {worst.relative_error:.1e}, allowed {worst.limit:.1e}")
+        else:
+            words.append(
+                f"drift {worst.relative_error:.1e} here, {worst.model_error:.1e} at the outputs,"
+                f" allowed {worst.limit:.1e}"
+            )
         words += worst.cases if detail else ()
     return "; ".join(words)
 
