@@ -89,7 +89,7 @@ def _backward(ctx, grad):
     d_key = per_key_head(ctx.scale * ds.transpose(-1, -2) @ query.to(p.dtype)).to(key.dtype)
     d_value = per_key_head(p.transpose(-1, -2) @ wide_grad).to(value.dtype)
     d_mask = None
-    if ctx.needs_input_grad[3]:
+    if mask is not None and ctx.needs_input_grad[3]:
         d_mask = ds.sum_to_size(mask.shape).to(mask.dtype)
     return d_query, d_key, d_value, d_mask
 

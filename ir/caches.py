@@ -47,10 +47,13 @@ def signature(cache: Any) -> tuple[Any, ...]:
 
 
 def _layer_signature(layer: Any) -> tuple[Any, ...]:
-    return (
-        type(layer).__name__,
-        tuple(k if isinstance(v, Tensor) else (k, str(v)) for k, v in vars(layer).items()),
-    )
+    state = vars(layer)
+    plain = [Tensor if isinstance(v, Tensor) else v for v in state.values()]
+    try:
+        hash(key := (type(layer).__name__, *state, *plain))
+    except TypeError:  # some attribute is a list or the like
+        return (type(layer).__name__, *state, *map(str, plain))
+    return key
 
 
 def with_tensors(cache: Any, values: Sequence[Tensor]) -> Any:

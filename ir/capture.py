@@ -5,6 +5,7 @@
 and cache-length dimensions are free where the model allows it; a dimension of size 1 stays 1.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,13 @@ def flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
 
 
 def _tensor_key(x: Tensor) -> tuple[Any, ...]:
-    return (x.dtype, x.device, x.requires_grad, *(min(s, 2) for s in x.shape))
+    return (x.dtype, x.device, x.requires_grad, _size_classes(x.shape))
+
+
+@functools.lru_cache(maxsize=4096)
+def _size_classes(shape: torch.Size) -> tuple[int, ...]:
+    """0, 1 or 2 (more) for each size: what a captured graph may specialise on."""
+    return tuple(min(s, 2) for s in shape)
 
 
 @dataclass(frozen=True, slots=True)

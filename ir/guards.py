@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.printers import PythonPrinter
 
-from ridgeline.ir.symbolic import size_expression
+from ridgeline.ir.symbolic import shape_of, size_expression
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeGuards:
-    """fixed: (input, dimension, size). binds: (input, dimension, symbol). conditions: code over
-    the symbols; derived: (input, dimension, code)."""
+    """shapes: (input, shape) of inputs with no free dimension. fixed: (input, dimension, size) of
+    the others. binds: (input, dimension, symbol). derived: (input, dimension, code over the
+    symbols). conditions: code over the symbols."""
 
+    shapes: tuple[tuple[int, torch.Size], ...]
     fixed: tuple[tuple[int, int, int], ...]
     binds: tuple[tuple[int, int, str], ...]
     derived: tuple[tuple[int, int, CodeType], ...]
@@ -30,12 +32,16 @@ class ShapeGuards:
     @classmethod
     def of(cls, module: fx.GraphModule) -> "ShapeGuards":
         """Read the guards off the placeholders and their shape environment."""
-        fixed, binds, derived = [], [], []
+        shapes, fixed, binds, derived = [], [], [], []
         known: set[sympy.Symbol] = set()
         environment = None
         for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
             value = node.meta["val"]
             if not isinstance(value, Tensor):
+                continue
+            sizes = shape_of(node)
+            if all(s.is_Integer for s in sizes):
+                shapes.append((i, torch.Size(map(int, sizes))))
                 continue
             for d, size in enumerate(value.shape):
                 expression = size_expression(size)
@@ -50,10 +56,13 @@ class ShapeGuards:
                 else:
                     derived.append((i, d, _code(expression)))
         conditions = [] if environment is None else _conditions(environment, known)
-        return cls(tuple(fixed), tuple(binds), tuple(derived), tuple(conditions))
+        return cls(tuple(shapes), tuple(fixed), tuple(binds), tuple(derived), tuple(conditions))
 
     def accept(self, flat: Sequence[Tensor]) -> bool:
         """Do the sizes of a call's flat tensors satisfy every guard?"""
+        for i, shape in self.shapes:
+            if flat[i].shape != shape:
+                return False
         for i, d, size in self.fixed:
             if flat[i].shape[d] != size:
                 return False

@@ -6,6 +6,7 @@ real arithmetic) and look only at what feeds a softmax. Every rule removes a spe
 brings back, so the loop ends.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -71,7 +72,8 @@ def _insert(node: fx.Node, target, *args, value: torch.Tensor | None = None, **k
         def fake(x):
             return x.meta["val"] if isinstance(x, fx.Node) else x
 
-        value = target(*fx.node.map_arg(args, fake), **fx.node.map_arg(kwargs, fake))
+        with getattr(node.meta["val"], "fake_mode", contextlib.nullcontext()):
+            value = target(*fx.node.map_arg(args, fake), **fx.node.map_arg(kwargs, fake))
     new.meta["val"] = value
     return new
 
@@ -106,7 +108,7 @@ def _drop_identity(node: fx.Node) -> bool:
     if packet in (aten.expand, aten.alias, aten.lift_fresh_copy):
         return _forward(node)
     if packet is aten.slice:
-        start, step = (*args, None, None, None, None)[2], (*args, 0, None, None, 1)[4]
+        start, step = (args[i] if len(args) > i else None for i in (2, 4))
         return start in (0, None) and step in (1, None) and _forward(node)
     if packet is aten.contiguous:
         return before.is_contiguous() and _forward(node)

@@ -8,6 +8,7 @@ phase, chosen by guards, at most `max_graphs` of them, the least recently used g
 
 import functools
 import logging
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 
 log = logging.getLogger(__name__)
+
+_MODE = operator.attrgetter("training")
 
 
 class CompileProgram(Protocol):
@@ -54,7 +57,7 @@ class _State:
     strict: bool
     max_graphs: int
     modules: list[nn.Module]
-    weights: list[tuple[dict[str, Any], str, Any]]
+    weights: tuple[list[dict[str, Any]], list[str], list[Any]]
     graphs: OrderedDict[int, tuple[Any, Captured, Callable[..., Any]]] = field(
         default_factory=OrderedDict
     )
@@ -115,8 +118,9 @@ class OptimizedModule(nn.Module):
     def _forget_changed_weights(self) -> None:
         """Drop graphs that hold weights which have been reassigned or, once folded, changed."""
         state = self._ridgeline
-        replaced = any(owner[name] is not w for owner, name, w in state.weights)
-        if not replaced and not state.compile_program.stale():
+        owners, names, weights = state.weights
+        same = all(map(operator.is_, map(dict.get, owners, names), weights))
+        if same and not state.compile_program.stale():
             return
         log.info("weights changed: captured graphs are dropped")
         state.graphs.clear()
@@ -125,7 +129,7 @@ class OptimizedModule(nn.Module):
 
     def _key(self, call: Call) -> Any:
         training = torch.is_grad_enabled() and self.training
-        modes = tuple(m.training for m in self._ridgeline.modules)
+        modes = tuple(map(_MODE, self._ridgeline.modules))
         return (training, modes, call.key)
 
     def _find(self, key: Any, call: Call) -> tuple[Captured, Callable[..., Any]] | None:
@@ -225,9 +229,11 @@ def optimized_copy(
     return copied
 
 
-def _weights(modules: list[nn.Module]) -> list[tuple[dict[str, Any], str, Any]]:
-    """Every parameter with the dictionary that holds it, to see whether it is still there."""
-    return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+def _weights(modules: list[nn.Module]) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
+    """The dictionaries, names and values of all parameters, to see whether they still stand."""
+    held = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+    owners, names, weights = ([entry[i] for entry in held] for i in range(3))
+    return owners, names, weights
 
 
 def _shallow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:

@@ -28,15 +28,24 @@ def canonical(n, k, *, bits=4, group=128, scheme="symmetric", scale_dtype=torch.
     return pack_codes(codes, bits), scale.to(scale_dtype), offset
 
 
-def layer(stored, k, *, bits=4, group=128, bias=None, multiply=torch.float32):
+def layer(
+    stored,
+    k,
+    *,
+    bits=4,
+    group=128,
+    bias=None,
+    activation=torch.float32,
+    multiply=torch.float32,
+):
     """(x -> kernel's y, float64 weight) for canonical storage."""
     packed, scale, offset = stored
     weight = cpu.pack(packed, scale, offset, bits=bits, group_size=group, in_features=k)
 
+    text = kernel(weight, activation, multiply, bias)
+
     def run(x):
-        return torch.ops.ridgeline.tvm_quantized_linear(
-            x, *weight[:3], bias, weight.out_features, bits, group, multiply
-        )
+        return cpu.OP(x, *weight[:3], bias, text)
 
     exact = dequantize(
         packed,
@@ -47,6 +56,12 @@ def layer(stored, k, *, bits=4, group=128, bias=None, multiply=torch.float32):
         in_features=k,
     ).double()
     return run, exact
+
+
+def kernel(weight, activation=torch.float32, multiply=torch.float32, bias=None, isa=None):
+    dtype = None if bias is None else bias.dtype
+    spec = cpu.kernel_spec(weight, activation=activation, multiply=multiply, bias=dtype, isa=isa)
+    return str(spec)
 
 
 def inputs(m, k, dtype=torch.float32):
@@ -103,7 +118,9 @@ def test_kernel_follows_the_law(
     n, k = 67, 328  # neither a whole panel nor a whole group
     stored = canonical(n, k, bits=bits, group=group, scheme=scheme, scale_dtype=scale_dtype)
     bias = torch.linspace(-1, 1, n)
-    run, weight = layer(stored, k, bits=bits, group=group, bias=bias, multiply=multiply)
+    run, weight = layer(
+        stored, k, bits=bits, group=group, bias=bias, activation=activation, multiply=multiply
+    )
     for m in (0, 1, 7):
         x = inputs(m, k, activation)
         y = run(x)
@@ -184,14 +201,33 @@ def test_thread_count_does_not_change_the_result(square):
         torch.set_num_threads(threads)
 
 
-def test_fake_agrees_and_dynamic_rows_trace(square):
+def test_fake_agrees():
     weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
-    args = (inputs(5, 576), *weight[:3], None, 192, 4, 128, torch.float32)
     torch.library.opcheck(
-        torch.ops.ridgeline.tvm_quantized_linear.default,
-        args,
+        cpu.OP,
+        (inputs(5, 576), *weight[:3], None, kernel(weight)),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("scheme", ["symmetric", "minimum"])
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 192)], ids=["plain", "bias"])
+def test_inductor_calls_the_kernel_directly(scheme, bias):
+    cpu.register_lowering()
+    run, weight = layer(canonical(192, 576, scheme=scheme), 576, bias=bias)
+    compiled = torch.compile(lambda x: run(x * 2) + 1, dynamic=True)
+    with torch.no_grad():
+        for shape in ((3, 576), (6, 576), (1, 2, 576), (2, 3, 576)):
+            x = inputs(6, 576)[: torch.Size(shape[:-1]).numel()].view(shape)
+            y = compiled(x)
+            expected = 2 * x.double() @ weight.T + (0 if bias is None else bias) + 1
+            assert y.shape == expected.shape
+            assert error(y, expected) < LIMIT[torch.float32]
+        transposed = torch.compile(lambda x: run(x.T))
+        x = inputs(576, 4)
+        expected = x.T.double() @ weight.T + (0 if bias is None else bias)
+        assert error(transposed(x), expected) < LIMIT[torch.float32]
 
 
 def test_inside_torch_compile(square):
@@ -219,14 +255,21 @@ def test_what_cannot_be_packed_says_so(change, message):
 
 def test_source_is_the_kernel_as_text():
     weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
-    text = cpu.source(weight, activation=torch.float32, multiply=torch.float32, isa="generic")
+    text = cpu.source(cpu.KernelSpec.parse(kernel(weight, isa="generic")))
     assert "@T.prim_func" in text
     assert "T.parallel" in text
 
 
-def test_unknown_multiply_dtype_says_so(square):
+def test_unknown_multiply_dtype_says_so():
     weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
     with pytest.raises(cpu.QuantizedWeightError, match=r"multiply torch\.float64"):
-        torch.ops.ridgeline.tvm_quantized_linear(
-            inputs(1, 576), *weight[:3], None, 192, 4, 128, torch.float64
-        )
+        kernel(weight, multiply=torch.float64)
+
+
+def test_kernel_of_another_weight_says_so():
+    weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
+    other = cpu.pack(*canonical(64, 576), bits=4, group_size=128, in_features=576)
+    with pytest.raises(cpu.QuantizedWeightError, match="out_features=64"):
+        cpu.OP(inputs(2, 576), *weight[:3], None, kernel(other))
+    with pytest.raises(cpu.QuantizedWeightError, match="found 'fast'"):
+        cpu.OP(inputs(2, 576), *weight[:3], None, "fast")
