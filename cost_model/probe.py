@@ -107,7 +107,7 @@ def probe(sizes: ProbeSizes) -> dict[str, Any]:
     for inner in range(len(speeds) - 2, -1, -1):  # an outer level is never faster: dispatch hides
         speeds[inner] = max(speeds[inner], speeds[inner + 1])
     described = {
-        "name": "native",
+        "name": "cpu",
         "kind": "cpu",
         "arch": platform.machine().lower() or "unknown",
         "features": sorted(isa_flags()),

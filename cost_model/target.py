@@ -102,8 +102,8 @@ class Target:
 
 
 def target_names() -> list[str]:
-    """The machines that ridgeline describes, and "native" for the host's probed CPU."""
-    return ["native", *sorted(p.stem for p in FOLDER.glob("*.toml"))]
+    """The machines that ridgeline describes, and "cpu" for the host's probed CPU."""
+    return ["cpu", *sorted(p.stem for p in FOLDER.glob("*.toml"))]
 
 
 def load_target(name_or_path: str | Path | Target) -> Target:
@@ -121,7 +121,7 @@ def load_target(name_or_path: str | Path | Target) -> Target:
         return probe_host()
     path = Path(text) if text.endswith(".toml") else FOLDER / f"{text}.toml"
     if not path.is_file():
-        names = [*target_names(), "cpu"]
+        names = target_names()
         near = difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.4)
         raise UnknownTarget(
             f"target {text!r} is not known; "

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """One place where a pattern fits.
 

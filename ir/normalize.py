@@ -292,12 +292,14 @@ def _additive_mask(node: fx.Node) -> bool:
     if node.target is aten.masked_fill.Scalar:
         scores, excluded, fill = node.args
         keep_first = False
-    elif node.target is aten.where.ScalarOther:
-        excluded, scores, fill = node.args
+    elif node.target in (aten.where.ScalarOther, aten.where.self):
+        excluded, scores, fill = node.args[0], node.args[1], scalar_value(node.args[2])
         keep_first = True
     else:
         return False
-    if scalar_value(scores) is not None or fill > ABSORBING or not _feeds_softmax(node):
+    if fill is None or fill > ABSORBING or not _feeds_softmax(node):
+        return False
+    if scalar_value(scores) is not None or scores.meta["val"].dtype != node.meta["val"].dtype:
         return False  # a constant beside the fill is a mask already, not masked scores
     keep = excluded if keep_first else _insert(node, aten.logical_not.default, excluded)
     zero = _insert(node, aten.scalar_tensor.default, 0.0, dtype=scores.meta["val"].dtype)

@@ -264,6 +264,7 @@ _HANDLERS: dict[Any, Callable[[fx.Node], Expression | None]] = {
     aten.full: _filled(lambda n: n.args[1]),
     aten.add: _arithmetic(lambda a, b: a + b),
     aten.sub: _elementwise(_difference),
+    aten.rsub: _elementwise(lambda a, b: _difference(b, a)),
     aten.mul: _elementwise(_product),
     aten.le: _arithmetic(sympy.Le),
     aten.lt: _arithmetic(sympy.Lt),

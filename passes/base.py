@@ -83,6 +83,7 @@ class Pass:
 def location(node: fx.Node) -> str:
     """Module path and node name; the path is the innermost module that the node came from."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values() if entry[0]]
+    # torch files nodes of no module under a placeholder path.
+    paths = [p for p, *_ in stack.values() if p and not p.startswith("_empty_nn_module_stack")]
     path = paths[-1].replace("L['self'].", "").removeprefix("L['self']") if paths else ""
     return f"{path}:{node.name}" if path else node.name

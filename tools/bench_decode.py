@@ -5,14 +5,13 @@
 
 in tokens per second. Every contender continues the same prompt greedily from its own cache, and
 picking the next token (an argmax over the vocabulary) is part of every decode step. Each round runs
-every contender once (`ridgeline.tools.timing.interleave`).
+every contender once (`ridgeline.tools.timing.interleave`). `ridgeline bench decode` prints it.
 
 The fastest decode that the machine's memory allows is bandwidth / bytes of weights read per token;
 contenders that keep narrower weights have a higher ceiling.
 """
 
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -153,7 +152,7 @@ def build(
     if name not in CONTENDERS:
         raise BenchError(f"contenders are {', '.join(CONTENDERS)}, but {name!r} was asked for")
     if name == "llama.cpp":
-        if importlib.util.find_spec("llama_cpp") is None:
+        if not has_llama_cpp():
             raise BenchError("llama.cpp needs the package llama-cpp-python: pip install it")
         return LlamaCppSession(prompt[0].tolist(), new_tokens, torch.get_num_threads())
     dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
@@ -183,11 +182,9 @@ def compare(
     sessions: dict[str, Session], *, baseline: str, rounds: int = 9
 ) -> tuple[Timings, Timings]:
     """Return the interleaved timings of (prefill, decode); a sample is one prefill or one loop."""
-    for name, session in sessions.items():
-        started = time.perf_counter()
+    for session in sessions.values():  # compiles, and fills caches
         session.prefill()
         session.decode()
-        print(f"{name}: first prefill and decode {time.perf_counter() - started:.1f} s")
     prefill = interleave(
         {name: session.prefill for name, session in sessions.items()},
         baseline=baseline,
@@ -228,41 +225,12 @@ def _empty_cache(config: Any, kind: CacheKind, length: int, dtype: torch.dtype) 
     return cache
 
 
-def _prompt(tokens: int) -> Tensor:
+def prompt_ids(tokens: int) -> Tensor:
+    """The first `tokens` tokens of the evaluation text, int64 [1, tokens]."""
     ids = smollm2.load_tokenizer()(smollm2.evaluation_text()[: 16 * tokens]).input_ids
     return torch.tensor([ids[:tokens]])
 
 
-def main(
-    contenders: str = "compile-fp32,compile-bf16,ridgeline-fp32",
-    baseline: str = "compile-bf16",
-    prompt: int = 256,
-    new: int = 64,
-    rounds: int = 9,
-    threads: int = 0,
-    cache: str = "static",
-    tolerance: float = 0.0,
-) -> None:
-    """Compare contenders (comma-separated) and print rates in tokens per second."""
-    if cache not in ("static", "dynamic"):
-        raise BenchError(f"cache should be static or dynamic, but it is {cache!r}")
-    if threads:
-        torch.set_num_threads(threads)
-    ids = _prompt(prompt)
-    sessions = {name: build(name, ids, new, cache, tolerance) for name in contenders.split(",")}
-    for what, timings, tokens in zip(
-        ("prefill", "decode"),
-        compare(sessions, baseline=baseline, rounds=rounds),
-        (prompt, new),
-        strict=True,
-    ):
-        timings.print(f"SmolLM2-135M {what}, {tokens} tokens, batch 1, {cache} cache")
-        for name, rate in rates(timings, tokens).items():
-            quartiles = f"[{rate.lower:.1f}, {rate.upper:.1f}]"
-            print(f"{what:8s} {name:16s} {rate.median:8.1f} {quartiles} tokens/s")
-
-
-if __name__ == "__main__":
-    import typer
-
-    typer.run(main)
+def has_llama_cpp() -> bool:
+    """Is the llama.cpp baseline installed?"""
+    return importlib.util.find_spec("llama_cpp") is not None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ridgeline.codegen.tvm import quantized_linear as cpu
 from ridgeline.ir.quantized_linear import dequantize, pack_codes
-from ridgeline.tools.timing import Timings, dram_read_bandwidth, interleave
+from ridgeline.tools.timing import Timings, interleave
 
 COPIES = 3
 KERNEL = "ridgeline 4-bit bf16"
@@ -68,19 +68,3 @@ def rounds(
         functions, baseline="torch int4pack bf16", rounds=samples, seconds_per_sample=0.01
     )
     return timings, bytes_read
-
-
-def main() -> None:
-    """Print the table of each batch size, with the share of the measured DRAM bandwidth."""
-    from rich.console import Console
-
-    console = Console()
-    for m in (1, 4, 16, 64):
-        ceiling = dram_read_bandwidth()
-        timings, bytes_read = rounds(m)
-        console.print(timings.table(f"{m} x 4096 -> 11008, cold", bytes_read, ceiling))
-
-
-if __name__ == "__main__":
-    with torch.inference_mode():
-        main()

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ridgeline.codegen.lower import lower
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
-from ridgeline.passes.optimize import Compiler
+from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -75,10 +74,7 @@ def backend(
     rewritten = compiler.rewrite(program)
     counters["ridgeline"]["applied"] += len(compiler.plan.applied)
     counters["ridgeline"]["refused"] += len(compiler.plan.refused)
-    if training:
-        run = _inductor(rewritten, program.inputs)
-    else:
-        run = compiler.lower(rewritten, program)
+    run = _inductor(rewritten, example_inputs) if training else compiler.lower(rewritten, program)
     if chosen.on_plan is not None:
         chosen.on_plan(compiler.plan)
     return feed(run)
@@ -104,9 +100,11 @@ def _program(
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta.get("example_value") for n in placeholders]
-    fake_mode = detect_fake_mode([v for v in values if v is not None])
-    if fake_mode is None:
+    # The placeholders' own mode: Dynamo gives back ends another, with the same symbols.
+    modes = [v.fake_mode for v in values if isinstance(v, FakeTensor)]
+    if not modes:
         raise RidgelineError("the graph's placeholders carry no fake tensors")
+    fake_mode = modes[0]
     given = [x if v is None else v for x, v in zip(example_inputs, values, strict=True)]
     with fake_mode:
         traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
@@ -117,7 +115,7 @@ def _program(
     free = [i for i, constant in enumerate(constants) if not constant]
     program = Program.from_graph(
         traced,
-        [example_inputs[i] for i in free],
+        [_concrete(example_inputs[i]) for i in free],
         phase="training" if training else "forward",
         training=training,
     )
@@ -135,6 +133,11 @@ def _program(
         return call
 
     return program, feed
+
+
+def _concrete(value: Any) -> Any:
+    """A free size as the number it has in this call, so that programs can be run on it."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
 def _freeze(

@@ -19,7 +19,7 @@ from ridgeline.cost_model import (
 )
 from ridgeline.cost_model.target import FOLDER
 
-GPUS = [n for n in target_names() if n != "native"]
+GPUS = [n for n in target_names() if n != "cpu"]
 BF16 = torch.bfloat16
 CPU = """
 name = "desk"

@@ -1,0 +1,52 @@
+"""`ridgeline bench`: interleaved rounds on this machine, named baselines, ratios, spread."""
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from ridgeline.tools import bench_attention, bench_linear
+from ridgeline.tools.timing import dram_read_bandwidth
+
+PROMPT, NEW, TOLERANCE = 256, 64, 0.02
+
+
+def linear(rounds: int, console: Console) -> None:
+    """The 4-bit linear layer 4096 -> 11008, weights cold, against torch's own kernels."""
+    with torch.inference_mode():
+        ceiling = dram_read_bandwidth()
+        for m in (1, 4, 16, 64):
+            timings, bytes_read = bench_linear.rounds(m, samples=rounds)
+            console.print(timings.table(f"{m} x 4096 -> 11008, cold", bytes_read, ceiling))
+
+
+def attention(rounds: int, console: Console) -> None:
+    """Attention against scaled_dot_product_attention: causal prefill and decoding."""
+    with torch.inference_mode():
+        for title, timings in bench_attention.cases(rounds):
+            console.print(timings.table(title))
+
+
+def decode(rounds: int, console: Console) -> None:
+    """SmolLM2-135M: tokens per second of prefill and decode at batch 1."""
+    from ridgeline.tools import bench_decode
+
+    names = ["compile-fp32", "compile-bf16", "ridgeline-fp32"]
+    if bench_decode.has_llama_cpp():
+        names.append("llama.cpp")
+    else:
+        console.print("llama.cpp: not measured (pip install llama-cpp-python)")
+    ids = bench_decode.prompt_ids(PROMPT)
+    sessions = {
+        name: bench_decode.build(name, ids, NEW, "static", tolerance=TOLERANCE) for name in names
+    }
+    prefill, steps = bench_decode.compare(sessions, baseline="compile-bf16", rounds=rounds)
+    for what, timings, tokens in (("prefill", prefill, PROMPT), ("decode", steps, NEW)):
+        console.print(timings.table(f"SmolLM2-135M {what}, {tokens} tokens, batch 1"))
+        print_rates(bench_decode.rates(timings, tokens), what, console)
+
+
+def print_rates(rates, what: str, console: Console) -> None:
+    """Tokens per second of each contender, with quartiles."""
+    for name, rate in rates.items():
+        spread = f"[{rate.lower:.1f}, {rate.upper:.1f}]"
+        console.print(Text(f"{what:8s} {name:16s} {rate.median:8.1f} {spread} tokens/s"))

@@ -1,0 +1,260 @@
+"""The command line: optimize, dump, explain, targets, bench, demo.
+
+MODEL is ``file.py:function``, which returns (module, args) or (module, args, kwargs), or a ``.pt2``
+exported program. Heavy imports happen inside the commands, so that --help is quick.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from ridgeline.ir.program import Program
+    from ridgeline.passes.compiler import Compiler
+
+app = typer.Typer(
+    help="Rewrite a PyTorch model for one machine, and see every step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+class Stage(StrEnum):
+    captured = "captured"
+    normalized = "normalized"
+    rewritten = "rewritten"
+    kernels = "kernels"
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+    dot = "dot"
+
+
+class Objective(StrEnum):
+    latency = "latency"
+    memory = "memory"
+    energy = "energy"
+    eflops = "eflops"
+
+
+class Bench(StrEnum):
+    linear = "linear"
+    attention = "attention"
+    decode = "decode"
+
+
+Model = Annotated[str, typer.Argument(help="file.py:function, or program.pt2")]
+Target = Annotated[str, typer.Option(help="A name of `ridgeline targets`, or a TOML file.")]
+Tolerance = Annotated[float, typer.Option(help="Output error that approximate rewrites may spend.")]
+Goal = Annotated[Objective, typer.Option(help="What to make small.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Module paths to leave alone, as lm_head.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write here, not to the screen.")
+]
+Trace = Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")]
+
+
+@app.command()
+def optimize(
+    model: Model,
+    target: Target = "native",
+    tolerance: Tolerance = 0.0,
+    objective: Goal = Objective.latency,
+    ignore: Ignore = None,
+    output: Output = None,
+    traceback: Trace = False,
+) -> None:
+    """Rewrite and compile MODEL, run it once, and print the plan (-o: save it as json)."""
+    with _clear_errors(traceback):
+        compiler, program = _capture(model, target, tolerance, objective, ignore)
+        with _status("rewriting and certifying"):
+            rewritten = compiler.rewrite(program)
+        with _status(f"compiling for {compiler.target.name}"):
+            run = compiler.lower(rewritten, program)
+        with _status("running once"):
+            from ridgeline.passes.observe import clone_inputs
+
+            run(*clone_inputs(program.inputs))
+        compiler.plan.print()
+        if output is not None:
+            output.write_text(json.dumps(compiler.plan.to_dict(), indent=2))
+
+
+@app.command()
+def explain(
+    model: Model,
+    target: Target = "native",
+    tolerance: Tolerance = 0.0,
+    objective: Goal = Objective.latency,
+    ignore: Ignore = None,
+    detail: Annotated[bool, typer.Option(help="A line per site, with all evidence.")] = False,
+    traceback: Trace = False,
+) -> None:
+    """Which rewrites fire for MODEL on a target, which do not, and why. Compiles nothing."""
+    with _clear_errors(traceback):
+        compiler, program = _capture(model, target, tolerance, objective, ignore)
+        with _status("rewriting and certifying"):
+            compiler.rewrite(program)
+        compiler.plan.print(detail=detail)
+
+
+@app.command()
+def dump(
+    model: Model,
+    target: Target = "native",
+    stage: Annotated[Stage, typer.Option(help="How far along.")] = Stage.rewritten,
+    form: Annotated[Format, typer.Option("--format", help="text, json or dot.")] = Format.text,
+    tolerance: Tolerance = 0.0,
+    objective: Goal = Objective.latency,
+    ignore: Ignore = None,
+    output: Output = None,
+    traceback: Trace = False,
+) -> None:
+    """Print MODEL's graph at a stage; --stage kernels gives the kernels' sources to take away."""
+    with _clear_errors(traceback):
+        from ridgeline.tools.dump import render_graph
+
+        compiler, program = _capture(model, target, tolerance, objective, ignore)
+        module: fx.GraphModule = program.module
+        if stage in (Stage.rewritten, Stage.kernels):
+            with _status("rewriting and certifying"):
+                module = compiler.rewrite(program)
+        elif stage is Stage.normalized:
+            from ridgeline.ir.normalize import normalize
+
+            module = normalize(module)
+        if stage is Stage.kernels:
+            from ridgeline.tools.kernel_sources import kernel_sources
+
+            _write_sources(kernel_sources(module, compiler.target), output)
+            return
+        title = f"{stage.value} for {compiler.target.name}"
+        content = render_graph(module, form.value, title, compiler.plan.to_dict())
+        if output is None:
+            typer.echo(content)
+        else:
+            output.write_text(content + "\n")
+
+
+@app.command()
+def targets(
+    name: Annotated[str | None, typer.Argument(help="One target, with its sources.")] = None,
+    traceback: Trace = False,
+) -> None:
+    """The machines that ridgeline knows, as numbers; with NAME, each number's source."""
+    with _clear_errors(traceback):
+        from ridgeline.tools.target_table import all_targets, one_target
+
+        out.print(all_targets() if name is None else one_target(name))
+
+
+@app.command()
+def bench(
+    what: Annotated[Bench, typer.Argument(help="linear, attention or decode.")],
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 11,
+    traceback: Trace = False,
+) -> None:
+    """Interleaved timings against named baselines on this machine, as ratios with their spread."""
+    with _clear_errors(traceback):
+        from ridgeline.tools import bench as benches
+
+        getattr(benches, what.value)(rounds, out)
+
+
+@app.command()
+def demo(traceback: Trace = False) -> None:
+    """SmolLM2-135M from end to end on this CPU, and its plan for an A100."""
+    with _clear_errors(traceback):
+        from ridgeline.tools.demo import run
+
+        run(out)
+
+
+def _capture(
+    model: str, target: str, tolerance: float, objective: Objective, ignore: list[str] | None
+) -> "tuple[Compiler, Program]":
+    from ridgeline.ir.capture import capture
+    from ridgeline.passes import PASSES
+    from ridgeline.passes.compiler import Compiler
+    from ridgeline.tools.model_file import load_model_file
+
+    with _status("reading the target"):
+        compiler = Compiler(
+            target,
+            tolerance=tolerance,
+            objective=objective.value,
+            passes=PASSES,
+            ignore=ignore or (),
+        )
+    with _status(f"loading {model}"):
+        example = load_model_file(model)
+    with _status("capturing"):
+        import torch
+
+        with torch.no_grad():
+            captured = capture(example.model.eval(), example.args, example.kwargs)
+    return compiler, captured.program
+
+
+def _write_sources(sources: dict[str, str], output: Path | None) -> None:
+    if not sources:
+        raise typer.BadParameter("no rewrite fired, so there are no kernels; see `explain`")
+    if output is None:
+        for name, content in sources.items():
+            typer.echo(f"# ==== {name}\n{content}")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in sources.items():
+        (output / name).write_text(content)
+        out.print(f"wrote {output / name}")
+
+
+@contextmanager
+def _clear_errors(traceback: bool) -> Iterator[None]:
+    """One line on stderr and exit status 1, unless the whole traceback was asked for."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a user's model may raise anything
+        if traceback:
+            raise
+        from ridgeline.ir.errors import RidgelineError
+
+        kind = "" if isinstance(error, RidgelineError) else f"{type(error).__name__}: "
+        message = " ".join(str(error).split())
+        errors.print(f"error: {kind}{message}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _status(what: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing in a pipe."""
+    if not errors.is_terminal:
+        yield
+        return
+    with errors.status(f"{what} ..."):
+        yield
+
+
+def main() -> None:
+    """The `ridgeline` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
