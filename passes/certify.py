@@ -142,7 +142,11 @@ def _adversarial(frontier: Sequence[fx.Node]) -> Iterable[tuple[str, list[Tensor
     yield "normal", [normal(n, 1.0) for n in frontier]
     yield "logits of several hundred", [normal(n, 12.0) for n in frontier]
     yield "tiny", [normal(n, 1e-3) for n in frontier]
-    yield "equal rows", [normal(n, 1.0)[..., :1, :].expand(_hints(n)).clone() for n in frontier]
+    yield "equal rows", [_equal_rows(normal(n, 1.0)) for n in frontier]
+
+
+def _equal_rows(x: Tensor) -> Tensor:
+    return x if x.dim() < 2 else x[..., :1, :].expand(x.shape).clone()
 
 
 class _Float64(fx.Interpreter):

@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,27 @@ import torch
 from torch import fx, nn
 
 from ridgeline.ir.normalize import normalize
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/*.txt instead of comparing"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """(name, text): the text is that of tests/golden/NAME.txt."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"no {path}: run pytest with --update-golden and review it"
+        assert text == path.read_text()
+
+    return check
 
 
 class _Function(nn.Module):

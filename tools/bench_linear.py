@@ -52,17 +52,13 @@ def rounds(
         "torch fp32": fp32.nbytes,
     }
     ours, theirs, w16, w32 = map(_walk, (weight.codes, int4, fp32.bfloat16(), fp32))
-    run, int4mm = (
-        torch.ops.ridgeline.tvm_quantized_linear.default,
-        torch.ops.aten._weight_int4pack_mm_for_cpu.default,
-    )
+    int4mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    kernel = str(cpu.kernel_spec(weight, activation=torch.bfloat16, multiply=torch.bfloat16))
     functions = {
         "torch int4pack bf16": lambda: int4mm(x16, theirs(), group_size, factor),
         "torch bf16": lambda: F.linear(x16, w16()),
         "torch fp32": lambda: F.linear(x, w32()),
-        KERNEL: lambda: run(
-            x16, ours(), weight.scale, None, None, n, 4, group_size, torch.bfloat16
-        ),
+        KERNEL: lambda: cpu.OP(x16, ours(), weight.scale, None, None, kernel),
     }
     timings = interleave(
         functions, baseline="torch int4pack bf16", rounds=samples, seconds_per_sample=0.01

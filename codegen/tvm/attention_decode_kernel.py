@@ -64,7 +64,7 @@ def build(spec: Spec) -> Any:
                         dot[lanes(0)],
                     )
                 s[n] = across("sum", dot[lanes(0)]) * scale
-                if spec.mask == "uint8":
+                if spec.mask == "uint8":  # noqa: SIM102 - the outer test is made while compiling
                     if mask[batch, head, row, first + n] == T.uint8(0):
                         s[n] = minus_inf
                 if spec.mask == "float32":

@@ -28,7 +28,7 @@ BLOCK_ROWS = 64
 """Query rows of one task; a task reads its keys from L2."""
 LOG2E = math.log2(math.e)
 LOWEST = -3.4028234663852886e38
-"""The lowest finite fp32: stands for -inf in a difference, so that -inf - (-inf) is never formed."""
+"""The lowest finite fp32: stands for -inf where a difference would be -inf - (-inf)."""
 
 
 class Spec(NamedTuple):
@@ -345,7 +345,7 @@ def build(spec: Spec) -> Any:
                         slot,
                         keys,
                     )
-            # Heads innermost and light row ceil_div(keys, KEYS) beside heavy ones: equal halves for any split.
+            # Heads innermost, light row blocks beside heavy ones: equal shares for any split.
             for t in T.parallel(batch * heads * ceil_div(length, BLOCK_ROWS)):
                 turn = t // (batch * heads)
                 task = T.if_then_else(

@@ -34,26 +34,34 @@ def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
     """Repack the canonical codes for this CPU, once per weight, and call the kernel's op."""
     x, packed, scale, offset, bias = (argument(node, i) for i in range(5))
     bits, group = node.kwargs["bits"], node.kwargs["group_size"]
-    name = f"{packed.target}_tvm"
-    if not hasattr(module, f"{name}_codes"):
-        weight = quantized_linear.pack(
+    out_features, in_features = packed.meta["val"].shape[0], x.meta["val"].shape[-1]
+    names = {p: f"{packed.target}_tvm_{p}" for p in ("codes", "scale", "offset")}
+    if not hasattr(module, names["codes"]):
+        packed_here = quantized_linear.pack(
             constant(packed),
             constant(scale),
             None if offset is None else constant(offset),
             bits=bits,
             group_size=group,
-            in_features=x.meta["val"].shape[-1],
+            in_features=in_features,
         )
-        for part in ("codes", "scale", "offset"):
-            tensor = getattr(weight, part)
-            if tensor is not None:
-                module.register_buffer(f"{name}_{part}", tensor, persistent=False)
+        for part, name in names.items():
+            module.register_buffer(name, getattr(packed_here, part), persistent=False)
+    tensors = [getattr(module, name) for name in names.values()]
+    spec = quantized_linear.kernel_spec(
+        quantized_linear.PackedWeight(*tensors, out_features, in_features, bits, group),
+        activation=x.meta["val"].dtype,
+        multiply=node.kwargs["multiply"] or x.meta["val"].dtype,
+        bias=None if bias is None else bias.meta["val"].dtype,
+    )
     with node.graph.inserting_before(node):
-        parts = [attribute(module, f"{name}_{p}", packed) for p in ("codes", "scale")]
-        parts.append(None if offset is None else attribute(module, f"{name}_offset", packed))
-    multiply = node.kwargs["multiply"] or x.meta["val"].dtype
-    node.target = torch.ops.ridgeline.tvm_quantized_linear.default
-    node.args = (x, *parts, bias, packed.meta["val"].shape[0], bits, group, multiply)
+        parts = [
+            None if tensor is None else attribute(module, name, packed)
+            for name, tensor in zip(names.values(), tensors, strict=True)
+        ]
+    quantized_linear.register_lowering()
+    node.target = quantized_linear.OP
+    node.args = (x, *parts, bias, str(spec))
     node.kwargs = {}
 
 

@@ -1,7 +1,7 @@
 """An expression for a tensor agrees with the tensor at every index, or there is none."""
 
-import sympy
 import pytest
+import sympy
 import torch
 from torch.export import Dim
 

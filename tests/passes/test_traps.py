@@ -95,6 +95,10 @@ def values_on_the_left(q, k, v):
     return v.transpose(2, 3) @ torch.softmax(q @ k.transpose(-1, -2) / 4, -1)
 
 
+def bias_per_key(q, k, v):
+    return _attend(q, k, v, torch.linspace(-3, 3, S))
+
+
 def mask_widens_the_batch(q, k, v):
     mask = torch.linspace(-1, 1, 3 * S * S).view(3, 1, S, S)
     return _attend(q[:1], k[:1], v[:1], mask)
@@ -171,8 +175,7 @@ def window(q, k, v):
 
 
 def every_second_key(q, k, v):
-    i, j = _indices(q, k)
-    return _filled(q, k, v, j % 2 == 1)
+    return _filled(q, k, v, _indices(q, k)[1] % 2 == 1)
 
 
 def multiplied_masks(q, k, v):
@@ -264,9 +267,15 @@ def scale_twice(q, k, v):
     "trap",
     [
         *(tensor_scale_on_the_query, scale_per_feature, negative_scale, small_penalty, alibi),
-        *(learned_bias, anticausal, window, every_second_key, multiplied_masks),
+        *(bias_per_key, learned_bias, anticausal, window, every_second_key, multiplied_masks),
         *(mask_compared_with_zero, integer_mask_compared_with_zero, one_minus_integer_mask),
-        *(integer_conjunction, one_row_for_all_queries, rows_from_the_end, one_row_of_a_triangle, narrow_integers_wrap),
+        *(
+            integer_conjunction,
+            one_row_for_all_queries,
+            rows_from_the_end,
+            one_row_of_a_triangle,
+            narrow_integers_wrap,
+        ),
         *(mask_of_the_inputs_dtype, mask_made_like_a_third_tensor, mask_from_values),
         *(fully_masked_rows_at_the_lowest, strictly_causal_at_the_lowest),
         *(fully_masked_rows_of_sdpa, strictly_causal_sdpa, two_triangles, scale_twice),

@@ -1,0 +1,150 @@
+"""What every pass promises, whichever rewrite it is."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ridgeline.cost_model import load_target
+from ridgeline.ir.capture import capture
+from ridgeline.ir.match import find
+from ridgeline.ir.normalize import normalize
+from ridgeline.passes import PASSES
+from ridgeline.passes.apply import apply
+from ridgeline.passes.base import Pass, Setting
+from ridgeline.passes.observe import Observation
+from ridgeline.passes.optimize import Compiler
+from ridgeline.passes.propose import propose
+from ridgeline.passes.weights import WeightStore
+
+
+class Attend(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) * 0.25, -1) @ v
+
+
+def _attention() -> tuple[nn.Module, list[Tensor]]:
+    return Attend(), [torch.randn(2, 4, 7, 16) for _ in range(3)]
+
+
+def _linear() -> tuple[nn.Module, list[Tensor]]:
+    return nn.Linear(128, 96), [torch.randn(2, 5, 128)]
+
+
+EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
+    "flash_attention": _attention,
+    "quantized_linear": _linear,
+}
+"""One model that each pass fits once."""
+
+
+def _propose(rewrite: Pass, model: nn.Module, inputs: list[Tensor]) -> Any:
+    with torch.no_grad():
+        program = capture(model.eval(), inputs).program
+        module = normalize(program.module)
+        observed = Observation(module, program.inputs)
+        setting = Setting(load_target("a100"), False, 0.5, observed, WeightStore())
+        candidates, refusals = propose((rewrite,), module, setting)
+    return module, candidates, refusals
+
+
+@pytest.fixture(params=PASSES, ids=lambda p: p.name)
+def rewrite(request: pytest.FixtureRequest) -> Pass:
+    torch.manual_seed(0)
+    return request.param
+
+
+def test_every_pass_has_an_example(rewrite):
+    assert rewrite.name in EXAMPLES
+
+
+def test_the_pass_finds_its_site_once_and_leaves_none(rewrite):
+    module, candidates, refusals = _propose(rewrite, *EXAMPLES[rewrite.name]())
+    assert refusals == []
+    assert len({c.site.outs[0] for c in candidates}) == 1
+    rewritten = apply(module, candidates[:1])
+    calls = rewritten.graph.find_nodes(op="call_function", target=rewrite.op.overload)
+    assert len(calls) == 1
+    assert "nn_module_stack" in calls[0].meta or isinstance(calls[0].meta["val"], Tensor)
+    assert [found for p in rewrite.patterns() for found in find(p, rewritten.graph)[0]] == []
+
+
+def test_normal_form_is_a_fixed_point(rewrite):
+    module, candidates, _ = _propose(rewrite, *EXAMPLES[rewrite.name]())
+    before = str(module.graph)
+    assert str(normalize(module).graph) == before
+    rewritten = apply(module, candidates[:1])
+    before = str(rewritten.graph)
+    assert str(normalize(rewritten).graph) == before
+
+
+def test_the_original_graph_stays_whole(rewrite):
+    module, candidates, _ = _propose(rewrite, *EXAMPLES[rewrite.name]())
+    before = str(module.graph)
+    apply(module, candidates[:1])
+    assert str(module.graph) == before
+
+
+def test_nothing_happens_where_the_pattern_is_absent(rewrite):
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x) + x.cumsum(-1)
+
+    module, candidates, refusals = _propose(rewrite, Other(), [torch.randn(2, 5, 128)])
+    assert (candidates, refusals) == ([], [])
+    assert str(apply(module, []).graph) == str(module.graph)
+
+
+def test_the_ops_fake_agrees_with_its_reference(rewrite):
+    module, candidates, _ = _propose(rewrite, *EXAMPLES[rewrite.name]())
+    for candidate in candidates:
+        rewritten = apply(module, [candidate])
+        (call,) = rewritten.graph.find_nodes(op="call_function", target=rewrite.op.overload)
+        inputs = EXAMPLES[rewrite.name]()[1]
+        got = rewritten(*inputs)[0]
+        assert got.dtype == call.meta["val"].dtype
+        assert got.shape == module(*inputs)[0].shape
+
+
+def test_a_candidate_says_what_was_proven_and_what_it_costs(rewrite):
+    _, candidates, _ = _propose(rewrite, *EXAMPLES[rewrite.name]())
+    for candidate in candidates:
+        assert candidate.preconditions
+        assert candidate.before != candidate.after
+        assert (candidate.error == 0) == (rewrite.exactness != "approximate")
+    assert set(rewrite.rounding) == {"float32", "bfloat16", "float16"}
+    assert inspect.getdoc(inspect.getmodule(rewrite.accepts))  # the law it implements
+
+
+# -- decisions per target --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["a100", "h100", "l4"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@torch.no_grad()
+def test_decisions_for_a_tiny_llama(golden, target, phase):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=96, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().bfloat16()
+    cache = transformers.DynamicCache(config=config)
+    if phase == "decode":
+        model(torch.randint(3, 96, (1, 33)), past_key_values=cache)
+    ids = torch.randint(3, 96, (1, 1 if phase == "decode" else 33))
+    captured = capture(model, (ids,), {"past_key_values": cache})
+    assert captured.program.phase == phase
+    compiler = Compiler(target, tolerance=0.05, passes=PASSES)
+    compiler.rewrite(captured.program)
+    lines = [
+        f"{'+' if d.refused_by is None else '-'} {d.rewrite} {d.at}"
+        f" {d.refused_by or d.variant or d.exactness}"
+        for d in (*compiler.plan.applied, *compiler.plan.refused)
+    ]
+    golden(f"llama_{phase}_{target}", "\n".join(sorted(lines)) + "\n")

@@ -1,0 +1,125 @@
+"""The command line: what it prints, and one clear line with a status for bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from ridgeline.tools.cli import app
+
+MODEL = """
+import torch
+from torch import nn
+
+
+def good():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.ReLU()).eval(), (torch.randn(3, 8),)
+
+
+def wrong():
+    return 7
+
+
+def raises():
+    raise ValueError("no weights here")
+
+
+class Bad(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("shapes of a user")
+
+
+def bad_forward():
+    return Bad(), (torch.zeros(2),)
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    file = tmp_path / "small.py"
+    file.write_text(MODEL)
+    return str(file)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_names_every_command():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("optimize", "dump", "explain", "targets", "bench", "demo"):
+        assert command in result.output
+
+
+def test_targets_lists_machines_and_one_shows_sources():
+    assert "a100" in invoke("targets").output
+    one = invoke("targets", "a100")
+    assert one.exit_code == 0
+    assert "a100" in one.output
+
+
+def test_explain_prints_the_plan(model: str):
+    result = invoke("explain", f"{model}:good", "--target", "a100")
+    assert result.exit_code == 0, result.output
+    assert "plan for a100" in result.output
+
+
+@pytest.mark.parametrize("stage", ["captured", "normalized", "rewritten"])
+def test_dump_text_is_typed(model: str, stage: str):
+    result = invoke("dump", f"{model}:good", "--target", "a100", "--stage", stage)
+    assert result.exit_code == 0, result.output
+    assert "f32[" in result.output
+    assert "return" in result.output
+
+
+def test_dump_json_holds_plan_and_nodes(model: str, tmp_path: Path):
+    output = tmp_path / "graph.json"
+    arguments = ("--target", "a100", "--format", "json", "-o", str(output))
+    result = invoke("dump", f"{model}:good", *arguments)
+    assert result.exit_code == 0, result.output
+    content = json.loads(output.read_text())
+    assert {"applied", "refused", "predicted"} <= set(content["plan"])
+    assert any("linear" in node["target"] for node in content["nodes"])
+
+
+def test_exported_program_is_a_model(tmp_path: Path):
+    file = tmp_path / "linear.pt2"
+    program = torch.export.export(nn.Linear(4, 3).eval(), (torch.zeros(2, 4),))
+    torch.export.save(program, file)
+    result = invoke("explain", str(file), "--target", "a100")
+    assert result.exit_code == 0, result.output
+    assert "plan for a100" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "said"),
+    [
+        ("missing", "a100", "missing"),
+        ("wrong", "a100", "int"),
+        ("raises", "a100", "no weights here"),
+        ("bad_forward", "a100", "shapes of a user"),
+        ("good", "a10O", "a100"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_one(model: str, name: str, target: str, said: str):
+    result = invoke("explain", f"{model}:{name}", "--target", target)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_no_such_file_is_one_line():
+    result = invoke("explain", "nowhere.py:f")
+    assert result.exit_code == 1
+    assert "no such file: nowhere.py" in result.stderr
+
+
+def test_usage_errors_exit_with_two(model: str):
+    assert invoke("dump", f"{model}:good", "--stage", "nonsense").exit_code == 2
+    assert invoke("explain").exit_code == 2
