@@ -1,7 +1,7 @@
 """One implementation of one operation on one kind of target, and what it leaves in the plan."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import fx
@@ -13,6 +13,7 @@ from ridgeline.cost_model import Target
 class KernelReport:
     """One kernel of a plan: what it is, for which machine, and what its code looks like.
 
+    source: gives the kernel's source, to read or to take away.
     audit: figures read off the compiled code (registers, shared bytes, matrix instructions, ...).
     """
 
@@ -20,7 +21,12 @@ class KernelReport:
     backend: str
     target: str
     configuration: str
+    source: Callable[[], str] = field(repr=False, compare=False)
     audit: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the source."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,18 @@ class Kernel:
 def argument(node: fx.Node, position: int, default: Any = None) -> Any:
     """The positional argument of a node, or its default where the call leaves it out."""
     return node.args[position] if len(node.args) > position else default
+
+
+def keyword(node: fx.Node, name: str) -> Any:
+    """The keyword argument of a node, None where the call leaves it out."""
+    return node.kwargs.get(name)
+
+
+def scheme_of(offset: fx.Node | None) -> str:
+    """The scheme of a quantised weight, read off its offset as the op does."""
+    if offset is None:
+        return "symmetric"
+    return "minimum" if offset.meta["val"].is_floating_point() else "zero_point"
 
 
 def constant(node: fx.Node) -> Any:

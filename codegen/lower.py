@@ -42,10 +42,7 @@ def lower(
     if training:
         note = "training: ops run by their references, which have gradients"
         return Lowered(module, (), (note,))
-    kernels, missing = _kernels(target)
-    nodes, reports, notes = _compiled(_ours(module, kernels), target)
-    if missing:
-        notes.append(missing)
+    nodes, reports, notes = compiled(module, target)
     if _present(target):
         for node, kernel in nodes:
             kernel.place(node, module)
@@ -80,31 +77,32 @@ def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
     return tuple(k for k in KERNELS if target.kind in k.kinds), ""
 
 
-def _ours(module: fx.GraphModule, kernels: tuple[Kernel, ...]) -> list[tuple[fx.Node, Kernel]]:
-    by_op = {k.op: k for k in kernels}
-    return [
-        (node, by_op[node.target._schema.name])
-        for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in by_op
-    ]
-
-
-def _compiled(
-    nodes: Sequence[tuple[fx.Node, Kernel]], target: Target
+def compiled(
+    module: fx.GraphModule, target: Target
 ) -> tuple[list[tuple[fx.Node, Kernel]], tuple[KernelReport, ...], list[str]]:
-    """The nodes that have a kernel, a report per distinct kernel, and why the others have none."""
-    compiled: list[tuple[fx.Node, Kernel]] = []
+    """Compile the kernels that a rewritten graph calls for; the device need not be here.
+
+    Returns the nodes that have a kernel, a report per distinct kernel, and notes: why other nodes
+    run by their references.
+    """
+    kernels, missing = _kernels(target)
+    by_op = {k.op: k for k in kernels}
+    nodes: list[tuple[fx.Node, Kernel]] = []
     reports: dict[str, KernelReport] = {}
-    notes: list[str] = []
-    for node, kernel in nodes:
+    notes = [missing] if missing else []
+    for node in module.graph.nodes:
+        ours = isinstance(node.target, torch._ops.OpOverload)
+        kernel = by_op.get(node.target._schema.name) if ours else None
+        if kernel is None:
+            continue
         try:
             report = kernel.compile(node, target)
         except RidgelineError as error:
             notes.append(f"{kernel.op} at {node.name} runs by its reference: {error}")
             continue
-        compiled.append((node, kernel))
+        nodes.append((node, kernel))
         reports.setdefault(f"{report.op} {report.configuration}", report)
-    return compiled, tuple(reports.values()), notes
+    return nodes, tuple(reports.values()), notes
 
 
 def _present(target: Target) -> bool:

@@ -30,7 +30,7 @@ def choose(
         for c in candidates
     }
     worth = {c: _gain(*costs[c], c, objective) for c in candidates}
-    useful = [c for c in candidates if worth[c] > 0]
+    useful = _worthwhile([c for c in candidates if worth[c] > 0], worth)
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
@@ -53,6 +53,22 @@ def choose(
     ).chosen
     chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
     return chosen, _others(candidates, chosen, costs, worth, target, tolerance), costs
+
+
+MARGIN = 1.05
+"""What a form must win over a more exact one of its site, as a factor, to be worth its error."""
+
+
+def _worthwhile(candidates: Sequence[Candidate], worth: dict[Candidate, float]) -> list[Candidate]:
+    """The candidates without those whose error buys next to nothing at their site."""
+    kept: set[Candidate] = set()
+    best: dict[fx.Node, float] = {}
+    for c in sorted(candidates, key=lambda c: c.error):
+        out = c.site.outs[0]
+        if out not in best or worth[c] > MARGIN * best[out]:
+            kept.add(c)
+            best[out] = worth[c]
+    return [c for c in candidates if c in kept]
 
 
 def _gain(before: Cost, after: Cost, candidate: Candidate, objective: str) -> float:

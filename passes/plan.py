@@ -103,7 +103,7 @@ class Plan:
             "refused": [d.to_dict() for d in self.refused],
             "predicted": self.predicted,
             "measured": self.measured,
-            "kernels": [asdict(k) for k in self.kernels],
+            "kernels": [k.to_dict() for k in self.kernels],
             "notes": list(self.notes),
         }
 

@@ -16,8 +16,11 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
 
+    from ridgeline.codegen.kernel import KernelReport
     from ridgeline.ir.program import Program
     from ridgeline.passes.compiler import Compiler
 
@@ -138,9 +141,13 @@ def dump(
 
             module = normalize(module)
         if stage is Stage.kernels:
-            from ridgeline.tools.kernel_sources import kernel_sources
+            from ridgeline.codegen.lower import compiled
 
-            _write_sources(kernel_sources(module, compiler.target), output)
+            with _status(f"compiling for {compiler.target.name}"):
+                _, reports, notes = compiled(module, compiler.target)
+            for note in notes:
+                errors.print(f"note: {note}", markup=False)
+            _write_sources(reports, output)
             return
         title = f"{stage.value} for {compiler.target.name}"
         content = render_graph(module, form.value, title, compiler.plan.to_dict())
@@ -206,21 +213,23 @@ def _capture(
         import torch
 
         with torch.no_grad():
-            captured = capture(example.model.eval(), example.args, example.kwargs)
+            captured = capture(example.model, example.args, example.kwargs)
     return compiler, captured.program
 
 
-def _write_sources(sources: dict[str, str], output: Path | None) -> None:
-    if not sources:
-        raise typer.BadParameter("no rewrite fired, so there are no kernels; see `explain`")
-    if output is None:
-        for name, content in sources.items():
-            typer.echo(f"# ==== {name}\n{content}")
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    for name, content in sources.items():
-        (output / name).write_text(content)
-        out.print(f"wrote {output / name}")
+def _write_sources(reports: "Sequence[KernelReport]", output: Path | None) -> None:
+    """Each kernel's source on the screen, or as a file in the folder `output`."""
+    if not reports:
+        errors.print("no rewrite fired, so there are no kernels; `ridgeline explain` says why")
+        raise typer.Exit(1)
+    for i, report in enumerate(reports):
+        name = f"{report.op.partition('::')[2]}_{report.backend}_{i}.py"
+        if output is None:
+            typer.echo(f"# ==== {name}: {report.configuration}\n{report.source()}")
+            continue
+        output.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(report.source())
+        out.print(f"wrote {output / name}: {report.configuration}")
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _example(function: Callable[[], Any], spec: str) -> Example:
         raise ModelError(f"{spec} returned {_describe(result)}; expected {EXPECTED}")
     if not args and not kwargs:
         raise ModelError(f"{spec} gives no example inputs; return (module, args)")
-    return Example(model, tuple(args), kwargs)
+    return Example(model.eval(), tuple(args), kwargs)
 
 
 def _describe(value: Any) -> str:

@@ -1,13 +1,23 @@
 """The Triton kernels of GPUs, as nodes of a graph and as entries of a plan."""
 
 import dataclasses
+import functools
 
 import torch
 from torch import fx
 
-from ridgeline.codegen.kernel import Kernel, KernelReport, argument, attribute, constant, hints
+from ridgeline.codegen.kernel import (
+    Kernel,
+    KernelReport,
+    argument,
+    attribute,
+    constant,
+    hints,
+    scheme_of,
+)
 from ridgeline.codegen.triton import ops as ops  # registers the kernels' own ops
 from ridgeline.codegen.triton.cross_compile import Compiled
+from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
@@ -66,16 +76,13 @@ def _compile_linear(node: fx.Node, target: Target) -> KernelReport:
     for size in hints(x)[:-1]:
         rows *= size
     offset_dtype = None if offset is None else offset.meta["val"].dtype
-    scheme = "symmetric"
-    if offset_dtype is not None:
-        scheme = "minimum" if offset_dtype.is_floating_point else "zero_point"
     compiled = compile_quantized_linear(
         rows,
         hints(packed)[0],
         hints(x)[-1],
         bits=node.kwargs["bits"],  # pyright: ignore[reportArgumentType]
         group_size=node.kwargs["group_size"],  # pyright: ignore[reportArgumentType]
-        scheme=scheme,
+        scheme=scheme_of(offset),
         dtype=x.meta["val"].dtype,
         arch=target.arch,
         multiply=node.kwargs["multiply"],  # pyright: ignore[reportArgumentType]
@@ -92,7 +99,19 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
     audit = dataclasses.asdict(compiled.audit)
     audit["matrix"] = ", ".join(f"{n} {name}" for name, n in compiled.audit.matrix)
     audit["code_bytes"] = len(compiled.binary)
-    return KernelReport(op, "triton", target.name, f"{compiled.kernel} {compiled.config}", audit)
+    file = next(
+        f
+        for f in ("attention_decode", "attention", "quantized_linear")
+        if compiled.kernel.startswith(f)
+    )
+    return KernelReport(
+        op,
+        "triton",
+        target.name,
+        f"{compiled.kernel} {compiled.config}",
+        functools.partial(standalone_source, file, compiled.config),
+        audit,
+    )
 
 
 KERNELS = (

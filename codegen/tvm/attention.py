@@ -88,13 +88,13 @@ def attention(
     result = (
         out if exact else value.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
     )
-    mask_kind, mask = _mask(mask, (batch, heads, length, keys))
+    kind, mask = _mask(mask, (batch, heads, length, keys))
     run = kernel(
         query.shape[3],
         value.shape[3],
         heads // kv_heads,
         "bfloat16" if pairs else "float32",
-        mask_kind,
+        kind,
         diagonal is not None,
         isa,
         decode,
@@ -132,11 +132,16 @@ def _ready(x: Tensor, multiple: int) -> Tensor:
 _NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
 
 
+def mask_kind(dtype: torch.dtype) -> str:
+    """How the kernels read a mask: "uint8" (boolean) or "float32" (added)."""
+    return "uint8" if dtype == torch.bool else "float32"
+
+
 def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[str | None, Tensor]:
     """(kind, mask as [B,H,Sq,Sk] with a contiguous last dimension, other strides maybe 0)."""
     if mask is None:
         return None, _NO_MASK
-    kind = "uint8" if mask.dtype == torch.bool else "float32"
+    kind = mask_kind(mask.dtype)
     wide = mask.view(torch.uint8) if kind == "uint8" else mask.float()
     if wide.shape[-1] != shape[-1] or wide.stride(-1) != 1:
         wide = wide.expand(*wide.shape[:-1], shape[-1]).contiguous()

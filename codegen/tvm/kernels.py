@@ -1,11 +1,21 @@
 """The TVM kernels of the host CPU, as nodes of a graph."""
 
+import functools
+
 import torch
 from torch import fx
 
-from ridgeline.codegen.kernel import Kernel, KernelReport, argument, attribute, constant, hints
-from ridgeline.codegen.tvm import attention as attention  # registers its op
-from ridgeline.codegen.tvm import quantized_linear
+from ridgeline.codegen.kernel import (
+    Kernel,
+    KernelReport,
+    argument,
+    attribute,
+    constant,
+    hints,
+    keyword,
+    scheme_of,
+)
+from ridgeline.codegen.tvm import attention, quantized_linear
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
@@ -17,47 +27,73 @@ def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
 
 
 def _report_attention(node: fx.Node, target: Target) -> KernelReport:
-    query, key, value = (hints(n) for n in node.args[:3])  # pyright: ignore[reportArgumentType]
-    dtype = _name(node.meta["val"].dtype)
-    masked = argument(node, 3) is not None
+    query, key, value = (hints(argument(node, i)) for i in range(3))
+    dtype, mask = node.meta["val"].dtype, argument(node, 3)
     causal = node.kwargs.get("diagonal") is not None
+    group = query[1] // key[1]
+    decode = query[2] * group <= attention.DECODE_ROWS
+    kind = None if mask is None else attention.mask_kind(mask.meta["val"].dtype)
+    source = functools.partial(
+        attention.source,
+        query[3],
+        value[3],
+        group=group,
+        dtype=dtype,
+        mask=kind,
+        causal=causal,
+        decode=decode,
+    )
     return KernelReport(
         ATTENTION.qualified,
         "tvm",
         target.name,
-        f"{host_isa()}, {dtype}, D {query[3]}/{value[3]}, {query[1]} heads on {key[1]}"
-        f"{', causal' if causal else ''}{', masked' if masked else ''}",
+        f"{host_isa()}, {_name(dtype)}, {'decoding' if decode else 'tiled'},"
+        f" D {query[3]}/{value[3]}, {query[1]} heads on {key[1]}"
+        f"{', causal' if causal else ''}{', masked' if mask is not None else ''}",
+        source,
+    )
+
+
+def _spec(node: fx.Node) -> quantized_linear.KernelSpec:
+    x, packed, scale, offset, bias = (argument(node, i) for i in range(5))
+    weight = quantized_linear.PackedWeight(  # of which only sizes and dtypes are read here
+        constant(packed),
+        constant(scale),
+        None if offset is None else constant(offset),
+        hints(packed)[0],
+        hints(x)[-1],
+        keyword(node, "bits"),
+        keyword(node, "group_size"),
+    )
+    dtype = x.meta["val"].dtype
+    return quantized_linear.kernel_spec(
+        weight,
+        activation=dtype,
+        multiply=keyword(node, "multiply") or dtype,
+        bias=None if bias is None else bias.meta["val"].dtype,
     )
 
 
 def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
     """Repack the canonical codes for this CPU, once per weight, and call the kernel's op."""
     x, packed, scale, offset, bias = (argument(node, i) for i in range(5))
-    bits, group = node.kwargs["bits"], node.kwargs["group_size"]
-    out_features, in_features = packed.meta["val"].shape[0], x.meta["val"].shape[-1]
+    spec = _spec(node)
     names = {p: f"{packed.target}_tvm_{p}" for p in ("codes", "scale", "offset")}
     if not hasattr(module, names["codes"]):
-        packed_here = quantized_linear.pack(
+        weight = quantized_linear.pack(
             constant(packed),
             constant(scale),
             None if offset is None else constant(offset),
-            bits=bits,
-            group_size=group,
-            in_features=in_features,
+            bits=spec.bits,
+            group_size=spec.group_size,
+            in_features=spec.in_features,
         )
         for part, name in names.items():
-            module.register_buffer(name, getattr(packed_here, part), persistent=False)
-    tensors = [getattr(module, name) for name in names.values()]
-    spec = quantized_linear.kernel_spec(
-        quantized_linear.PackedWeight(*tensors, out_features, in_features, bits, group),
-        activation=x.meta["val"].dtype,
-        multiply=node.kwargs["multiply"] or x.meta["val"].dtype,
-        bias=None if bias is None else bias.meta["val"].dtype,
-    )
+            module.register_buffer(name, getattr(weight, part), persistent=False)
     with node.graph.inserting_before(node):
         parts = [
-            None if tensor is None else attribute(module, name, packed)
-            for name, tensor in zip(names.values(), tensors, strict=True)
+            None if getattr(module, name) is None else attribute(module, name, packed)
+            for name in names.values()
         ]
     quantized_linear.register_lowering()
     node.target = quantized_linear.OP
@@ -66,18 +102,15 @@ def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
 
 
 def _report_linear(node: fx.Node, target: Target) -> KernelReport:
-    x, packed, _, offset = node.args[:4]
-    offset_dtype = None if offset is None else offset.meta["val"].dtype  # pyright: ignore
-    scheme = "symmetric"
-    if offset_dtype is not None:
-        scheme = "minimum" if offset_dtype.is_floating_point else "zero_point"
-    multiply = node.kwargs["multiply"] or x.meta["val"].dtype  # pyright: ignore
+    spec = _spec(node)
+    scheme = scheme_of(argument(node, 3))
     return KernelReport(
         QUANTIZED_LINEAR.qualified,
         "tvm",
         target.name,
-        f"{host_isa()}, {node.kwargs['bits']}-bit {scheme} g{node.kwargs['group_size']},"
-        f" {hints(packed)[0]}x{hints(x)[-1]}, {_name(multiply)} products",  # pyright: ignore
+        f"{spec.isa}, {spec.bits}-bit {scheme} g{spec.group_size},"
+        f" {spec.out_features}x{spec.in_features}, {spec.multiply} products",
+        functools.partial(quantized_linear.source, spec),
     )
 
 

@@ -1,0 +1,48 @@
+"""Attention on this CPU: ridgeline's TVM kernels against torch's scaled_dot_product_attention."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ridgeline.codegen.tvm.attention import attention
+from ridgeline.tools.timing import Timings, interleave
+
+BASELINE = "torch SDPA"
+HEADS, DIM = 8, 64
+QUERY_HEADS, KEY_HEADS = 9, 3  # SmolLM2-135M
+
+
+def cases(rounds: int) -> Iterator[tuple[str, Timings]]:
+    """(title, timings) of causal prefill over lengths, and of decoding with grouped heads."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (512, 1024, 2048, 4096):
+            yield f"causal, 8 heads of 64, S={length}, {dtype}", _causal(length, dtype, rounds)
+        for length in (512, 2048):
+            yield f"decoding, 9 heads on 3, Sk={length}, {dtype}", _decode(length, dtype, rounds)
+
+
+def _random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _causal(length: int, dtype: torch.dtype, rounds: int) -> Timings:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (_random(generator, dtype, 1, HEADS, length, DIM) for _ in range(3))
+    functions = {
+        BASELINE: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "ridgeline": lambda: attention(q, k, v, scale=DIM**-0.5, diagonal=0),
+    }
+    return interleave(functions, baseline=BASELINE, rounds=rounds)
+
+
+def _decode(length: int, dtype: torch.dtype, rounds: int) -> Timings:
+    generator = torch.Generator().manual_seed(0)
+    q = _random(generator, dtype, 1, QUERY_HEADS, 1, DIM)
+    k, v = (_random(generator, dtype, 1, KEY_HEADS, length, DIM) for _ in range(2))
+    functions = {
+        BASELINE: lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "ridgeline": lambda: attention(q, k, v, scale=DIM**-0.5),
+    }
+    return interleave(functions, baseline=BASELINE, rounds=rounds)
