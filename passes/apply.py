@@ -1,6 +1,6 @@
 """Rewriting: a copy of the graph with the chosen candidates in place; the original stays whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -11,11 +11,25 @@ def apply(module: fx.GraphModule, chosen: Sequence[Candidate]) -> fx.GraphModule
     """A copy of `module` (weights shared) in which each chosen candidate is rewritten."""
     rewritten, copied = copy_graph(module)
     for candidate in chosen:
-        candidate.rewrite.apply(candidate, copied, rewritten)
+        replace(candidate, copied, rewritten)
     rewritten.graph.eliminate_dead_code()
     rewritten.graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def replace(
+    candidate: Candidate, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule
+) -> None:
+    """Rewrite one site and take its old nodes out.
+
+    Dead code elimination alone keeps some of them: attention may draw random numbers, a collective
+    may have effects, so torch takes both for impure and would run them beside their replacement.
+    """
+    candidate.rewrite.apply(candidate, copied, module)
+    for node in reversed(candidate.site.nodes):
+        if not copied[node].users:
+            module.graph.erase_node(copied[node])
 
 
 def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

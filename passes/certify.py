@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ridgeline.ir.errors import RidgelineError
-from ridgeline.passes.apply import copy_graph
+from ridgeline.passes.apply import copy_graph, replace
 from ridgeline.passes.base import Candidate
 from ridgeline.passes.plan import Certificate
 
@@ -58,7 +58,7 @@ def _frontier(candidate: Candidate) -> list[fx.Node]:
     """The nodes that the rewritten site reads, in a fixed order."""
     fields = dataclasses.fields(candidate.call)
     values = [getattr(candidate.call, f.name) for f in fields]
-    return [v for v in values if isinstance(v, fx.Node)]
+    return list(dict.fromkeys(v for v in values if isinstance(v, fx.Node)))
 
 
 def _signature(candidate: Candidate, frontier: Sequence[fx.Node]) -> Any:
@@ -78,7 +78,7 @@ def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
     region, copied = _region(candidate, frontier)
     replaced, again = copy_graph(region)
     both = {old: again[n] if isinstance(n, fx.Node) else n for old, n in copied.items()}
-    candidate.rewrite.apply(candidate, both, replaced)
+    replace(candidate, both, replaced)
     replaced.graph.eliminate_dead_code()
     worst, names = 0.0, []
     for name, inputs in _adversarial(frontier):
