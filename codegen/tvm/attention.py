@@ -1,65 +1,98 @@
-"""`ridgeline::tvm_attention`: attention on the host CPU, by the kernels of `attention_kernel`.
+"""`ridgeline::tvm_attention`: attention on the host CPU.
 
-Law: `ridgeline.ir.attention`. A kernel is compiled per head dimensions, heads per key head, dtype,
-kind of mask and instruction set; batch and lengths are runtime values, so decoding with a growing
-cache compiles nothing. The output is laid out [B,Sq,H,Dv] in memory and returned as its
-[B,H,Sq,Dv] view, so that the transpose which follows attention in every model copies nothing.
+Law: `ridgeline.ir.attention`. Two kernels share the work: `attention_kernel`, whose vector lanes
+are query rows, and `attention_decode_kernel` for few rows, whose lanes are positions in the head.
+Each is compiled once per head dimensions, dtype, kind of mask and instruction set; batch, heads,
+lengths and strides are values that it reads at run time, so a growing cache compiles nothing.
+
+The result lies in memory as [B,Sq,H,Dv], because what follows is nearly always
+``transpose(1, 2).reshape(B, Sq, H * Dv)``, which is then free.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa
+from ridgeline.codegen.errors import UnsupportedProblem
+from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
 from ridgeline.ir.op import LIBRARY
 
-_LANES = 16
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MASKS = {None: None, torch.bool: "uint8", **DTYPES}
+
 DECODE_ROWS = 16
-"""Up to this many query rows per key head, keys are read where they lie, without transposing."""
+"""Query rows per key head (Sq H / Hk) up to which the decode kernel is the faster one."""
+
+PARALLEL_WORK = 1 << 18
+"""B H Sq Sk (D + Dv) from which a second thread earns its wake-up: about 10 us of one core."""
+
+_ABSENT = torch.zeros(1, 1, 1, 1)
+
+
+def _prim_func(
+    decode: bool,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mask: torch.dtype | None,
+    isa: str,
+    parallel: bool,
+) -> Any:
+    import_tvm()
+    from ridgeline.codegen.tvm import attention_decode_kernel, attention_kernel
+    from ridgeline.codegen.tvm.attention_vectors import Spec
+
+    if dtype not in DTYPES or mask not in MASKS or head_dim % 8 or value_dim % 8:
+        raise UnsupportedProblem(
+            f"expected dtype in {list(DTYPES)}, mask in {list(MASKS)} and head dimensions that are"
+            f" multiples of 8, found {dtype}, {mask}, {head_dim} and {value_dim}"
+        )
+    build = attention_decode_kernel.build if decode else attention_kernel.build
+    return build(Spec(head_dim, value_dim, DTYPES[dtype], MASKS[mask], isa, parallel))
 
 
 @functools.cache
-def kernel(
+def kernel(*specification: Any) -> Callable[..., None]:
+    """The compiled kernel for `_prim_func`'s arguments: (q, k, v, mask, out, scale, diagonal)."""
+    return compile_kernel(_prim_func(*specification), specification[-2])
+
+
+@functools.cache
+def host_kernel(
+    decode: bool,
     head_dim: int,
     value_dim: int,
-    group: int,
-    dtype: str,
-    mask: str | None,
-    causal: bool,
-    isa: str,
-    decode: bool,
+    dtype: torch.dtype,
+    mask: torch.dtype | None,
+    parallel: bool,
 ) -> Callable[..., None]:
-    """The compiled kernel: (query, key, value, mask, out, scale, diagonal[, splits])."""
-    return compile_kernel(
-        _function(head_dim, value_dim, group, dtype, mask, causal, isa, decode), isa
-    )
+    """`kernel` for `host_isa()`, which is asked once: reading it costs as much as a small call."""
+    return kernel(decode, head_dim, value_dim, dtype, mask, host_isa(), parallel)
 
 
 def source(
     head_dim: int,
-    value_dim: int,
+    value_dim: int | None = None,
     *,
-    group: int = 1,
-    dtype: torch.dtype = torch.float32,
-    mask: str | None = None,
-    causal: bool = False,
-    isa: str | None = None,
+    dtype: torch.dtype,
+    mask: torch.dtype | None = None,
     decode: bool = False,
+    isa: str | None = None,
+    parallel: bool = True,
 ) -> str:
-    """The TVMScript text of a kernel, to read or to take away; mask None, "uint8" or "float32"."""
-    isa = isa or host_isa()
-    name = "bfloat16" if dtype == torch.bfloat16 and isa == "avx512_bf16" else "float32"
-    return _function(head_dim, value_dim, group, name, mask, causal, isa, decode).script()
+    """The TVMScript text of a kernel, to read or to take away.
 
-
-def _function(head_dim, value_dim, group, dtype, mask, causal, isa, decode):
-    from ridgeline.codegen.tvm import attention_decode_kernel, attention_kernel
-
-    spec = attention_kernel.Spec(head_dim, value_dim, group, dtype, mask, causal, isa)
-    return (attention_decode_kernel if decode else attention_kernel).build(spec)
+    head_dim, value_dim (by default equal): multiples of 8. mask: its dtype, None where absent.
+    decode: the kernel for at most `DECODE_ROWS` query rows per key head.
+    Raises UnsupportedProblem for what no kernel is built for.
+    """
+    return _prim_func(
+        decode, head_dim, value_dim or head_dim, dtype, mask, isa or host_isa(), parallel
+    ).script()
 
 
 def attention(
@@ -71,92 +104,131 @@ def attention(
     scale: float,
     diagonal: int | None = None,
 ) -> Tensor:
-    """See `ridgeline.ir.attention.reference`; float32, bfloat16 or float16 tensors on the CPU."""
-    batch, heads, length, _ = query.shape
-    kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    out = query.new_empty((batch, length, heads, value_dim)).transpose(1, 2)
-    if out.numel() == 0 or keys == 0:
+    """The law of `ridgeline.ir.attention.reference`, for fp32, bf16 and fp16 on the CPU.
+
+    query [B,H,Sq,D], key [B,Hk,Sk,D], value [B,Hk,Sk,Dv]: any strides, but one of them is copied
+    where its last dimension is not contiguous, and padded where it is no multiple of 8.
+    Returns [B,H,Sq,Dv], in memory [B,Sq,H,Dv]. Raises UnsupportedProblem.
+    """
+    try:
+        batch, heads, queries, head_dim = query.shape
+        _, key_heads, length, value_dim = value.shape
+    except ValueError:
+        raise _problem(query, key, value, mask) from None
+    if head_dim % 8 or value_dim % 8:
+        return _padded(query, key, value, mask, scale, diagonal)
+    out = _empty(query, value_dim)
+    if not (batch and heads and queries and length):
+        _check(query, key, value, mask)
         return out.zero_()
-    isa = host_isa()
-    pairs = query.dtype == torch.bfloat16 and isa == "avx512_bf16"
-    decode = length * (heads // kv_heads) <= DECODE_ROWS
-    if not pairs and query.dtype != torch.float32:
-        query, key, value = query.float(), key.float(), value.float()
-    query, key = (_ready(x, _LANES if decode else 2) for x in (query, key))
-    value = _ready(value, _LANES)
-    exact = value.shape[3] == value_dim and out.dtype == value.dtype
-    result = (
-        out if exact else value.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    if key.stride(3) != 1:
+        key = key.contiguous()
+    if value.stride(3) != 1:
+        value = value.contiguous()
+    entries, mask_dtype = _ABSENT, None
+    if mask is not None:
+        try:
+            entries, mask_dtype = _expanded(mask, (batch, heads, queries, length))
+        except RuntimeError:
+            raise _problem(query, key, value, mask) from None
+    if not key_heads or heads % key_heads:
+        raise _problem(query, key, value, mask)
+    rows = queries * heads // key_heads
+    decode = rows <= DECODE_ROWS
+    # also gives this thread's OpenMP teams torch's setting, which its first call must do
+    threads = torch.get_num_threads()
+    parallel = (
+        threads > 1 and batch * heads * queries * length * (head_dim + value_dim) >= PARALLEL_WORK
     )
-    kind, mask = _mask(mask, (batch, heads, length, keys))
-    run = kernel(
-        query.shape[3],
-        value.shape[3],
-        heads // kv_heads,
-        "bfloat16" if pairs else "float32",
-        kind,
-        diagonal is not None,
-        isa,
-        decode,
-    )
-    words, halves = (torch.int32, torch.int16) if pairs else (torch.float32, torch.float32)
-    run(
-        query.view(words) if pairs and not decode else _as(query, halves),
-        key.view(words) if pairs and not decode else _as(key, halves),
-        _as(value, halves),
-        mask,
-        _as(result, halves),
-        scale,
-        diagonal or 0,
-        *((_splits(batch * kv_heads, keys),) if decode else ()),
-    )
-    if not exact:
-        out.copy_(result[..., :value_dim])
+    run = host_kernel(decode, head_dim, value_dim, query.dtype, mask_dtype, parallel)
+    reach = length if diagonal is None else max(-queries, min(diagonal, length))
+    try:
+        if decode:
+            run(query, key, value, entries, out, scale, reach)
+        else:
+            # 128 rows share a copied tile, where that leaves each thread two blocks or more
+            large = batch * key_heads * (rows // 128) >= 2 * threads
+            run(query, key, value, entries, out, scale, reach, 2 if large else 1)
+    except (ValueError, TypeError, RuntimeError):
+        _check(query, key, value, mask)
+        raise
     return out
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.view(dtype)
-
-
-def _ready(x: Tensor, multiple: int) -> Tensor:
-    """Last dimension contiguous and padded to a multiple; bf16 rows on 4-byte boundaries."""
-    if x.shape[3] % multiple:
-        return F.pad(x, (0, -x.shape[3] % multiple))
-    odd = (
-        x.element_size() == 2 and (x.storage_offset() | x.stride(0) | x.stride(1) | x.stride(2)) & 1
+def _empty(query: Tensor, value_dim: int) -> Tensor:
+    """Room for the result, [B,H,Sq,Dv]."""
+    batch, heads, queries, _ = query.shape
+    row = heads * value_dim
+    return query.new_empty_strided(
+        (batch, heads, queries, value_dim), (queries * row, value_dim, row, 1)
     )
-    return x.contiguous() if x.stride(3) != 1 or odd else x
 
 
-_NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+def _expanded(mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, torch.dtype]:
+    """The mask as the kernel reads it, strides 0 where it repeats, and its dtype."""
+    dtype = mask.dtype
+    if dtype == torch.bool:
+        return mask.view(torch.uint8).expand(shape), dtype
+    if dtype == torch.float64:
+        mask, dtype = mask.float(), torch.float32
+    return mask.expand(shape), dtype
 
 
-def mask_kind(dtype: torch.dtype) -> str:
-    """How the kernels read a mask: "uint8" (boolean) or "float32" (added)."""
-    return "uint8" if dtype == torch.bool else "float32"
+def _padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    diagonal: int | None,
+) -> Tensor:
+    """Head dimensions that are no multiple of 8: zeros add nothing to a product."""
+    head_pad, value_dim = (0, -query.shape[3] % 8), value.shape[3]
+    _check(query, key, value, mask)
+    out = attention(
+        F.pad(query, head_pad),
+        F.pad(key, head_pad),
+        F.pad(value, (0, -value_dim % 8)),
+        mask,
+        scale=scale,
+        diagonal=diagonal,
+    )
+    return _empty(query, value_dim).copy_(out[..., :value_dim])
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[str | None, Tensor]:
-    """(kind, mask as [B,H,Sq,Sk] with a contiguous last dimension, other strides maybe 0)."""
-    if mask is None:
-        return None, _NO_MASK
-    kind = mask_kind(mask.dtype)
-    wide = mask.view(torch.uint8) if kind == "uint8" else mask.float()
-    if wide.shape[-1] != shape[-1] or wide.stride(-1) != 1:
-        wide = wide.expand(*wide.shape[:-1], shape[-1]).contiguous()
-    return kind, wide.expand(shape)
+def _problem(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> UnsupportedProblem:
+    def described(x: Tensor | None) -> str:
+        return "None" if x is None else f"{x.dtype} {list(x.shape)} on {x.device}"
+
+    return UnsupportedProblem(
+        "expected query [B,H,Sq,D], key [B,Hk,Sk,D], value [B,Hk,Sk,Dv] on the CPU with H a"
+        f" multiple of Hk, of one dtype out of {list(DTYPES)}, and a boolean or floating mask that"
+        f" broadcasts to [B,H,Sq,Sk]; found query {described(query)}, key {described(key)}, value"
+        f" {described(value)}, mask {described(mask)}"
+    )
 
 
-def _splits(tasks: int, keys: int) -> int:
-    """Parts into which a decoding step cuts the keys, so that every thread has equal work."""
-    threads = torch.get_num_threads()
-    return 1 if tasks % threads == 0 else max(1, min(2 * threads, keys // 128))
-
-
-def _fake(query, key, value, mask=None, *, scale, diagonal=None):
-    batch, heads, length, _ = query.shape
-    return query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Raises UnsupportedProblem unless the arguments fit each other."""
+    fits = (
+        query.dim() == key.dim() == value.dim() == 4
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in DTYPES
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[3] == key.shape[3]
+        and key.shape[1:3] == value.shape[1:3]
+        and key.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+    )
+    if fits and mask is not None:
+        scores = (*query.shape[:3], key.shape[2])
+        sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
+        fits = mask.dim() <= 4 and all(own in (1, size) for own, size in sizes)
+        fits = fits and (mask.dtype == torch.bool or mask.is_floating_point())
+    if not fits:
+        raise _problem(query, key, value, mask)
 
 
 LIBRARY.define(
@@ -164,4 +236,8 @@ LIBRARY.define(
     " float scale, SymInt? diagonal=None) -> Tensor"
 )
 LIBRARY.impl("tvm_attention", attention, "CPU")
-torch.library.register_fake("ridgeline::tvm_attention", _fake)
+
+
+@torch.library.register_fake("ridgeline::tvm_attention")
+def _fake(query, key, value, mask=None, *, scale, diagonal=None):
+    return _empty(query, value.shape[-1])

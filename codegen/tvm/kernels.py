@@ -30,17 +30,13 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
     query, key, value = (hints(argument(node, i)) for i in range(3))
     dtype, mask = node.meta["val"].dtype, argument(node, 3)
     causal = node.kwargs.get("diagonal") is not None
-    group = query[1] // key[1]
-    decode = query[2] * group <= attention.DECODE_ROWS
-    kind = None if mask is None else attention.mask_kind(mask.meta["val"].dtype)
+    decode = query[2] * (query[1] // key[1]) <= attention.DECODE_ROWS
     source = functools.partial(
         attention.source,
-        query[3],
-        value[3],
-        group=group,
+        query[3] + -query[3] % 8,  # the kernels take multiples of 8; others are padded per call
+        value[3] + -value[3] % 8,
         dtype=dtype,
-        mask=kind,
-        causal=causal,
+        mask=None if mask is None else mask.meta["val"].dtype,
         decode=decode,
     )
     return KernelReport(

@@ -1,0 +1,193 @@
+"""Copies between the tensors of attention and the tiles that its kernel multiplies.
+
+    qt[s,d,p,l] = word d of query row 64 s + 16 p + l of the block        (turned: lanes are rows)
+    kt[j,d]     = word d of key j of the tile
+    vt[j,d]     = v[j,d], or the word (v[2j,d], v[2j+1,d]); zeros beyond the last key
+    bias[j,p,l] = what the mask adds to the score of that row with key j, -inf where it excludes
+
+Row r of a key head is query r // G of its query head r % G. Rows beyond the last repeat it, and
+are not stored.
+"""
+
+from typing import Any, NamedTuple
+
+from tvm.script import tirx as T
+
+from ridgeline.codegen.tvm.attention_vectors import (
+    LANES,
+    Spec,
+    lanes,
+    load,
+    mask_number,
+    mask_vector,
+    registers,
+    splat,
+    vector,
+    words,
+)
+
+
+class Head(NamedTuple):
+    """The tensors, and the key head that is being worked on."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    out: Any
+    b: Any
+    h: Any
+    group: Any
+    rows: Any
+    length: Any
+    factor: Any
+
+    def query_row(self, tensor: Any, row: Any, column: Any) -> Any:
+        """Element `column` of a row of q, mask or out."""
+        return tensor[self.b, self.h * self.group + row % self.group, row // self.group, column]
+
+
+class Tiles(NamedTuple):
+    """What one block of rows works in; the module docstrings say what each holds."""
+
+    qt: Any
+    kt: Any
+    vt: Any
+    bias: Any
+    limit: Any
+    s: Any
+    p: Any
+    top: Any
+    total: Any
+    o: Any
+    square: Any
+    turned: Any
+    word_square: Any
+    word_turned: Any
+    zeros: Any
+
+
+class Copies(NamedTuple):
+    """The copies for one specification, to be called in a kernel's body."""
+
+    keys: Any
+    queries: Any
+    mask: Any
+    store: Any
+
+
+def copies(spec: Spec) -> Copies:
+    """Builds the four copies."""
+    depth, dim, pairs, dtype = spec.depth, spec.value_dim, spec.pairs, spec.dtype
+    per_word = 2 if pairs else 1
+
+    @T.inline
+    def turn(square, turned):
+        """turned = square transposed."""
+        source, target = T.address_of(square[0, 0]), T.address_of(turned[0, 0])
+        T.evaluate(T.call_extern("int32", "rl_transpose16", source, target))
+
+    @T.inline
+    def key(x, w, first, j, word, count):
+        address = T.address_of(x.k[x.b, x.h, first + j, word * per_word])
+        w.kt[j, lanes(word)] = load(spec, address, count)
+
+    @T.inline
+    def value_pair(x, w, first, j, column, count):
+        one = T.address_of(x.v[x.b, x.h, first + 2 * j, column])
+        if first + 2 * j + 1 < x.length:
+            other = T.address_of(x.v[x.b, x.h, first + 2 * j + 1, column])
+            w.vt[j, lanes(column)] = words(spec, f"rl_pairs_{count}", one, other)
+        elif first + 2 * j < x.length:
+            nothing = T.address_of(w.zeros[0])
+            w.vt[j, lanes(column)] = words(spec, f"rl_pairs_{count}", one, nothing)
+        else:
+            w.vt[j, lanes(column)] = splat(T.int32(0))
+
+    @T.inline
+    def value(x, w, first, j, column, count):
+        if pairs:
+            value_pair(x, w, first, j, column, count)
+        elif first + j < x.length:
+            address = T.address_of(x.v[x.b, x.h, first + j, column])
+            w.vt[j, lanes(column)] = vector(f"rl_load_{dtype}_{count}", address)
+        else:
+            w.vt[j, lanes(column)] = splat(T.float32(0))
+
+    @T.inline
+    def keys(x, w, first, count):
+        """`count` keys from `first` on, and their values."""
+        for j in T.serial(T.min(count, x.length - first)):
+            for c in T.unroll(depth // LANES):
+                key(x, w, first, j, c * LANES, LANES)
+            if depth % LANES != 0:
+                key(x, w, first, j, depth // LANES * LANES, depth % LANES)
+        for j in T.serial((count + 1) // 2 if pairs else count):
+            for c in T.unroll(dim // LANES):
+                value(x, w, first, j, c * LANES, LANES)
+            if dim % LANES != 0:
+                value(x, w, first, j, dim // LANES * LANES, dim % LANES)
+
+    @T.inline
+    def query(x, w, row, sub, part, word, count):
+        for lane in T.serial(LANES):
+            at = T.min(row + lane, x.rows - 1)
+            address = T.address_of(x.query_row(x.q, at, word * per_word))
+            w.word_square[lane, lanes(0)] = load(spec, address, count)
+        turn(w.word_square, w.word_turned)
+        for d in T.serial(LANES):
+            w.qt[sub, word + d, part, lanes(0)] = w.word_turned[d, lanes(0)]
+
+    @T.inline
+    def queries(x, w, row, sub, part):
+        """16 query rows from `row` on."""
+        for c in T.serial(depth // LANES):
+            query(x, w, row, sub, part, c * LANES, LANES)
+        if depth % LANES != 0:
+            query(x, w, row, sub, part, depth // LANES * LANES, depth % LANES)
+
+    @T.inline
+    def mask(x, w, row, part, first, count):
+        """The mask of 16 rows from `row` on and `count` keys from `first` on."""
+        for c in T.serial((count + LANES - 1) // LANES):
+            start = first + c * LANES
+            for lane in T.serial(LANES):
+                at = T.min(row + lane, x.rows - 1)
+                if (x.mask.strides[3] == 1) & (start + LANES <= x.length):
+                    address = T.address_of(x.query_row(x.mask, at, start))
+                    w.square[lane, lanes(0)] = mask_vector(spec, address)
+                else:
+                    for j in T.serial(T.min(LANES, x.length - start)):
+                        entry = x.query_row(x.mask, at, start + j)
+                        w.square[lane, j] = mask_number(spec, entry)
+            turn(w.square, w.turned)
+            for j in T.serial(LANES):
+                w.bias[c * LANES + j, part, lanes(0)] = w.turned[j, lanes(0)]
+
+    @T.inline
+    def columns(x, w, inverse, row, sub, part, column, count):
+        for d in T.serial(LANES):
+            w.square[d, lanes(0)] = w.o[sub, column + d, part, lanes(0)] * inverse[lanes(0)]
+        turn(w.square, w.turned)
+        for lane in T.serial(T.min(LANES, x.rows - row)):
+            b, h, i = x.b, x.h * x.group + (row + lane) % x.group, (row + lane) // x.group
+            done = w.turned[lane, lanes(0, count)]
+            if dtype == "float32":
+                x.out[b, h, i, lanes(column, count)] = done
+            else:
+                x.out[b, h, i, lanes(column, count)] = T.Cast(f"{dtype}x{count}", done)
+
+    @T.inline
+    def store(x, w, row, sub, part):
+        """16 finished rows: divided by their totals, turned back, rounded."""
+        inverse = registers((LANES,))
+        total = w.total[sub, part, lanes(0)]
+        inverse[lanes(0)] = T.Select(
+            total > splat(T.float32(0)), splat(T.float32(1)) / total, splat(T.float32(0))
+        )
+        for c in T.serial(dim // LANES):
+            columns(x, w, inverse, row, sub, part, c * LANES, LANES)
+        if dim % LANES != 0:
+            columns(x, w, inverse, row, sub, part, dim // LANES * LANES, dim % LANES)
+
+    return Copies(keys, queries, mask, store)
