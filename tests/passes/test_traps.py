@@ -1,6 +1,5 @@
 """What looks like attention and is not quite: refused with the reason, or rewritten and equal."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
