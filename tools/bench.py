@@ -45,6 +45,15 @@ def decode(rounds: int, console: Console) -> None:
         print_rates(bench_decode.rates(timings, tokens), what, console)
 
 
+def perplexity(rounds: int, console: Console) -> None:
+    """SmolLM2-135M after 4-bit quantisation by each method; `rounds` is not used."""
+    from ridgeline.tools import bench_perplexity
+    from ridgeline.tools.perplexity import table
+
+    for line in table(bench_perplexity.results(), "fp32"):
+        console.print(Text(line))
+
+
 def print_rates(rates, what: str, console: Console) -> None:
     """Tokens per second of each contender, with quartiles."""
     for name, rate in rates.items():

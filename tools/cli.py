@@ -58,6 +58,7 @@ class Bench(StrEnum):
     linear = "linear"
     attention = "attention"
     decode = "decode"
+    perplexity = "perplexity"
 
 
 Model = Annotated[str, typer.Argument(help="file.py:function, or program.pt2")]
@@ -171,7 +172,7 @@ def targets(
 
 @app.command()
 def bench(
-    what: Annotated[Bench, typer.Argument(help="linear, attention or decode.")],
+    what: Annotated[Bench, typer.Argument(help="What to measure.")],
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 11,
     traceback: Trace = False,
 ) -> None:
