@@ -63,7 +63,7 @@ def _speed(console: Console, fast) -> None:
     with _step(console, "compiling the baselines"):
         sessions = {
             name: bench_decode.build(name, ids, NEW, "static", tolerance=0.0)
-            for name in ("eager-fp32", "compile-fp32", "compile-bf16")
+            for name in ("eager-fp32", "compile-bf16")
         }
         sessions["ridgeline-fp32"] = bench_decode.TorchSession(
             fast, fast.config, ids, NEW, cache="static", dtype=torch.float32
