@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 
+from ridgeline.ir.aliases import writes
 from ridgeline.ir.symbolic import element, index_symbol, shape_of
 
 aten = torch.ops.aten
@@ -53,7 +54,8 @@ def analyse(node: fx.Node | None) -> Mask:
 def _kept_by_addition(node: fx.Node) -> fx.Node | None:
     """M of ``where(M, 0, fill)`` with an absorbing fill."""
     node = through_views(node)
-    if node.target not in (aten.where.ScalarOther, aten.where.self, aten.where.Scalar):
+    wheres = (aten.where.ScalarOther, aten.where.self, aten.where.Scalar)
+    if node.target not in wheres or writes(node):
         return None
     condition, kept, fill = node.args
     kept, fill = scalar_value(kept), scalar_value(fill)
@@ -70,6 +72,8 @@ def scalar_value(value) -> float | None:
         aten.full.default,
         aten.scalar_tensor.default,
     ):
+        if writes(value):
+            return None
         value = value.args[-1]
         return float(value) if isinstance(value, int | float) else None
     known = element(value)
@@ -78,14 +82,15 @@ def scalar_value(value) -> float | None:
 
 def through_views(node: fx.Node) -> fx.Node:
     """The node behind full slices, expands and copies that change no value."""
-    while node.target in (aten.expand.default, aten.contiguous.default, aten.clone.default):
+    same = (aten.expand.default, aten.contiguous.default, aten.clone.default)
+    while node.target in same and not writes(node):
         node = node.args[0]
     return node
 
 
 def _boolean(node: fx.Node) -> Mask:
     inner = through_views(node)
-    if getattr(inner.target, "overloadpacket", None) in _AND:
+    if getattr(inner.target, "overloadpacket", None) in _AND and not writes(inner):
         left, right = (_boolean(a) for a in inner.args)
         return _both(node, left, right)
     known = element(node)

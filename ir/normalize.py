@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from ridgeline.ir.aliases import mutates, sharing, writes, written_between
 from ridgeline.ir.masks import ABSORBING, scalar_value
 from ridgeline.ir.symbolic import shape_of
 
@@ -33,16 +34,52 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
 
     Nodes must carry fake tensors in ``meta["val"]`` (captured programs do).
     """
+    for node in list(module.graph.nodes):
+        _out_of_place(node)
+    in_place = mutates(module.graph)
     for rules in (EXACT, REASSOCIATING):
         changed = True
         while changed:
             changed = False
             for node in list(module.graph.nodes):
-                if node.op == "call_function" and not node._erased:
+                if node.op != "call_function" or node._erased:
+                    continue
+                if rules is EXACT or not (in_place and reads_changed_memory(node)):
                     changed |= any(rule(node) for rule in rules)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _out_of_place(node: fx.Node) -> bool:
+    """x.masked_fill_(...) -> x.masked_fill(...), where x is a new value that nothing views."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.name.endswith("_"):
+        return False
+    x = node.args[0] if node.args else None
+    plain = getattr(aten, target._schema.name.removeprefix("aten::")[:-1], None)
+    if not isinstance(x, fx.Node) or x.op != "call_function" or plain is None:
+        return False
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    overload = getattr(plain, target._overloadname, None)
+    if overload is None or random or sharing(x) != {x, node} | set(writes(x)):
+        return False
+    new = _insert(node, overload, *node.args, **node.kwargs)
+    before, after = x.meta["val"], new.meta["val"]
+    if (before.dtype, shape_of(x)) != (after.dtype, shape_of(new)):
+        node.graph.erase_node(new)
+        return False
+    node.replace_all_uses_with(new)
+    x.replace_all_uses_with(new, delete_user_cb=lambda user: user > node)
+    node.graph.erase_node(node)
+    return True
+
+
+def reads_changed_memory(node: fx.Node) -> bool:
+    """May a rule at `node`, which reads up to two steps back, move a read across a write?"""
+    near = list(node.all_input_nodes)
+    near += [n for i in node.all_input_nodes for n in i.all_input_nodes]
+    return written_between(near, node) is not None
 
 
 def is_cast(node: fx.Node) -> bool:
@@ -87,7 +124,7 @@ def _drop_assertion(node: fx.Node) -> bool:
 
 
 def _drop_identity(node: fx.Node) -> bool:
-    """x.to(x.dtype), dropout that is off, full slices, expands to the same shape, x * 1, x + 0."""
+    """x.to(x.dtype), dropout that is off, full slices, expands to the same shape, x * 1."""
     packet, args = getattr(node.target, "overloadpacket", None), node.args
     if not args or not isinstance(args[0], fx.Node):
         return False
@@ -101,22 +138,27 @@ def _drop_identity(node: fx.Node) -> bool:
     )
     if not same:
         return False
-    if packet in _CASTS:
+    if packet in (aten.to, aten.type_as):
         return not node.kwargs.get("copy", False) and _forward(node)
     if packet is aten.dropout:
         return (args[1] == 0 or args[2] is False) and _forward(node)
-    if packet in (aten.expand, aten.alias, aten.lift_fresh_copy):
+    if packet in (aten.expand, aten.alias):
         return _forward(node)
     if packet is aten.slice:
         start, step = (args[i] if len(args) > i else None for i in (2, 4))
         return start in (0, None) and step in (1, None) and _forward(node)
     if packet is aten.contiguous:
         return before.is_contiguous() and _forward(node)
-    if packet is aten.mul:
-        return args[1] == 1 and _forward(node)
-    if packet is aten.add:
-        return args[1] == 0 and _forward(node)
-    return False
+    copies = packet in (aten.lift_fresh_copy, aten._to_copy) or (
+        packet is aten.mul and args[1] == 1
+    )
+    return copies and _copy_is_unseen(node) and _forward(node)
+
+
+def _copy_is_unseen(node: fx.Node) -> bool:
+    """Neither the copy nor what it copies is ever written, in the program or by its caller."""
+    given_out = any(user.op == "output" for value in sharing(node) for user in value.users)
+    return not (given_out or writes(node) or writes(node.args[0]))
 
 
 def _plain_dims(node: fx.Node) -> bool:
@@ -209,14 +251,14 @@ def _linear_from_addmm(node: fx.Node) -> bool:
     widened = len(users) == 1 and users[0].target in (aten.view.default, aten.reshape.default)
     if bias.meta["val"].dim() != 1 or weight.op != "get_attr" or not widened:
         return False
-    if flat.target not in (aten.view.default, aten.reshape.default):
+    if flat.target not in (aten.view.default, aten.reshape.default) or reads_changed_memory(node):
         return False
     x, out = flat.args[0], users[0]
     in_features, out_features = shape_of(weight)
     if shape_of(out) != [*shape_of(x)[:-1], out_features] or shape_of(x)[-1] != in_features:
         return False
-    transposed = _insert(out, aten.t.default, weight)
-    linear = _insert(out, aten.linear.default, x, transposed, bias, value=out.meta["val"])
+    transposed = _insert(node, aten.t.default, weight)
+    linear = _insert(node, aten.linear.default, x, transposed, bias, value=out.meta["val"])
     out.replace_all_uses_with(linear)
     node.graph.erase_node(out)
     node.graph.erase_node(node)

@@ -14,6 +14,8 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import fx
 
+from ridgeline.ir.aliases import writes
+
 aten = torch.ops.aten
 Expression = sympy.Basic
 
@@ -51,7 +53,8 @@ def element(node: Any) -> Expression | None:
         return None
     handler = _HANDLERS.get(getattr(node.target, "overloadpacket", None))
     known = handler(node) if handler else None
-    return known if known is not None and _cannot_wrap(node, known) else None
+    certain = known is not None and _cannot_wrap(node, known) and not writes(node)
+    return known if certain else None
 
 
 def _cannot_wrap(node: fx.Node, known: Expression) -> bool:

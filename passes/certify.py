@@ -17,6 +17,7 @@ from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes.apply import copy_graph, replace
 from ridgeline.passes.base import Candidate
 from ridgeline.passes.plan import Certificate
+from ridgeline.passes.region import frontier_of, region_of, structure_of
 
 aten = torch.ops.aten
 EQUIVALENCE_LIMIT = 1e-9
@@ -33,6 +34,8 @@ def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
     for a, b in zip(got, expected, strict=True):
         if not isinstance(b, Tensor) or not b.is_floating_point():
             continue
+        if not isinstance(a, Tensor):  # an update that one side lacks
+            return math.inf
         a, b = a.detach().double(), b.detach().double()
         unlike = torch.isfinite(a) != torch.isfinite(b)
         if unlike.any():
@@ -47,18 +50,11 @@ def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
 
 def equivalence(candidate: Candidate, cache: dict[Any, Certificate]) -> Certificate:
     """Site against replacement in float64; equal sites of other layers share the evidence."""
-    frontier = _frontier(candidate)
-    key = _signature(candidate, frontier)
+    frontier = frontier_of(candidate)
+    key = (_signature(candidate, frontier), structure_of(region_of(candidate, frontier)))
     if key not in cache:
         cache[key] = _compare(candidate, frontier)
     return dataclasses.replace(cache[key], preconditions=candidate.preconditions)
-
-
-def _frontier(candidate: Candidate) -> list[fx.Node]:
-    """The nodes that the rewritten site reads, in a fixed order."""
-    fields = dataclasses.fields(candidate.call)
-    values = [getattr(candidate.call, f.name) for f in fields]
-    return list(dict.fromkeys(v for v in values if isinstance(v, fx.Node)))
 
 
 def _signature(candidate: Candidate, frontier: Sequence[fx.Node]) -> Any:
@@ -94,24 +90,12 @@ def _region(
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """The graph between the frontier and the site's output, with sizes at their captured values."""
     out = candidate.site.outs[0]
-    needed: set[fx.Node] = set()
-    stack = [out]
-    while stack:
-        node = stack.pop()
-        if node in needed:
-            continue
-        needed.add(node)
-        value = node.meta.get("val")
-        if node not in frontier and not isinstance(value, int | torch.SymInt):
-            stack.extend(node.all_input_nodes)
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {}
     for node in frontier:
         copied[node] = graph.placeholder(node.name)
         copied[node].meta = dict(node.meta)
-    for node in out.graph.nodes:
-        if node not in needed or node in copied:
-            continue
+    for node in region_of(candidate, frontier):
         value = node.meta.get("val")
         if isinstance(value, int | torch.SymInt):
             copied[node] = value if isinstance(value, int) else int(value.node.hint)

@@ -20,10 +20,17 @@ def clone_inputs(inputs: Sequence[Any]) -> list[Any]:
 
 @torch.no_grad()
 def outputs_of(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """The flat outputs on copies of `inputs`, followed by the inputs it may have updated."""
+    """The flat outputs on copies of `inputs`, then each input that was updated, None for others.
+
+    An input that only went in must not count as an output: it would hide the outputs' error.
+    """
     copies = clone_inputs(inputs)
     result = module(*copies)
-    return [*(result if isinstance(result, tuple | list) else [result]), *copies]
+    updated = [
+        after if isinstance(after, Tensor) and not torch.equal(after, before) else None
+        for before, after in zip(inputs, copies, strict=True)
+    ]
+    return [*(result if isinstance(result, tuple | list) else [result]), *updated]
 
 
 class Observation:

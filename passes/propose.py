@@ -7,6 +7,7 @@ from torch import fx
 
 from ridgeline.ir.match import Reject, Site, find
 from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.region import changed_inside
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +30,8 @@ def propose(
         refusals += [Refusal(rewrite, miss, "pattern") for miss in misses]
         for site in sites:
             answer = rewrite.accepts(site, setting)
+            if not isinstance(answer, Reject) and answer:
+                answer = changed_inside(answer[0]) or answer
             if isinstance(answer, Reject):
                 refusals.append(Refusal(rewrite, answer, "precondition"))
             else:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ridgeline.cost_model import Gemm, Work, work_of
+from ridgeline.ir.aliases import writes
 from ridgeline.ir.match import Pattern, Reject, Site, trace
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes.base import Candidate, Pass, Setting
@@ -76,6 +77,12 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     if setting.training:
         return Reject(
             "the weight is being trained", out, "call model.eval() before ridgeline.optimize"
+        )
+    if changing := writes(weight_node):
+        return Reject(
+            f"{changing[0].name} ({changing[0].target}) changes the weight in every call",
+            changing[0],
+            "keep the weight constant in forward",
         )
     name = str(weight_node.target)
     weight = setting.weights.parameter(weight_node, transposed)
@@ -237,7 +244,12 @@ def _buffer(
 ) -> fx.Node | None:
     if tensor is None:
         return None
-    module.register_buffer(name, tensor, persistent=False)
+    stem, tries = name, 0
+    while getattr(module, name, tensor) is not tensor:  # another weight's, or another codec's
+        tries += 1
+        name = f"{stem}_{tries}"
+    if not hasattr(module, name):
+        module.register_buffer(name, tensor, persistent=False)
     node = module.graph.get_attr(name)
     node.meta["val"] = like.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
     return node

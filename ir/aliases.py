@@ -1,0 +1,121 @@
+"""Which values share memory, and where a program writes it.
+
+A captured graph keeps the model's in-place operations. A value is then more than its expression:
+what it holds depends on when it is read. Two values may share memory when a chain of views joins
+them; this is read off the operators' schemas (``Tensor(a) self`` is viewed, ``Tensor(a!) self``
+written). An operator whose schema cannot be trusted counts as viewing, or writing, all it takes.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# Composite operators whose schema names no alias and whose result is new memory all the same.
+# Others of the kind may return an argument itself, as dropout does when it is off.
+_NEW_MEMORY = {
+    *(aten.linear, aten.matmul, aten.softmax, aten.log_softmax, aten.layer_norm, aten.rms_norm),
+    *(aten.group_norm, aten.scaled_dot_product_attention, aten.conv1d, aten.conv2d, aten.conv3d),
+    *(aten.embedding, aten.cross_entropy_loss, aten.one_hot, aten.cumsum, aten.where, aten.square),
+    *(aten.ones_like, aten.zeros_like, aten.full_like, aten.pad, aten.silu, aten.gelu, aten.diff),
+    *(aten.cat, aten.concat, aten.stack, aten.repeat_interleave, aten.std, aten.var, aten.outer),
+}
+_READS_ONLY = (getattr, torch.sym_min, torch.sym_max, torch.sym_not, torch._C._set_grad_enabled)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[Any, bool, bool]]:
+    """(argument, may the result view it, is it written) for each tensor argument."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        element = getattr(target, "__name__", "") == "getitem"
+        opaque = not element and target not in _READS_ONLY
+        yield from ((a, True, opaque) for a in node.all_input_nodes)
+        return
+    schema = target._schema
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(), "CompositeImplicitAutograd"
+    )
+    named = any(r.alias_info is not None for r in schema.returns)
+    trusted = named or not composite or target.overloadpacket in _NEW_MEMORY
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+    given.update(node.kwargs)
+    for argument in schema.arguments:
+        info = argument.alias_info
+        written = info is not None and info.is_write
+        viewed = info is not None if trusted else True
+        value = given.get(argument.name)
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, fx.Node):
+                yield each, viewed, written
+
+
+def _views(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments whose memory the result of `node` may share."""
+    if node.op == "call_function" and _holds_tensors(node.meta.get("val")):
+        for argument, viewed, _ in _arguments(node):
+            if viewed and _holds_tensors(argument.meta.get("val")):
+                yield argument
+
+
+def _written_by(node: fx.Node) -> set[fx.Node]:
+    if node.op != "call_function":
+        return set()
+    return {
+        argument
+        for argument, _, written in _arguments(node)
+        if written and _holds_tensors(argument.meta.get("val"))
+    }
+
+
+def sharing(node: fx.Node) -> set[fx.Node]:
+    """Every value that may share memory with that of `node`, which is one of them."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        at = stack.pop()
+        if at in found:
+            continue
+        found.add(at)
+        stack.extend(_views(at))
+        stack.extend(u for u in at.users if at in _views(u))
+        if at.op == "get_attr":
+            stack.extend(at.graph.find_nodes(op="get_attr", target=at.target))
+    return found
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The operations, anywhere in the graph, that may write what `node` holds."""
+    return [
+        user
+        for value in sharing(node)
+        for user in value.users
+        if user.op != "output" and value in _written_by(user)
+    ]
+
+
+def written_between(nodes: Iterable[fx.Node], last: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(value, write) where moving the work of `nodes` down to `last` would read changed memory.
+
+    Each of `nodes` reads its arguments where it stands, and the rewritten code where `last` stands:
+    a write in between, to an argument or to the result, is seen by one of the two alone.
+    """
+    for node in nodes:
+        for value in (node, *node.all_input_nodes):
+            for write in writes(value):
+                if node < write < last:
+                    return value, write
+    return None
+
+
+def mutates(graph: fx.Graph) -> bool:
+    """Does any operation of the graph write memory that others may read?"""
+    return any(_written_by(node) for node in graph.nodes)

@@ -1,0 +1,69 @@
+"""The part of a graph that a candidate replaces, and whether it may be computed at one place."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import fx
+
+from ridgeline.ir.aliases import written_between
+from ridgeline.ir.match import Reject
+from ridgeline.passes.base import Candidate
+
+
+def frontier_of(candidate: Candidate) -> list[fx.Node]:
+    """The nodes that the rewritten site reads, in a fixed order."""
+    fields = dataclasses.fields(candidate.call)
+    values = [getattr(candidate.call, f.name) for f in fields]
+    return list(dict.fromkeys(v for v in values if isinstance(v, fx.Node)))
+
+
+def region_of(candidate: Candidate, frontier: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes between the frontier and the site's output, which is the last, in graph order.
+
+    Sizes are among them, what sizes are computed from is not.
+    """
+    out, ends = candidate.site.outs[0], set(frontier)
+    needed: set[fx.Node] = set()
+    stack = [out]
+    while stack:
+        node = stack.pop()
+        if node in needed or node in ends:
+            continue
+        needed.add(node)
+        if not isinstance(node.meta.get("val"), int | torch.SymInt):
+            stack.extend(node.all_input_nodes)
+    return sorted(needed)
+
+
+def structure_of(region: Sequence[fx.Node]) -> str:
+    """What a region computes, up to the names of its nodes and with symbolic sizes by value."""
+    number: dict[fx.Node, str] = {}
+
+    def spelled(node: fx.Node) -> str:
+        value = node.meta.get("val")
+        if isinstance(value, int | torch.SymInt):
+            return str(value if isinstance(value, int) else value.node.hint)
+        return number.setdefault(node, f"%{len(number)}")
+
+    return "\n".join(
+        f"{spelled(n)} = {n.op} {n.target if n.op == 'call_function' else ''}"
+        f" {fx.node.map_arg((n.args, n.kwargs), spelled)}"
+        for n in region
+    )
+
+
+def changed_inside(candidate: Candidate) -> Reject | None:
+    """A refusal where the program writes, between the site's first read and its output, memory
+    that the site reads: the replacement reads everything at the output."""
+    nodes = region_of(candidate, frontier_of(candidate) or candidate.site.bind.values())
+    found = written_between(nodes, candidate.site.outs[0])
+    if found is None:
+        return None
+    value, write = found
+    return Reject(
+        f"{write.name} ({write.target}) changes {value.name} in place between its use here and"
+        f" {candidate.site.outs[0].name}",
+        write,
+        f"compute a new tensor in place of {write.target}",
+    )
