@@ -139,7 +139,11 @@ def capture(
     module = _unlifted(exported, wrapper)
     trace = traces[-1]
     program = Program.from_graph(
-        module, call.flat, phase=_phase(call, trace, training), training=training
+        module,
+        call.flat,
+        phase=_phase(call, trace, training),
+        training=training,
+        results=trace.results,
     )
     log.info("captured %s: free dimensions %s", program.phase, program.dynamic)
     return Captured(program, ShapeGuards.of(module), trace.finish)
@@ -203,9 +207,14 @@ class _Trace:
             outputs += [tensor for _, _, tensor in replaced]
         return cls(spec, leaves, changes, known, tuple(outputs))
 
+    @property
+    def results(self) -> int:
+        """How many flat outputs, the first, are leaves of the result; the others go into caches."""
+        return sum(kind == "output" for kind, _ in self.leaves)
+
     def finish(self, call: Call, outputs: Sequence[Any]) -> Any:
         """Flat outputs -> the model's result; the call's caches receive their new tensors."""
-        position = sum(kind == "output" for kind, _ in self.leaves)
+        position = self.results
         given, final = call.caches, []
         for i, changes in enumerate(self.changes):
             values = outputs[position : position + len(changes)]

@@ -46,7 +46,7 @@ def _propose(rewrite: Pass, model: nn.Module, inputs: list[Tensor]) -> Any:
     with torch.no_grad():
         program = capture(model.eval(), inputs).program
         module = normalize(program.module)
-        observed = Observation(module, program.inputs)
+        observed = Observation(module, program)
         setting = Setting(load_target("a100"), False, 0.5, observed, WeightStore())
         candidates, refusals = propose((rewrite,), module, setting)
     return module, candidates, refusals
