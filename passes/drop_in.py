@@ -123,6 +123,7 @@ class OptimizedModule(nn.Module):
         """Capture and compile the graph of such a call now, without running it for its result."""
         key = None
         try:
+            _refuse_autocast()
             call = flatten(args, kwargs)
             key = self._key(call)
             if next(self._accepting(key, call), None) is None:
@@ -150,6 +151,7 @@ class OptimizedModule(nn.Module):
         self._forget_changed_weights()
         key = None
         try:
+            _refuse_autocast()
             call = flatten(args, kwargs)
             key = self._key(call)
             if key in state.refused:
@@ -240,6 +242,14 @@ class OptimizedModule(nn.Module):
         raise DropInError(
             "an optimised model holds compiled code and cannot be pickled; save the original's"
             " state_dict and call ridgeline.optimize after loading"
+        )
+
+
+def _refuse_autocast() -> None:
+    if torch._C._is_any_autocast_enabled():
+        raise CaptureError(
+            "the call is made under torch.autocast, whose casts no captured graph holds; convert"
+            " the model instead, as model.to(torch.bfloat16), or leave the autocast block"
         )
 
 
