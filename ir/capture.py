@@ -7,6 +7,7 @@ and cache-length dimensions are free where the model allows it; a dimension of s
 
 import functools
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -281,7 +282,7 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
             continue
         tensor = exported.constants.get(spec.target)
         if spec.target in exported.state_dict or tensor is None:
-            tensor = _attribute(wrapper, spec.target)
+            tensor = operator.attrgetter(spec.target)(wrapper)
         name = spec.target.removeprefix("model.")
         _assign(root, name, tensor)
         with graph.inserting_before(node):
@@ -299,13 +300,6 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
                 if path
             }
     return module
-
-
-def _attribute(root: nn.Module, path: str) -> Tensor:
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _assign(root: nn.Module, path: str, tensor: Tensor) -> None:
