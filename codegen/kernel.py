@@ -1,5 +1,6 @@
 """One implementation of one operation on one kind of target, and what it leaves in the plan."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -64,17 +65,15 @@ def scheme_of(offset: fx.Node | None) -> str:
 
 def constant(node: fx.Node) -> Any:
     """The tensor that a get_attr node stands for."""
-    value: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
+    return operator.attrgetter(str(node.target))(node.graph.owning_module)
 
 
 def attribute(module: fx.GraphModule, name: str, like: fx.Node) -> fx.Node:
     """A get_attr node for the tensor `name` of `module`, inserted at the graph's current point."""
     node = module.graph.get_attr(name)
     fake = like.meta["val"].fake_mode
-    node.meta["val"] = fake.from_tensor(getattr(module, name), static_shapes=True)
+    tensor = operator.attrgetter(name)(module)
+    node.meta["val"] = fake.from_tensor(tensor, static_shapes=True)
     return node
 
 

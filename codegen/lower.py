@@ -5,6 +5,7 @@ what lies between. For a machine that is not here, its kernels are compiled and 
 and the graph runs on the CPU by the ops' references, which the notes say.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +14,11 @@ import torch
 from torch import fx
 
 from ridgeline.codegen.inductor import compile_graph, run_eager
-from ridgeline.codegen.kernel import Kernel, KernelReport
+from ridgeline.codegen.kernel import Kernel, KernelReport, constant
 from ridgeline.cost_model import Target
 from ridgeline.ir.errors import RidgelineError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +46,19 @@ def lower(
         note = "training: ops run by their references, which have gradients"
         return Lowered(module, (), (note,))
     nodes, reports, notes = compiled(module, target)
-    if _present(target):
-        for node, kernel in nodes:
-            kernel.place(node, module)
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        run = _rest(module, inputs, lowering)
-    else:
+    elsewhere = _elsewhere(target, module, inputs)
+    if elsewhere:
         notes.append(
-            f"{target.name} is not in this machine: the model runs on the CPU by reference,"
-            f" and the kernels listed are compiled for {target.arch} without having run"
+            f"{elsewhere}: the model runs where it is, by the ops' references, and the kernels"
+            f" listed are compiled for {target.arch or target.name} without having run"
         )
-        run = run_eager(module)
-    return Lowered(run, reports, tuple(notes))
+        return Lowered(run_eager(module), reports, tuple(notes))
+    for node, kernel in nodes:
+        kernel.place(node, module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    run, refusal = _rest(module, inputs, lowering)
+    return Lowered(run, reports, (*notes, *refusal))
 
 
 def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
@@ -105,10 +108,22 @@ def compiled(
     return nodes, tuple(reports.values()), notes
 
 
-def _present(target: Target) -> bool:
-    """Is this the machine at hand?"""
+def _elsewhere(target: Target, module: fx.GraphModule, inputs: Sequence[Any]) -> str:
+    """Why code for `target` cannot run on this program's tensors; empty where it can."""
+    weights = [constant(n) for n in module.graph.find_nodes(op="get_attr")]
+    kinds = {t.device.type for t in (*inputs, *weights) if isinstance(t, torch.Tensor)}
     if target.kind == "cpu":
-        return True
+        away = kinds - {"cpu"}
+        return f"the model is on {', '.join(sorted(away))} and the target a CPU" if away else ""
+    if not _device_present(target):
+        return f"{target.name} is not in this machine"
+    if kinds - {"cuda"}:
+        return f"{target.name} is in this machine and the model is not on it (model.to('cuda'))"
+    return ""
+
+
+def _device_present(target: Target) -> bool:
+    """Is a GPU here that runs code for the target's architecture?"""
     if not torch.cuda.is_available():
         return False
     if target.kind == "hip":
@@ -119,13 +134,19 @@ def _present(target: Target) -> bool:
 
 def _rest(
     module: fx.GraphModule, inputs: Sequence[Any], lowering: Literal["inductor", "eager"]
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """What is not ours, compiled, and a note where that could not be done."""
     if lowering == "eager":
-        return run_eager(module)
+        return run_eager(module), ()
     values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
     symbolic = any(
         isinstance(s, torch.SymInt)
         for v in values
         for s in (v.shape if isinstance(v, torch.Tensor) else (v,))
     )
-    return compile_graph(module, inputs, dynamic=symbolic)
+    try:
+        return compile_graph(module, inputs, dynamic=symbolic), ()
+    except Exception as error:  # whatever Inductor meets; the model must come back working
+        log.warning("Inductor did not compile the graph, which runs op by op: %s", error)
+        reason = str(error).strip().partition("\n")[0]
+        return run_eager(module), (f"Inductor did not compile the rest of the graph: {reason}",)

@@ -7,6 +7,7 @@ and cache-length dimensions are free where the model allows it; a dimension of s
 
 import functools
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -139,7 +140,11 @@ def capture(
     module = _unlifted(exported, wrapper)
     trace = traces[-1]
     program = Program.from_graph(
-        module, call.flat, phase=_phase(call, trace, training), training=training
+        module,
+        call.flat,
+        phase=_phase(call, trace, training),
+        training=training,
+        results=trace.results,
     )
     log.info("captured %s: free dimensions %s", program.phase, program.dynamic)
     return Captured(program, ShapeGuards.of(module), trace.finish)
@@ -203,9 +208,14 @@ class _Trace:
             outputs += [tensor for _, _, tensor in replaced]
         return cls(spec, leaves, changes, known, tuple(outputs))
 
+    @property
+    def results(self) -> int:
+        """How many flat outputs, the first, are leaves of the result; the others go into caches."""
+        return sum(kind == "output" for kind, _ in self.leaves)
+
     def finish(self, call: Call, outputs: Sequence[Any]) -> Any:
         """Flat outputs -> the model's result; the call's caches receive their new tensors."""
-        position = sum(kind == "output" for kind, _ in self.leaves)
+        position = self.results
         given, final = call.caches, []
         for i, changes in enumerate(self.changes):
             values = outputs[position : position + len(changes)]
@@ -272,7 +282,7 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
             continue
         tensor = exported.constants.get(spec.target)
         if spec.target in exported.state_dict or tensor is None:
-            tensor = _attribute(wrapper, spec.target)
+            tensor = operator.attrgetter(spec.target)(wrapper)
         name = spec.target.removeprefix("model.")
         _assign(root, name, tensor)
         with graph.inserting_before(node):
@@ -290,13 +300,6 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
                 if path
             }
     return module
-
-
-def _attribute(root: nn.Module, path: str) -> Tensor:
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _assign(root: nn.Module, path: str, tensor: Tensor) -> None:

@@ -286,6 +286,13 @@ def _constant_factor(node) -> float | None:
     return float(c) if node.target is aten.mul.Tensor else 1.0 / float(c)
 
 
+def _drop_zero(node: fx.Node) -> bool:
+    """scores + 0 -> scores; elsewhere it turns -0 into 0, which a softmax does not tell apart."""
+    zero = node.target is aten.add.Tensor and node.args[1] == 0
+    same = zero and node.args[0].meta["val"].dtype == node.meta["val"].dtype
+    return bool(same) and _feeds_softmax(node) and _forward(node)
+
+
 def _scale_by_multiplication(node: fx.Node) -> bool:
     """scores / c -> scores * (1/c)."""
     if node.target is not aten.div.Tensor or not _feeds_softmax(node):
@@ -360,6 +367,7 @@ EXACT: tuple[Rule, ...] = (
     _linear_from_addmm,
 )
 REASSOCIATING: tuple[Rule, ...] = (
+    _drop_zero,
     _scale_by_multiplication,
     _hoist_scale,
     _merge_factors,

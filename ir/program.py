@@ -27,6 +27,8 @@ class Program:
     dynamic: placeholder name -> its dimensions that are free; all others are as captured.
     phase: "prefill" and "decode" of a generating model, "forward", or "training".
     training: gradients must flow.
+    results: how many of the outputs, the first, are what the model returns; the others are new
+        tensors of its caches. None: all.
     """
 
     module: fx.GraphModule
@@ -34,10 +36,17 @@ class Program:
     phase: Phase
     training: bool
     dynamic: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    results: int | None = None
 
     @classmethod
     def from_graph(
-        cls, module: fx.GraphModule, inputs: Sequence[Any], *, phase: Phase, training: bool
+        cls,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        phase: Phase,
+        training: bool,
+        results: int | None = None,
     ) -> "Program":
         """Wrap a graph; its free dimensions are read off the placeholders. Verifies it."""
         placeholders = module.graph.find_nodes(op="placeholder")
@@ -47,7 +56,7 @@ class Program:
             if isinstance(node.meta.get("val"), torch.Tensor)
             and (free := tuple(d for d, s in enumerate(shape_of(node)) if not s.is_Integer))
         }
-        program = cls(module, tuple(inputs), phase, training, dynamic)
+        program = cls(module, tuple(inputs), phase, training, dynamic, results)
         verify(program)
         return program
 

@@ -10,22 +10,21 @@ from torch import fx
 
 from ridgeline.codegen.kernel import constant
 from ridgeline.codegen.lower import lower
-from ridgeline.cost_model import Cost, Target, estimate, load_target, work_of_graph
+from ridgeline.cost_model import Target, estimate, load_target, work_of_graph
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Candidate, Pass, Setting, location
-from ridgeline.passes.certify import CertificateError, back_off, equivalence, relative_error
-from ridgeline.passes.decide import choose, decision, refusal_decision
-from ridgeline.passes.observe import Observation, outputs_of
+from ridgeline.passes.certify import CertificateError, equivalence
+from ridgeline.passes.decide import Objective, choose, decision, refusal_decision
+from ridgeline.passes.observe import Observation
 from ridgeline.passes.plan import Certificate, Decision, Plan, cost_to_dict
 from ridgeline.passes.propose import propose
+from ridgeline.passes.settle import settle
 from ridgeline.passes.weights import WeightStore
 
 log = logging.getLogger(__name__)
-
-Objective = Literal["latency", "memory", "energy", "eflops"]
 
 
 class OptimizeError(RidgelineError, ValueError):
@@ -65,6 +64,7 @@ class Compiler:
         self.plan = Plan(self.target.name, tolerance)
         self._weights = WeightStore(hessians)
         self._certificates: dict[Any, Certificate] = {}
+        self._labels: dict[int, str] = {}
 
     def __call__(self, program: Program) -> Callable[..., Any]:
         """Program -> a function on the program's flat inputs."""
@@ -78,6 +78,7 @@ class Compiler:
         """Drop folded weights and decisions; the next program starts anew."""
         self._weights = WeightStore(self._weights.hessians)
         self.plan.clear()
+        self._labels.clear()
 
     def lower(self, rewritten: fx.GraphModule, program: Program) -> Callable[..., Any]:
         """Kernels in place of the `ridgeline::` ops of `rewritten`; the plan lists them."""
@@ -88,15 +89,20 @@ class Compiler:
         log.info("compiled %s for %s", program.phase, self.target.name)
         return lowered.run
 
+    def release(self, program: Program) -> None:
+        """The program's code is given up: the plan forgets its decisions."""
+        self.plan.drop(self._labels.pop(id(program)))
+
     def rewrite(self, program: Program) -> fx.GraphModule:
-        """Propose, choose, apply and certify; the plan grows by this program's decisions."""
-        module, phase, plan = normalize(program.module), program.phase, self.plan
-        observed = Observation(module, program.inputs)
+        """Propose, choose, certify, measure and apply; the plan grows by this program's account."""
+        module, label = normalize(program.module), self.plan.label(program.phase)
+        self._labels[id(program)] = label
+        observed = Observation(module, program)
         setting = Setting(self.target, program.training, self.tolerance, observed, self._weights)
         candidates, refusals = propose(self.passes, module, setting)
-        candidates, ignored = self._without_ignored(candidates, phase)
+        candidates, ignored = self._without_ignored(candidates, label)
         lossy = any(c.error > 0 for c in candidates)
-        chosen, others, costs = choose(
+        choice = choose(
             candidates,
             self.target,
             tolerance=self.tolerance,
@@ -104,37 +110,37 @@ class Compiler:
             sensitivity=observed.sensitivity() if lossy else 1.0,
             weight_bytes=weight_bytes(module),
         )
-        prepared = {c.rewrite.prepare(c, setting): c for c in chosen}
-        kept, given_back, error = self._settle(program, module, list(prepared))
+        evidence, unsound = self._certified(choice.chosen)
+        origin = {c.rewrite.prepare(c, setting): c for c in choice.chosen if c not in unsound}
+        kept, back, error = settle(program, module, list(origin), self.tolerance)
         # A site whose form went too far may still take its safest one.
-        safer = _safest(given_back, candidates, costs)
-        if safer:
-            prepared |= {c.rewrite.prepare(c, setting): c for c in safer}
-            again = [c for c in prepared if prepared[c] in safer]
-            kept, lost, error = self._settle(program, module, [*kept, *again])
-            won = {c.site for c in again} - {c.site for c in lost}
-            given_back = [c for c in given_back if c.site not in won]
-            given_back += [c for c in lost if c not in again]
+        if safer := choice.safer(origin[c] for c in back):
+            again = {c.rewrite.prepare(c, setting): c for c in safer}
+            origin |= again
+            kept, lost, error = settle(program, module, [*kept, *again], self.tolerance)
+            won = {c.site for c in kept}
+            back = {c: why for c, why in (back | lost).items() if c.site not in won}
+            back = {c: why for c, why in back.items() if c not in again}
         rewritten = apply(module, kept)
-        plan.measured[phase] = error
+        plan, costs = self.plan, choice.costs
+        plan.measured[label] = error
         plan.applied += [
-            decision(c, costs[prepared[c]], phase, certificate=self._certificate(c, error))
+            decision(
+                c,
+                costs[origin[c]],
+                label,
+                certificate=evidence.get(origin[c]) or self._drift(c, error),
+            )
             for c in kept
         ]
         plan.refused += [
-            decision(
-                c,
-                costs[prepared[c]],
-                phase,
-                "certificate",
-                f"given back: with it the measured output error exceeds {self.tolerance:g}",
-            )
-            for c in given_back
+            decision(c, costs[origin.get(c, c)], label, "certificate", why)
+            for c, why in (unsound | back).items()
         ]
-        plan.refused += [decision(c, costs[c], phase, by, why) for c, by, why in others]
-        plan.refused += [refusal_decision(r, phase) for r in refusals]
+        plan.refused += [decision(c, costs[c], label, by, why) for c, by, why in choice.refused]
+        plan.refused += [refusal_decision(r, label) for r in refusals]
         plan.refused += ignored
-        plan.predicted[phase] = {
+        plan.predicted[label] = {
             side: cost_to_dict(
                 estimate(work_of_graph(m.graph), self.target, resident_bytes=weight_bytes(m))
             )
@@ -163,53 +169,36 @@ class Compiler:
         ]
         return [c for c in candidates if not ignored(c)], lines
 
-    def _settle(
-        self, program: Program, module: fx.GraphModule, chosen: list[Candidate]
-    ) -> tuple[list[Candidate], list[Candidate], float]:
-        """Measure the whole program; give approximate rewrites back until the tolerance holds."""
-        if not chosen:
-            return [], [], 0.0
-        expected = outputs_of(module, program.inputs)
-
-        def error_of(candidates: Sequence[Candidate]) -> float:
-            return relative_error(outputs_of(apply(module, candidates), program.inputs), expected)
-
-        return back_off(chosen, self.tolerance, error_of)
-
-    def _certificate(self, candidate: Candidate, model_error: float) -> Certificate:
-        if candidate.rewrite.exactness == "approximate":
-            return Certificate(
-                "drift",
-                candidate.error,
-                self.tolerance,
-                ("the layer's output, and the model's outputs, on the example inputs",),
-                candidate.preconditions,
-                model_error,
+    def _certified(
+        self, chosen: Sequence[Candidate]
+    ) -> tuple[dict[Candidate, Certificate], dict[Candidate, str]]:
+        """(evidence, refused -> the reason) of those that must equal what they replace."""
+        evidence: dict[Candidate, Certificate] = {}
+        unsound: dict[Candidate, str] = {}
+        for candidate in chosen:
+            if candidate.rewrite.exactness == "approximate":
+                continue
+            try:
+                found = equivalence(candidate, self._certificates)
+            except CertificateError as error:
+                unsound[candidate] = str(error)
+                continue
+            if found.relative_error <= found.limit:
+                evidence[candidate] = found
+                continue
+            unsound[candidate] = (
+                f"the replacement differs from what it replaces by {found.relative_error:.1e} in"
+                f" float64, allowed {found.limit:.0e}; a defect of ridgeline, please report it"
             )
-        certificate = equivalence(candidate, self._certificates)
-        if certificate.relative_error > certificate.limit:
-            raise CertificateError(
-                f"{candidate.rewrite.name} at {candidate.at}: the replacement differs from what it"
-                f" replaces by {certificate.relative_error:.1e} in float64, allowed"
-                f" {certificate.limit:.0e}; please report this model"
-            )
-        return certificate
+            log.warning("%s at %s: %s", candidate.rewrite.name, candidate.at, unsound[candidate])
+        return evidence, unsound
 
-
-def _safest(
-    given_back: Sequence[Candidate],
-    candidates: Sequence[Candidate],
-    costs: dict[Candidate, tuple[Cost, Cost]],
-) -> list[Candidate]:
-    """For each site given back, its useful form of least error, where that is a safer one."""
-    forms = []
-    for refused in given_back:
-        useful = [
-            c
-            for c in candidates
-            if c.site is refused.site and costs[c][1].seconds < costs[c][0].seconds
-        ]
-        best = min(useful, key=lambda c: c.error)
-        if best.error < refused.error:
-            forms.append(best)
-    return forms
+    def _drift(self, candidate: Candidate, model_error: float) -> Certificate:
+        return Certificate(
+            "drift",
+            candidate.error,
+            self.tolerance,
+            ("the layer's output, and the model's outputs, on the example inputs",),
+            candidate.preconditions,
+            model_error,
+        )

@@ -1,13 +1,41 @@
 """One joint decision: candidates become options of the solver, its answer becomes `Decision`s."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
 from ridgeline.cost_model import Cost, Option, Target, estimate, solve
 from ridgeline.passes.base import Candidate, location
-from ridgeline.passes.plan import Decision
+from ridgeline.passes.plan import Certificate, Decision, RefusedBy
 from ridgeline.passes.propose import Refusal
+
+Objective = Literal["latency", "memory", "energy", "eflops"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The chooser's answer.
+
+    chosen: to be applied. refused: for each site that got nothing (candidate, refused_by, reason).
+    costs: every candidate's predicted (before, after); worth: what the objective wins by it.
+    """
+
+    chosen: list[Candidate]
+    refused: list[tuple[Candidate, RefusedBy, str]]
+    costs: dict[Candidate, tuple[Cost, Cost]]
+    worth: dict[Candidate, float]
+
+    def safer(self, given_back: Iterable[Candidate]) -> list[Candidate]:
+        """For each site given back, its useful form of least error, where that is a safer one."""
+        forms = []
+        for back in given_back:
+            useful = [c for c in self.worth if c.site is back.site and self.worth[c] > 0]
+            best = min(useful, key=lambda c: c.error, default=back)
+            if best.error < back.error:
+                forms.append(best)
+        return forms
 
 
 def choose(
@@ -15,18 +43,20 @@ def choose(
     target: Target,
     *,
     tolerance: float,
-    objective: str,
+    objective: Objective,
     sensitivity: float,
     weight_bytes: int,
-) -> tuple[list[Candidate], list[tuple[Candidate, str, str]], dict[Candidate, tuple[Cost, Cost]]]:
+) -> Choice:
     """Pick the candidates to apply on `target`.
 
     sensitivity: output error per unit of local error, measured by a probe. weight_bytes: of all
-    weights of the program. Returns the chosen, the
-    others with (refused_by, reason), and every candidate's predicted (before, after).
+    weights of the program.
     """
     costs = {
-        c: tuple(estimate(w, target, resident_bytes=weight_bytes) for w in (c.before, c.after))
+        c: (
+            estimate(c.before, target, resident_bytes=weight_bytes),
+            estimate(c.after, target, resident_bytes=weight_bytes),
+        )
         for c in candidates
     }
     worth = {c: _gain(*costs[c], c, objective) for c in candidates}
@@ -52,7 +82,8 @@ def choose(
         base_memory_bytes=weight_bytes,
     ).chosen
     chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
-    return chosen, _others(candidates, chosen, costs, worth, target, tolerance), costs
+    refused = _others(candidates, chosen, costs, worth, target, tolerance, objective)
+    return Choice(chosen, refused, costs, worth)
 
 
 MARGIN = 1.05
@@ -71,56 +102,71 @@ def _worthwhile(candidates: Sequence[Candidate], worth: dict[Candidate, float]) 
     return [c for c in candidates if c in kept]
 
 
-def _gain(before: Cost, after: Cost, candidate: Candidate, objective: str) -> float:
+def _gain(before: Cost, after: Cost, candidate: Candidate, objective: Objective) -> float:
     """What the objective wins by the candidate, in its own unit."""
-    if objective == "memory":
-        return float(-candidate.memory_bytes)
+    if objective == "memory":  # a second counts as one byte: it only decides between equals
+        return before.seconds - after.seconds - candidate.memory_bytes
     field = {"latency": "seconds", "energy": "energy_joules", "eflops": "eflops"}[objective]
     return getattr(before, field) - getattr(after, field)
 
 
-def _others(candidates, chosen, costs, worth, target: Target, tolerance: float):
+def _others(
+    candidates: Sequence[Candidate],
+    chosen: Sequence[Candidate],
+    costs: dict[Candidate, tuple[Cost, Cost]],
+    worth: dict[Candidate, float],
+    target: Target,
+    tolerance: float,
+    objective: Objective,
+) -> list[tuple[Candidate, RefusedBy, str]]:
     """Why each site that got nothing got nothing; the forms beside a chosen one are no refusals."""
     taken = {n: c for c in chosen for n in c.site.nodes}
-    sites: dict[fx.Node, list[Candidate]] = {}
+    sites: dict[tuple[str, fx.Node], list[Candidate]] = {}
     for c in candidates:
-        sites.setdefault(c.site.outs[0], []).append(c)
-    refused = []
-    for out, forms in sites.items():
-        if out in taken and taken[out] in forms:
+        sites.setdefault((c.rewrite.name, c.site.outs[0]), []).append(c)
+    refused: list[tuple[Candidate, RefusedBy, str]] = []
+    for forms in sites.values():
+        if any(c in forms for c in chosen):
             continue
         best = max(forms, key=lambda c: worth[c])
-        before, after = costs[best]
+        owner = next((taken[n] for n in best.site.nodes if n in taken), None)
         if worth[best] <= 0:
-            by, reason = (
-                "cost",
-                (
-                    f"not better on {target.name}: {before.seconds * 1e6:.1f} µs as it is,"
-                    f" {after.seconds * 1e6:.1f} µs as {best.variant or best.rewrite.name}"
-                ),
-            )
-        elif any(n in taken for n in best.site.nodes):
-            by, reason = "overlap", f"its nodes are part of {taken[out].rewrite.name}"
+            refused.append((best, "cost", _no_gain(best, *costs[best], target, objective)))
+        elif owner is not None:
+            reason = f"its nodes are part of {owner.rewrite.name} at {owner.at}"
+            refused.append((best, "overlap", reason))
         else:
             smallest = min(c.error for c in forms if worth[c] > 0)
-            by, reason = (
-                "budget",
-                (
-                    f"its error ({smallest:.2g} at the least) does not fit the tolerance"
-                    f" {tolerance:g} beside the other rewrites"
-                ),
+            reason = (
+                f"its error ({smallest:.2g} at the least) does not fit the tolerance"
+                f" {tolerance:g} beside the other rewrites"
             )
-        refused.append((best, by, reason))
+            refused.append((best, "budget", reason))
     return refused
+
+
+def _no_gain(
+    candidate: Candidate, before: Cost, after: Cost, target: Target, objective: Objective
+) -> str:
+    """Both sides' numbers, in the unit of the objective."""
+    form = candidate.variant or candidate.rewrite.name
+    if objective == "memory" and candidate.memory_bytes > 0:
+        return f"not smaller: {form} holds {candidate.memory_bytes} bytes more"
+    unit, factor, field = {
+        "energy": ("µJ", 1e6, "energy_joules"),
+        "eflops": ("eMFLOPs", 1e-6, "eflops"),
+    }.get(objective, ("µs", 1e6, "seconds"))
+    old, new = (getattr(cost, field) * factor for cost in (before, after))
+    return f"not better on {target.name}: {old:.1f} {unit} as it is, {new:.1f} {unit} as {form}"
 
 
 def decision(
     candidate: Candidate,
     costs: tuple[Cost, Cost],
     phase: str,
-    by=None,
+    by: RefusedBy | None = None,
     reason: str = "",
-    certificate=None,
+    certificate: Certificate | None = None,
 ) -> Decision:
     """A candidate's line in the account."""
     return Decision(
@@ -143,7 +189,7 @@ def refusal_decision(refusal: Refusal, phase: str) -> Decision:
         rewrite=refusal.rewrite.name,
         at=location(refusal.reject.node),
         exactness=refusal.rewrite.exactness,
-        refused_by=refusal.by,  # pyright: ignore[reportArgumentType]
+        refused_by=refusal.by,
         reason=refusal.reject.reason,
         phase=phase,
         needed=refusal.reject.needed,

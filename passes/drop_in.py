@@ -10,12 +10,12 @@ import functools
 import logging
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ridgeline.codegen.inductor_inputs import InputMismatch
 from ridgeline.ir.caches import CacheError
@@ -43,9 +43,42 @@ class CompileProgram(Protocol):
         """Start anew: folded weights and decisions are dropped."""
         ...
 
+    def release(self, program: Program) -> None:
+        """The code made of this program is given up."""
+        ...
+
 
 class DropInError(RidgelineError, TypeError):
     """Something that an optimised copy cannot do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """All parameters with their place and memory, to see whether they still stand."""
+
+    owners: list[dict[str, Any]]
+    names: list[str]
+    parameters: list[Any]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module]) -> "_Weights":
+        held = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+        parameters = [p for _, _, p in held if p is not None]
+        return cls(
+            [owner for owner, _, p in held if p is not None],
+            [name for _, name, p in held if p is not None],
+            parameters,
+            list(map(Tensor.data_ptr, parameters)),
+        )
+
+    def unchanged(self) -> bool:
+        """Is each one still the same tensor, at the same address? ``model.to(dtype)`` keeps the
+        first and changes the second."""
+        held = map(dict.get, self.owners, self.names)
+        if not all(map(operator.is_, held, self.parameters)):
+            return False
+        return list(map(Tensor.data_ptr, self.parameters)) == self.addresses
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +90,7 @@ class _State:
     strict: bool
     max_graphs: int
     modules: list[nn.Module]
-    weights: tuple[list[dict[str, Any]], list[str], list[Any]]
+    weights: _Weights
     graphs: OrderedDict[int, tuple[Any, Captured, Callable[..., Any]]] = field(
         default_factory=OrderedDict
     )
@@ -88,26 +121,49 @@ class OptimizedModule(nn.Module):
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Capture and compile the graph of such a call now, without running it for its result."""
-        call = flatten(args, kwargs)
-        key = self._key(call)
-        if self._find(key, call) is None:
-            self._compile(key, call, args, kwargs)
+        key = None
+        try:
+            _refuse_autocast()
+            call = flatten(args, kwargs)
+            key = self._key(call)
+            if next(self._accepting(key, call), None) is None:
+                self._compile(key, call, args, kwargs)
+        except (CaptureError, CacheError) as error:
+            if self._ridgeline.strict:
+                raise
+            self._refuse(args, kwargs, key, error)
+
+    def refresh(self) -> None:
+        """Drop every compiled graph; the next call captures anew.
+
+        Needed only after a weight was changed through ``weight.data`` in place, which torch does
+        not count; every other change of a weight is noticed.
+        """
+        state = self._ridgeline
+        state.graphs.clear()
+        state.refused.clear()
+        state.fallbacks.clear()
+        state.compile_program.forget()
+        state.weights = _Weights.of(state.modules)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         state = self._ridgeline
         self._forget_changed_weights()
         key = None
         try:
+            _refuse_autocast()
             call = flatten(args, kwargs)
             key = self._key(call)
             if key in state.refused:
                 return self._eager(*args, **kwargs)
-            captured, run = self._find(key, call) or self._compile(key, call, args, kwargs)
-            try:
-                outputs = run(*call.flat)
-            except InputMismatch:  # the sizes fit, but strides differ from the captured ones
-                captured, run = self._compile(key, call, args, kwargs)
-                outputs = run(*call.flat)
+            for captured, run in self._accepting(key, call):
+                try:
+                    outputs = run(*call.flat)
+                except InputMismatch:  # the sizes fit, but strides differ from the captured ones
+                    continue
+                return captured.finish(call, outputs)
+            captured, run = self._compile(key, call, args, kwargs)
+            outputs = run(*call.flat)
         except (CaptureError, CacheError) as error:
             if state.strict:
                 raise
@@ -118,26 +174,23 @@ class OptimizedModule(nn.Module):
     def _forget_changed_weights(self) -> None:
         """Drop graphs that hold weights which have been reassigned or, once folded, changed."""
         state = self._ridgeline
-        owners, names, weights = state.weights
-        same = all(map(operator.is_, map(dict.get, owners, names), weights))
-        if same and not state.compile_program.stale():
+        if state.weights.unchanged() and not state.compile_program.stale():
             return
         log.info("weights changed: captured graphs are dropped")
-        state.graphs.clear()
-        state.compile_program.forget()
-        state.weights = _weights(state.modules)
+        self.refresh()
 
     def _key(self, call: Call) -> Any:
         training = torch.is_grad_enabled() and self.training
         modes = tuple(map(_MODE, self._ridgeline.modules))
         return (training, modes, call.key)
 
-    def _find(self, key: Any, call: Call) -> tuple[Captured, Callable[..., Any]] | None:
-        for number, (known, captured, run) in reversed(self._ridgeline.graphs.items()):
+    def _accepting(self, key: Any, call: Call) -> Iterator[tuple[Captured, Callable[..., Any]]]:
+        """The graphs that take the sizes of `call`, the one used last first."""
+        graphs = self._ridgeline.graphs
+        for number, (known, captured, run) in reversed(list(graphs.items())):
             if known == key and captured.guards.accept(call.flat):
-                self._ridgeline.graphs.move_to_end(number)
-                return captured, run
-        return None
+                graphs.move_to_end(number)
+                yield captured, run
 
     def _compile(
         self, key: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -147,6 +200,7 @@ class OptimizedModule(nn.Module):
         run = state.compile_program(captured.program)
         if len(state.graphs) >= state.max_graphs:
             _, (_, oldest, _) = state.graphs.popitem(last=False)
+            state.compile_program.release(oldest.program)
             log.warning(
                 "%d graphs are kept at most; giving up the oldest (%s). Calls with many different"
                 " fixed shapes recompile each time: pad inputs, or raise max_graphs",
@@ -191,6 +245,14 @@ class OptimizedModule(nn.Module):
         )
 
 
+def _refuse_autocast() -> None:
+    if torch._C._is_any_autocast_enabled():
+        raise CaptureError(
+            "the call is made under torch.autocast, whose casts no captured graph holds; convert"
+            " the model instead, as model.to(torch.bfloat16), or leave the autocast block"
+        )
+
+
 def optimized_copy(
     model: nn.Module,
     compile_program: CompileProgram,
@@ -223,17 +285,10 @@ def optimized_copy(
     copied.__class__ = type(kind.__name__, (OptimizedModule, kind), namespace)
     modules = list(copied.modules())
     copied.__dict__["_ridgeline"] = _State(
-        original, compile_program, strict, max_graphs, modules, _weights(modules)
+        original, compile_program, strict, max_graphs, modules, _Weights.of(modules)
     )
     assert isinstance(copied, OptimizedModule)
     return copied
-
-
-def _weights(modules: list[nn.Module]) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
-    """The dictionaries, names and values of all parameters, to see whether they still stand."""
-    held = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
-    owners, names, weights = ([entry[i] for entry in held] for i in range(3))
-    return owners, names, weights
 
 
 def _shallow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:

@@ -1,11 +1,12 @@
 """What flows through a program on its example inputs: evidence for approximate rewrites."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ridgeline.ir.program import Program
 from ridgeline.passes.certify import relative_error
 
 aten = torch.ops.aten
@@ -19,32 +20,34 @@ def clone_inputs(inputs: Sequence[Any]) -> list[Any]:
 
 
 @torch.no_grad()
-def outputs_of(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """The flat outputs on copies of `inputs`, then each input that was updated, None for others.
+def outputs_of(module: fx.GraphModule, program: Program) -> list[Any]:
+    """What `module` gives back on copies of the program's example inputs, caches aside.
 
-    An input that only went in must not count as an output: it would hide the outputs' error.
+    Of a program that gives nothing back, the inputs that it updated, None for the others.
     """
-    copies = clone_inputs(inputs)
+    copies = clone_inputs(program.inputs)
     result = module(*copies)
-    updated = [
+    returned = list(result)[: program.results or None]
+    if any(isinstance(x, Tensor) for x in returned):
+        return returned
+    return [
         after if isinstance(after, Tensor) and not torch.equal(after, before) else None
-        for before, after in zip(inputs, copies, strict=True)
+        for before, after in zip(program.inputs, copies, strict=True)
     ]
-    return [*(result if isinstance(result, tuple | list) else [result]), *updated]
 
 
 class Observation:
     """The inputs of every linear layer of a program, and how errors there reach the outputs."""
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        self._module, self._inputs = module, inputs
+    def __init__(self, module: fx.GraphModule, program: Program) -> None:
+        self._module, self._program = module, program
         self._rows: dict[fx.Node, Tensor] | None = None
 
     def __call__(self, node: fx.Node) -> Tensor:
         """Up to `ROWS` rows of the value of `node`, which must be read by a linear layer."""
         if self._rows is None:
             run = _Recorder(self._module, self._module.graph)
-            run.run(*clone_inputs(self._inputs))
+            run.run(*clone_inputs(self._program.inputs))
             self._rows = run.rows
         return self._rows[node]
 
@@ -56,10 +59,11 @@ class Observation:
         """
         exact = _Recorder(self._module, self._module.graph)
         probe = _Recorder(self._module, self._module.graph, round_inputs=True)
-        expected = exact.run(*clone_inputs(self._inputs))
-        got = probe.run(*clone_inputs(self._inputs))
+        expected = exact.run(*clone_inputs(self._program.inputs))
+        got = probe.run(*clone_inputs(self._program.inputs))
         local = sum(e * e for e in probe.errors) ** 0.5
-        return max(relative_error(got, expected) / local, 1e-3) if local else 1.0
+        results = slice(self._program.results or None)
+        return max(relative_error(got[results], expected[results]) / local, 1e-3) if local else 1.0
 
 
 class _Recorder(fx.Interpreter):
@@ -93,6 +97,3 @@ class _Recorder(fx.Interpreter):
         exact = self.call_function(n.target, args, kwargs)
         self.errors.append(relative_error([rounded], [exact]))
         return rounded
-
-
-Observer = Callable[[fx.Node], Tensor]

@@ -27,6 +27,7 @@ def optimize(
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
     strict: bool = False,
+    max_graphs: int = 16,
 ) -> OptimizedModule:
     """Return a drop-in copy of `model`, rewritten for `target`; `model` itself is never changed.
 
@@ -42,6 +43,10 @@ def optimize(
     lowering: "inductor" compiles what is left of the graph; "eager" runs it op by op.
     strict: raise where a call cannot be captured, instead of running the original code and
         saying so.
+    max_graphs: how many captured graphs are kept; beyond it the least recently used is given up.
+
+    In eval mode the result is for inference: no gradient reaches the parameters, and inputs get
+    theirs only where they require it. Call `train()` to train.
 
     The result's `plan` lists every decision. Raises `OptimizeError` for unusable arguments,
     `ridgeline.cost_model.UnknownTarget`, and with `strict` `ridgeline.ir.capture.CaptureError`.
@@ -57,7 +62,7 @@ def optimize(
         lowering=lowering,
         hessians=_hessians(model, calibration),
     )
-    fast = optimized_copy(model, compiler, strict=strict)
+    fast = optimized_copy(model, compiler, strict=strict, max_graphs=max_graphs)
     if args is not None or kwargs:
         fast.capture(*(args or ()), **(kwargs or {}))
     return fast

@@ -35,8 +35,9 @@ class Certificate:
 class Decision:
     """One line of the account, with the fields of `Plan.to_dict` and ``dump --format json``.
 
-    at: module path and node. refused_by: None when applied. needed: the smallest change that would
-    let a refused rewrite fire. before, after: predicted cost of the site on the target.
+    at: module path and node. phase: the label of the graph. refused_by: None when applied.
+    needed: the smallest change that would let a refused rewrite fire. before, after: predicted cost
+    of the site on the target.
     """
 
     rewrite: str
@@ -68,7 +69,8 @@ def cost_to_dict(cost: Cost | None) -> dict[str, Any] | None:
 class Plan:
     """The whole account of one `optimize` call; graphs captured later add to it.
 
-    predicted: seconds of each captured graph before and after, by phase, with intervals.
+    predicted: seconds of each captured graph before and after, with intervals, by its label: the
+        phase, numbered from the second graph of a phase on ("prefill 2").
     measured: relative error of the outputs of each graph against the unrewritten model.
     notes: what else the user should know, such as which device the result runs on.
     """
@@ -86,6 +88,18 @@ class Plan:
         """Add a note once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def label(self, phase: str) -> str:
+        """The name of a further graph of that phase: "prefill", then "prefill 2", ..."""
+        names = [phase, *(f"{phase} {n}" for n in range(2, len(self.predicted) + 2))]
+        return next(name for name in names if name not in self.predicted)
+
+    def drop(self, label: str) -> None:
+        """Forget the decisions about one graph."""
+        self.applied[:] = [d for d in self.applied if d.phase != label]
+        self.refused[:] = [d for d in self.refused if d.phase != label]
+        self.predicted.pop(label, None)
+        self.measured.pop(label, None)
 
     def clear(self) -> None:
         """Forget every decision; target and tolerance stay."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
@@ -16,7 +17,7 @@ class Refusal:
 
     rewrite: Pass
     reject: Reject
-    by: str  # "pattern" or "precondition"
+    by: Literal["pattern", "precondition"]
 
 
 def propose(

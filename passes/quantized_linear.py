@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ridgeline.codegen.kernel import attribute
 from ridgeline.cost_model import Gemm, Work, work_of
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.match import Pattern, Reject, Site, trace
@@ -250,9 +251,7 @@ def _buffer(
         name = f"{stem}_{tries}"
     if not hasattr(module, name):
         module.register_buffer(name, tensor, persistent=False)
-    node = module.graph.get_attr(name)
-    node.meta["val"] = like.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
-    return node
+    return attribute(module, name, like)
 
 
 QUANTIZED = Pass(

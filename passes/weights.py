@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, fx
 
+from ridgeline.codegen.kernel import constant
 from ridgeline.passes.quantization import Codec, QuantizedWeight, quantize, round_to_nearest
 
 
@@ -21,11 +22,8 @@ class WeightStore:
 
     def parameter(self, node: fx.Node, transposed: bool) -> Tensor:
         """The tensor [N,K] that a get_attr node stands for."""
-        value: object = node.graph.owning_module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        assert isinstance(value, Tensor)
-        return value.detach().T if transposed else value.detach()
+        weight = constant(node).detach()
+        return weight.T if transposed else weight
 
     def stale(self) -> bool:
         """Has a weight been changed in place since it was quantised?"""

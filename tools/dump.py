@@ -1,15 +1,12 @@
 """A program as text, json or dot, at each stage of the way to code."""
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ridgeline.passes.base import location
-
-Stage = Literal["captured", "normalized", "rewritten", "kernels"]
-Format = Literal["text", "json", "dot"]
 
 _DTYPES = {
     torch.float32: "f32",
@@ -24,8 +21,8 @@ _DTYPES = {
 }
 
 
-def render_graph(module: fx.GraphModule, form: Format, title: str, plan: dict[str, Any]) -> str:
-    """The graph as `form`; json carries the plan beside it."""
+def render_graph(module: fx.GraphModule, form: str, title: str, plan: dict[str, Any]) -> str:
+    """The graph as `form` (text, json or dot); json carries the plan beside it."""
     if form == "json":
         return json.dumps({"program": title, "nodes": nodes(module), "plan": plan}, indent=2)
     return text(module, title) if form == "text" else dot(module, title)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ridgeline.codegen.lower import lower
 from ridgeline.cost_model import load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.match import find
@@ -16,6 +17,7 @@ from ridgeline.ir.normalize import normalize
 from ridgeline.passes import PASSES
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Pass, Setting
+from ridgeline.passes.certify import relative_error
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.optimize import Compiler
 from ridgeline.passes.propose import propose
@@ -46,7 +48,7 @@ def _propose(rewrite: Pass, model: nn.Module, inputs: list[Tensor]) -> Any:
     with torch.no_grad():
         program = capture(model.eval(), inputs).program
         module = normalize(program.module)
-        observed = Observation(module, program.inputs)
+        observed = Observation(module, program)
         setting = Setting(load_target("a100"), False, 0.5, observed, WeightStore())
         candidates, refusals = propose((rewrite,), module, setting)
     return module, candidates, refusals
@@ -108,6 +110,20 @@ def test_the_ops_fake_agrees_with_its_reference(rewrite):
         got = rewritten(*inputs)[0]
         assert got.dtype == call.meta["val"].dtype
         assert got.shape == module(*inputs)[0].shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_keeps_the_stated_rounding(rewrite, dtype):
+    model, inputs = EXAMPLES[rewrite.name]()
+    inputs = [x.to(dtype) for x in inputs]
+    module, candidates, _ = _propose(rewrite, model.to(dtype), inputs)
+    rewritten = apply(module, candidates[:1])
+    expected = rewritten(*(x.double() for x in inputs))[0]
+    lowered = lower(rewritten, inputs, load_target("cpu"), "eager", training=False)
+    assert [k.op for k in lowered.kernels] == [rewrite.op.qualified]
+    got = lowered.run(*inputs)[0]
+    assert got.dtype == dtype
+    assert relative_error([got], [expected]) <= rewrite.rounding[str(dtype).removeprefix("torch.")]
 
 
 def test_a_candidate_says_what_was_proven_and_what_it_costs(rewrite):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ridgeline.codegen.inductor_inputs import InputMismatch
 from ridgeline.ir.capture import CaptureError
 from ridgeline.ir.program import Program
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
@@ -24,6 +25,8 @@ class _Identity:
 
     def __init__(self) -> None:
         self.plan = _Notes()
+        self.released: list[Program] = []
+        self.forgotten = 0
 
     def __call__(self, program: Program) -> Any:
         return program.module
@@ -32,7 +35,10 @@ class _Identity:
         return False
 
     def forget(self) -> None:
-        raise AssertionError("no weight changes in these tests")
+        self.forgotten += 1
+
+    def release(self, program: Program) -> None:
+        self.released.append(program)
 
 
 def _copy(model: nn.Module, **options: Any) -> OptimizedModule:
@@ -61,6 +67,75 @@ class _Box:
 
     def __repr__(self) -> str:
         return "box"
+
+
+def test_capturing_ahead_refuses_as_a_call_does() -> None:
+    with torch.no_grad():
+        fast, x = _copy(_Branch().eval()), torch.ones(3, 4)
+        fast.capture(x)
+        assert "x.sum().item()" in "".join(fast.fallbacks.values())
+        assert torch.equal(fast(x), 2 * x)
+        with pytest.raises(CaptureError, match="values of a tensor"):
+            _copy(_Branch().eval(), strict=True).capture(x)
+
+
+@pytest.mark.parametrize("change", ["to", "data", "assign"])
+@torch.no_grad()
+def test_weights_that_move_are_noticed(change: str) -> None:
+    model, x = nn.Linear(4, 4).eval(), torch.randn(3, 4)
+    fast = _copy(model)
+    fast(x)
+    if change == "to":
+        model.to(torch.float64)
+        x = x.double()
+    elif change == "data":
+        model.weight.data = torch.ones(4, 4)
+    else:
+        fast.weight = nn.Parameter(torch.ones(4, 4))
+        model.weight = fast.weight
+    assert torch.equal(fast(x), model(x))
+    assert fast._ridgeline.compile_program.forgotten == 1
+
+
+@torch.no_grad()
+def test_graphs_beyond_the_limit_are_released_oldest_first() -> None:
+    fast = _copy(_Keyed().eval(), max_graphs=2)
+    for scale in (1.0, 2.0, 3.0):
+        fast({"x": torch.ones(3)}, scale=scale)
+    assert (fast.captures, len(fast._ridgeline.compile_program.released)) == (3, 1)
+
+
+@torch.no_grad()
+def test_alternating_strides_compile_once_each() -> None:
+    class Strict(_Identity):
+        def __call__(self, program: Program) -> Any:
+            strides = program.inputs[0].stride()
+
+            def run(x: Tensor) -> Any:
+                if x.stride() != strides:
+                    raise InputMismatch("strides")
+                return program.module(x)
+
+            return run
+
+    model = nn.Linear(4, 4).eval()
+    fast = optimized_copy(model, Strict())
+    x = torch.randn(3, 4)
+    for _ in range(4):
+        for given in (x, x.t().contiguous().t()):
+            assert torch.equal(fast(given), model(given))
+    assert fast.captures == 2
+
+
+@torch.no_grad()
+def test_autocast_runs_the_original_code() -> None:
+    model, x = nn.Linear(4, 4).eval(), torch.randn(3, 4)
+    fast = _copy(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast(x).dtype == torch.bfloat16
+    assert "autocast" in "".join(fast.fallbacks.values())
+    assert torch.equal(fast(x), model(x))
+    assert fast.captures == 1
 
 
 @torch.no_grad()
