@@ -103,9 +103,14 @@ def _drawn(candidate: Candidate, shapes: Sequence[Any], dtypes: Sequence[torch.d
         raise CertificateError(f"{candidate.at}: {error}") from error
 
 
-def _promised(got: Tensor, expected: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    silent = expected.isnan()
-    return [got.masked_fill(silent, 0.0)], [expected.masked_fill(silent, 0.0)]
+def _promised(
+    got: Sequence[Tensor], expected: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    silent = [x.isnan() for x in expected]
+    return (
+        [x.masked_fill(s, 0.0) for x, s in zip(got, silent, strict=True)],
+        [x.masked_fill(s, 0.0) for x, s in zip(expected, silent, strict=True)],
+    )
 
 
 def _assignments(candidate: Candidate, frontier: Sequence[fx.Node]) -> Iterable[tuple[str, SizeOf]]:
@@ -128,8 +133,8 @@ def _assignments(candidate: Candidate, frontier: Sequence[fx.Node]) -> Iterable[
 def _region(
     candidate: Candidate, frontier: Sequence[fx.Node], size_of: SizeOf
 ) -> tuple[fx.GraphModule, dict[fx.Node, Any]]:
-    """The graph between the frontier and the site's output, free sizes as `size_of` says."""
-    out = candidate.site.outs[0]
+    """The graph between the frontier and the site's outputs, free sizes as `size_of` says."""
+    outs = candidate.site.outs
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {}
     for node in frontier:
@@ -146,9 +151,9 @@ def _region(
             )
         copied[node] = graph.node_copy(node, lambda n: copied[n])
         copied[node].meta = dict(node.meta)
-    graph.output(copied[out])
-    assert out.graph.owning_module is not None
-    return fx.GraphModule(out.graph.owning_module, graph), copied
+    graph.output(tuple(copied[out] for out in outs))
+    assert outs[0].graph.owning_module is not None
+    return fx.GraphModule(outs[0].graph.owning_module, graph), copied
 
 
 class _Float64(fx.Interpreter):

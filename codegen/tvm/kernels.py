@@ -1,6 +1,7 @@
 """The TVM kernels of the host CPU, as nodes of a graph."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,11 +16,13 @@ from ridgeline.codegen.kernel import (
     keyword,
     scheme_of,
 )
-from ridgeline.codegen.tvm import attention, quantized_linear
+from ridgeline.codegen.tvm import attention, norm, quantized_linear
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
+from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 
 
 def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
@@ -110,6 +113,49 @@ def _report_linear(node: fx.Node, target: Target) -> KernelReport:
     )
 
 
+def _norm(node: fx.Node) -> tuple[str, list[Any], norm.NormKernel]:
+    """The operation's name; x, residual, weight and bias; and the kernel for them."""
+    name = node.target._opname  # pyright: ignore
+    arguments = list(node.args)
+    x = arguments.pop(0)
+    residual = arguments.pop(0) if name.startswith("add_") else None
+    weight, bias = (*arguments, None, None)[:2]
+    dtypes = (None if p is None else p.meta["val"].dtype for p in (weight, bias))
+    kernel = norm.norm_kernel(
+        hints(x)[-1],
+        x.meta["val"].dtype,
+        **dict(zip(("weight", "bias"), dtypes, strict=True)),
+        residual=residual is not None,
+        center="layer" in name,
+    )
+    return name, [x, residual, weight, bias], kernel
+
+
+def _place_norm(node: fx.Node, module: fx.GraphModule) -> None:
+    _, (x, residual, weight, bias), kernel = _norm(node)
+    rows = (x,) if residual is None else (x, residual)
+    norm.register_lowering()
+    node.target = norm.NORM if residual is None else norm.ADD_NORM
+    shift = keyword(node, "shift") or 0.0
+    node.args = (*rows, weight, bias, keyword(node, "eps"), shift, str(kernel))
+    node.kwargs = {}
+
+
+def _report_norm(node: fx.Node, target: Target) -> KernelReport:
+    name, _, kernel = _norm(node)
+    parts = [f"rows of {kernel.size}, {kernel.dtype}"]
+    parts += [
+        f"{n} {d}" for n, d in (("weight", kernel.weight), ("bias", kernel.bias)) if d != "none"
+    ]
+    return KernelReport(
+        f"ridgeline::{name}",
+        "tvm",
+        target.name,
+        ", ".join(parts),
+        functools.partial(norm.source, kernel),
+    )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -117,4 +163,8 @@ def _name(dtype: torch.dtype) -> str:
 KERNELS = (
     Kernel(ATTENTION.qualified, "tvm", frozenset({"cpu"}), _place_attention, _report_attention),
     Kernel(QUANTIZED_LINEAR.qualified, "tvm", frozenset({"cpu"}), _place_linear, _report_linear),
+    *(
+        Kernel(op.qualified, "tvm", frozenset({"cpu"}), _place_norm, _report_norm)
+        for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
+    ),
 )

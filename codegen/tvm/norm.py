@@ -1,4 +1,4 @@
-"""`ridgeline::tvm_norm`, `tvm_add_norm`: RMSNorm and LayerNorm of rows, or of a sum, on the host CPU.
+"""`ridgeline::tvm_norm`, `tvm_add_norm`: RMSNorm and LayerNorm of rows or of a sum, on the CPU.
 
 Law: `norm_kernel`, which computes `ridgeline.ir.rms_norm` and `ridgeline.ir.layer_norm`. A kernel
 is compiled once per row length, dtypes and form; the number of rows is a value that it reads at run

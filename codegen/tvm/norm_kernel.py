@@ -84,7 +84,6 @@ def build(spec: Spec) -> Any:
             write = T.meta_var(f"rl_write_{dtype}_{count}")
             T.evaluate(T.call_extern("int32", write, r.at(r.sum, c), s[lanes(0)]))
 
-
     @T.inline
     def again(r, s, c, count):
         """The same elements, once the first pass is over."""
