@@ -2,8 +2,7 @@
 
 from ridgeline.passes.base import Pass
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
-from ridgeline.passes.layer_norm import LAYER_NORM_PASS
+from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
-from ridgeline.passes.rms_norm import RMS_NORM_PASS
 
-PASSES: tuple[Pass, ...] = (FLASH_ATTENTION, QUANTIZED, RMS_NORM_PASS, LAYER_NORM_PASS)
+PASSES: tuple[Pass, ...] = (FLASH_ATTENTION, QUANTIZED, NORMS)

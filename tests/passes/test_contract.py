@@ -43,19 +43,14 @@ class Normalise(nn.Module):
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def _rms_norm() -> tuple[nn.Module, list[Tensor]]:
+def _norm() -> tuple[nn.Module, list[Tensor]]:
     return Normalise(), [torch.randn(3, 7, 24), torch.randn(24)]
-
-
-def _layer_norm() -> tuple[nn.Module, list[Tensor]]:
-    return nn.LayerNorm(24), [torch.randn(3, 7, 24)]
 
 
 EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "flash_attention": _attention,
     "quantized_linear": _linear,
-    "rms_norm": _rms_norm,
-    "layer_norm": _layer_norm,
+    "norm": _norm,
 }
 """One model that each pass fits once."""
 

@@ -1,26 +1,31 @@
-"""What the two norm passes share: from a matched site to candidates, and from those to a graph.
+"""RMSNorm and LayerNorm in any spelling -> `ridgeline::rms_norm`, `layer_norm`, `add_*`.
 
-A norm s -> y becomes one operation on s, in the dtype that leaves the site: the casts that a model
-makes on the way (to fp32 before the square, back before or after the weight) are rounding that the
-law leaves out. Where s is the sum of two tensors of its shape, as in a residual stream, a second
-candidate takes the addition in as well and returns y and s.
+Laws: `ridgeline.ir.rms_norm` and `ridgeline.ir.layer_norm`. The rewrite is equal in real
+arithmetic: everything is fp32 and rounded once, to the dtype that leaves the site; the roundings
+that a model makes on the way (before the weight, say) are left out. Where what is normalised is a
+sum of two tensors of its shape, as in a residual stream, a second candidate takes the addition in
+and gives both results.
 """
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from ridgeline.cost_model import Norm, Stream, Work
+from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.match import Pattern, Reject, Site
 from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.op import Op
+from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.symbolic import shape_of
+from ridgeline.passes import norm_spellings
 from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.norm_work import norm_work
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,40 +33,68 @@ GPU_SIZE = 16384
 """Elements of a row that the GPU kernel holds in registers."""
 
 
+@functools.cache
+def patterns() -> tuple[Pattern, ...]:
+    """The spellings left after normalisation, traced once."""
+    return norm_spellings.patterns()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """The arguments of a norm operation, as nodes of the program.
 
-    x: what is normalised, or with a residual its other summand. options: the keyword arguments.
-    parameters: how many of weight and bias the operation takes by position.
+    x: what is normalised, or with a residual its other summand. center: LayerNorm; shift is
+    RMSNorm's.
     """
 
     x: fx.Node
     residual: fx.Node | None
     weight: fx.Node | None
     bias: fx.Node | None
-    parameters: int
-    options: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """plain, with_residual: the operations; center: LayerNorm."""
-
-    rewrite: Callable[[], Pass]
-    plain: Op
-    with_residual: Op
+    eps: float
+    shift: float
     center: bool
 
 
-def sized(pattern: Pattern) -> Pattern:
-    """The pattern of one fused call whose `normalized_shape` is one number, the literal `size`."""
-    marker = 0.61
-    pattern.outs[0].update_arg(1, [marker])
-    return dataclasses.replace(pattern, literals={**pattern.literals, marker: "size"})
+def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
+    """Check dtypes, shapes and layout; state the work on both sides."""
+    if "eps" not in site.literals:
+        return Reject(
+            f"{site.outs[0].name} takes the eps that torch chooses for its dtype",
+            site.outs[0],
+            "name eps",
+        )
+    center = "layer_norm" in site.pattern
+    if "size" not in site.literals and _other_site(site, center):
+        return []
+    site = _with_final_cast(site)
+    if refusal := _refused(site, setting):
+        return refusal
+    x = _in_dtype(site.bind["x"], site.outs[0].meta["val"].dtype)
+    weight, bias = (_source(site.bind.get(name)) for name in ("weight", "bias"))
+    eps, shift = site.literals["eps"], site.literals.get("shift", 0.0)
+    call = Call(x, None, weight, bias, eps, shift, center)
+    forms = [_candidate(site, call)]
+    summed = _residual_form(site, call)
+    return forms if summed is None else [_candidate(*summed), *forms]
 
 
-def is_parameter(node: fx.Node, x: fx.Node) -> bool:
+def _other_site(site: Site, center: bool) -> bool:
+    """Does another pattern say more of the same norm?
+
+    A larger one takes in its weight or bias, or the mean that LayerNorm subtracts; a smaller one
+    ends before a gate or a residual that this one took for a weight or bias.
+    """
+    out, x = site.outs[0], site.bind["x"]
+    given = [site.bind[name] for name in ("weight", "bias") if name in site.bind]
+    if not all(_is_parameter(node, x) for node in given) or (not center and _centered(x)):
+        return True
+    if "weight" not in site.bind:
+        return _applied(out, x, aten.mul.Tensor)
+    return center and "bias" not in site.bind and _applied(out, x, aten.add.Tensor)
+
+
+def _is_parameter(node: fx.Node, x: fx.Node) -> bool:
     """One number per element of the rows of x?"""
     source = _source(node)
     return source is not None and shape_of(source) == shape_of(x)[-1:]
@@ -76,26 +109,10 @@ def _applied(out: fx.Node, x: fx.Node, target: Any) -> bool:
     if is_cast(user):
         return _applied(user, x, target)
     others = [a for a in user.args if a is not out] if user.target is target else []
-    return len(others) == 1 and isinstance(others[0], fx.Node) and is_parameter(others[0], x)
+    return len(others) == 1 and isinstance(others[0], fx.Node) and _is_parameter(others[0], x)
 
 
-def part_of_larger(site: Site, family: Family) -> bool:
-    """Does a larger pattern take in this site, with its weight or bias?"""
-    out, x = site.outs[0], site.bind["x"]
-    if "size" in site.literals:
-        return False
-    if "weight" not in site.bind:
-        return _applied(out, x, aten.mul.Tensor)
-    return family.center and "bias" not in site.bind and _applied(out, x, aten.add.Tensor)
-
-
-def smaller_suffices(site: Site) -> bool:
-    """Is what is bound as weight or bias a gate, say, or a residual? A site ends before it."""
-    given = (site.bind[name] for name in ("weight", "bias") if name in site.bind)
-    return "size" not in site.literals and not all(is_parameter(n, site.bind["x"]) for n in given)
-
-
-def centered(x: fx.Node) -> bool:
+def _centered(x: fx.Node) -> bool:
     """Is it a - mean(a) over the last dimension?"""
     if x.target is not aten.sub.Tensor:
         return False
@@ -104,29 +121,11 @@ def centered(x: fx.Node) -> bool:
     return means and mean.args[0] is a and mean.args[1:2] == ([-1],)
 
 
-def candidates(family: Family, site: Site, setting: Setting) -> list[Candidate] | Reject:
-    """Every candidate for a site that binds x, and perhaps `again` (x once more), weight, bias,
-    and whose literals are eps and perhaps shift."""
-    site = _with_final_cast(site)
-    out, x = site.outs[0], site.bind["x"]
-    if refusal := _refused(site, setting):
-        return refusal
-    x = _in_dtype(x, out.meta["val"].dtype)
-    weight, bias = (_source(site.bind.get(name)) for name in ("weight", "bias"))
-    options = {"eps": site.literals["eps"]}
-    if not family.center:
-        options["shift"] = site.literals.get("shift", 0.0)
-    call = Call(x, None, weight, bias, 2 if family.center else 1, tuple(options.items()))
-    forms = [_candidate(family, site, call)]
-    summed = _residual_form(site, call)
-    return forms if summed is None else [_candidate(family, *summed), *forms]
-
-
 def _with_final_cast(site: Site) -> Site:
     """The site with the cast of its result, where the result is read by that cast alone."""
     out = site.outs[0]
     users = list(out.users)
-    if len(users) != 1 or not is_cast(users[0]):
+    if len(users) != 1 or not is_cast(users[0]) or _widens(users[0]):
         return site
     return dataclasses.replace(site, nodes=(*site.nodes, users[0]), outs=(users[0],))
 
@@ -185,7 +184,7 @@ def _refused(site: Site, setting: Setting) -> Reject | None:
         )
     for name in ("weight", "bias"):
         node = site.bind.get(name)
-        if node is not None and not is_parameter(node, x):
+        if node is not None and not _is_parameter(node, x):
             return Reject(
                 f"the {name} {node.name} has shape {shape_of(node)}; the kernels take [{size}]",
                 node,
@@ -240,120 +239,79 @@ def _residual_form(site: Site, call: Call) -> tuple[Site, Call] | None:
     whole = dataclasses.replace(site, nodes=nodes, outs=(site.outs[0], total))
     with_residual = dataclasses.replace(call, x=x, residual=residual)
     needed = [n for n in (x, residual, call.weight, call.bias) if n is not None]
-    return (whole, with_residual) if max(needed) < place(whole) else None
+    return (whole, with_residual) if max(needed) < _place(whole.outs, set(nodes)) else None
 
 
-def place(site: Site) -> fx.Node:
-    """The node before which all of the site's results must be there."""
-    inside = set(site.nodes)
-    strangers = [u for out in site.outs for u in out.users if u not in inside]
-    return min((site.outs[0], *strangers))
+def _place(outs: tuple[fx.Node, ...], inside: set[fx.Node]) -> fx.Node:
+    """The node before which all results must be there: the first one's, or an earlier reader."""
+    return min((outs[0], *(u for out in outs for u in out.users if u not in inside)))
 
 
-def _candidate(family: Family, site: Site, call: Call) -> Candidate:
-    before, after = _work(family, site, call)
-    said = [f"mean over the last dimension, eps {dict(call.options)['eps']:g}"]
+def _candidate(site: Site, call: Call) -> Candidate:
+    summed = call.residual is not None
+    read = [n for n in (call.x, call.residual) if n is not None]
+    before, after = norm_work(
+        site, site.outs[1] if summed else call.x, read, center=call.center, residual=summed
+    )
+    said = [f"mean over the last dimension, eps {call.eps:g}"]
     if call.weight is not None:
         said.append(f"one weight per element of a row ({call.weight.name})")
-    if call.residual is not None:
+    if summed:
         said.append(f"{site.outs[1].name} adds two tensors of one shape and dtype")
     return Candidate(
-        rewrite=family.rewrite(),
+        rewrite=NORMS,
         site=site,
         call=call,
         before=before,
         after=after,
-        variant="with the addition before it" if call.residual is not None else "",
+        variant=("LayerNorm" if call.center else "RMSNorm") + (" of a sum" if summed else ""),
         preconditions=tuple(said),
     )
 
 
-def _work(family: Family, site: Site, call: Call) -> tuple[Work, Work]:
-    """What is run now, and what would be.
-
-    Inductor makes one kernel of a norm, its casts and the addition before it, and of pointwise
-    neighbours besides: what flows between those and the norm is in memory only after the rewrite.
-    """
-    total = call.x if call.residual is None else site.outs[1]
-    rows = Norm(
-        rows=_numel(total) // (size := _hints(total)[-1]),
-        size=size,
-        dtype=total.meta["val"].dtype,
-        center=family.center,
-        residual=call.residual is not None,
-        library="inductor",
-    )
-    own = dataclasses.replace(rows, library="ridgeline")
-    inside = set(site.nodes)
-    out = site.outs[0]
-    passed = [
-        node
-        for node in (call.x, call.residual)
-        if node is not None and _pointwise(node) and inside.issuperset(node.users)
-    ]
-    if out.users and all(map(_pointwise, out.users)):
-        passed.append(out)
-    through = (Stream(_bytes(node), _bytes(node), 0, own.dtype) for node in passed)
-    return Work((rows,)), Work((own, *through))
-
-
-def _pointwise(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or is_cast(node)
-
-
-def _hints(node: fx.Node) -> tuple[int, ...]:
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)
-
-
-def _numel(node: fx.Node) -> int:
-    total = 1
-    for size in _hints(node):
-        total *= size
-    return total
-
-
-def _bytes(node: fx.Node) -> float:
-    return float(_numel(node) * node.meta["val"].dtype.itemsize)
-
-
 def apply(
-    family: Family,
-    candidate: Candidate,
-    copied: Mapping[fx.Node, fx.Node],
-    module: fx.GraphModule,
+    candidate: Candidate, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule
 ) -> fx.Node:
     """Put the operation where its results are first needed, and its results in their places."""
     call, site, graph = candidate.call, candidate.site, module.graph
-    out = copied[site.outs[0]]
-    parameters = [None if p is None else copied[p] for p in (call.weight, call.bias)]
-    arguments: list[Any] = [copied[call.x]]
-    op = family.plain
-    if call.residual is not None:
-        arguments.append(copied[call.residual])
-        op = family.with_residual
-    with graph.inserting_before(copied[place(site)]):
+    outs = tuple(copied[out] for out in site.outs)
+    place = _place(outs, {copied[node] for node in site.nodes})
+    parameters = (call.weight, call.bias) if call.center else (call.weight,)
+    rows = [copied[n] for n in (call.x, call.residual) if n is not None]
+    options = {"eps": call.eps} if call.center else {"eps": call.eps, "shift": call.shift}
+    value = call.x.meta["val"].new_empty(call.x.meta["val"].shape)
+    with graph.inserting_before(place):
         new = graph.call_function(
-            op.overload, (*arguments, *parameters[: call.parameters]), dict(call.options)
+            _operation(call).overload,
+            (*rows, *(None if p is None else copied[p] for p in parameters)),
+            options,
         )
-        new.meta = dict(out.meta)
+        new.meta = {**outs[0].meta, "val": (value, value) if len(outs) > 1 else value}
         results = [new]
-        if call.residual is not None:
+        if len(outs) > 1:
             results = [graph.call_function(operator.getitem, (new, i)) for i in range(2)]
-    values = [_value(call.x)] * len(results)
-    new.meta["val"] = values[0] if call.residual is None else tuple(values)
-    for old, result, value in zip(site.outs, results, values, strict=True):
-        result.meta = {**copied[old].meta, "val": value}
-        dtype = old.meta["val"].dtype
-        if value.dtype != dtype:
-            with graph.inserting_before(copied[place(site)]):
+        for old, result in zip(outs, results, strict=True):
+            result.meta = {**old.meta, "val": value}
+            dtype = old.meta["val"].dtype
+            if dtype != value.dtype:
                 result = graph.call_function(aten.to.dtype, (result, dtype))
-            result.meta = dict(copied[old].meta)
-        copied[old].replace_all_uses_with(result)
+                result.meta = dict(old.meta)
+            old.replace_all_uses_with(result)
     return new
 
 
-def _value(x: fx.Node) -> torch.Tensor:
-    """The fake result for rows like x's, which are contiguous."""
-    value = x.meta["val"]
-    return value.new_empty(value.shape)
+def _operation(call: Call) -> Op:
+    if call.center:
+        return LAYER_NORM if call.residual is None else ADD_LAYER_NORM
+    return RMS_NORM if call.residual is None else ADD_RMS_NORM
+
+
+NORMS = Pass(
+    name="norm",
+    op=RMS_NORM,
+    exactness="reassociating",
+    patterns=patterns,
+    accepts=accepts,
+    apply=apply,
+    rounding={"float32": 5e-7, "bfloat16": 4e-3, "float16": 6e-4},
+)
