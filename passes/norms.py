@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -22,7 +23,7 @@ from ridgeline.ir.match import Pattern, Reject, Site
 from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.op import Op
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
-from ridgeline.ir.symbolic import shape_of
+from ridgeline.ir.symbolic import shape_of, size_expression
 from ridgeline.passes import norm_spellings
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.norm_work import norm_work
@@ -206,13 +207,24 @@ def _refused(site: Site, setting: Setting) -> Reject | None:
             out,
             f"cast {x.name} to {after}, or {out.name} to {before}",
         )
-    if not (x.meta["val"].is_contiguous() and out.meta["val"].is_contiguous()):
+    if not (_in_order(x) and _in_order(out)):
         return Reject(
             f"the rows of {x.name} or {out.name} do not lie in memory one after the other",
             x,
             "normalise a contiguous tensor",
         )
     return None
+
+
+def _in_order(node: fx.Node) -> bool:
+    """Do the elements lie in memory in the order of the dimensions, for every size?"""
+    expected = sympy.Integer(1)
+    strides = node.meta["val"].stride()
+    for size, stride in zip(reversed(shape_of(node)), reversed(strides), strict=True):
+        if size != 1 and sympy.expand(size_expression(stride) - expected) != 0:
+            return False
+        expected *= size
+    return True
 
 
 def _residual_form(site: Site, call: Call) -> tuple[Site, Call] | None:
@@ -225,7 +237,7 @@ def _residual_form(site: Site, call: Call) -> tuple[Site, Call] | None:
     if not (isinstance(x, fx.Node) and isinstance(residual, fx.Node)):
         return None
     alike = {(n.meta["val"].dtype, tuple(shape_of(n))) for n in (x, residual, total)}
-    if len(alike) != 1 or x is residual or not total.meta["val"].is_contiguous():
+    if len(alike) != 1 or x is residual or not _in_order(total):
         return None
     casts = []
     node = site.bind["x"]

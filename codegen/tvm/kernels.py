@@ -1,7 +1,6 @@
 """The TVM kernels of the host CPU, as nodes of a graph."""
 
 import functools
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,6 +13,7 @@ from ridgeline.codegen.kernel import (
     constant,
     hints,
     keyword,
+    norm_arguments,
     scheme_of,
 )
 from ridgeline.codegen.tvm import attention, norm, quantized_linear
@@ -113,45 +113,38 @@ def _report_linear(node: fx.Node, target: Target) -> KernelReport:
     )
 
 
-def _norm(node: fx.Node) -> tuple[str, list[Any], norm.NormKernel]:
-    """The operation's name; x, residual, weight and bias; and the kernel for them."""
-    name = node.target._opname  # pyright: ignore
-    arguments = list(node.args)
-    x = arguments.pop(0)
-    residual = arguments.pop(0) if name.startswith("add_") else None
-    weight, bias = (*arguments, None, None)[:2]
-    dtypes = (None if p is None else p.meta["val"].dtype for p in (weight, bias))
-    kernel = norm.norm_kernel(
-        hints(x)[-1],
-        x.meta["val"].dtype,
-        **dict(zip(("weight", "bias"), dtypes, strict=True)),
-        residual=residual is not None,
-        center="layer" in name,
+def _norm(node: fx.Node) -> norm.NormKernel:
+    rows, parameters, center = norm_arguments(node)
+    weight, bias = (None if p is None else p.meta["val"].dtype for p in parameters)
+    return norm.norm_kernel(
+        hints(rows[0])[-1],
+        rows[0].meta["val"].dtype,
+        weight=weight,
+        bias=bias,
+        residual=len(rows) > 1,
+        center=center,
     )
-    return name, [x, residual, weight, bias], kernel
 
 
 def _place_norm(node: fx.Node, module: fx.GraphModule) -> None:
-    _, (x, residual, weight, bias), kernel = _norm(node)
-    rows = (x,) if residual is None else (x, residual)
+    kernel = _norm(node)
+    rows, parameters, _ = norm_arguments(node)
     norm.register_lowering()
-    node.target = norm.NORM if residual is None else norm.ADD_NORM
+    node.target = norm.NORM if len(rows) == 1 else norm.ADD_NORM
     shift = keyword(node, "shift") or 0.0
-    node.args = (*rows, weight, bias, keyword(node, "eps"), shift, str(kernel))
+    node.args = (*rows, *parameters, keyword(node, "eps"), shift, str(kernel))
     node.kwargs = {}
 
 
 def _report_norm(node: fx.Node, target: Target) -> KernelReport:
-    name, _, kernel = _norm(node)
-    parts = [f"rows of {kernel.size}, {kernel.dtype}"]
-    parts += [
-        f"{n} {d}" for n, d in (("weight", kernel.weight), ("bias", kernel.bias)) if d != "none"
-    ]
+    kernel = _norm(node)
+    said = {"weight": kernel.weight, "bias": kernel.bias}
+    parameters = "".join(f", {name} {d}" for name, d in said.items() if d != "none")
     return KernelReport(
-        f"ridgeline::{name}",
+        node.target._schema.name,  # pyright: ignore[reportFunctionMemberAccess]
         "tvm",
         target.name,
-        ", ".join(parts),
+        f"rows of {kernel.size}, {kernel.dtype}{parameters}",
         functools.partial(norm.source, kernel),
     )
 
