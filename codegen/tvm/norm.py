@@ -139,7 +139,7 @@ def norm(
     kernel: `str(norm_kernel(...))`. Any strides: what is not contiguous is copied. Raises
     UnsupportedProblem if the tensors are not what `kernel` names.
     """
-    y = _empty(x)
+    (y,) = _empty(x, 1)
     parameters = [_contiguous(t) for t in (weight, bias) if t is not None]
     norm_out(_contiguous(x), *parameters, eps=eps, shift=shift, kernel=kernel, out=y)
     return y
@@ -175,7 +175,7 @@ def add_norm_direct(
     x: Tensor, residual: Tensor, *parameters: Tensor, eps: float, shift: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """`add_norm` of contiguous tensors, for compiled graphs: no dispatcher."""
-    y, total = _empty(x), _empty(x)
+    y, total = _empty(x, 2)
     _run(_kernel(kernel), x, residual, parameters, y, total, eps, shift)
     return y, total
 
@@ -184,16 +184,18 @@ _allocate = torch._C._dynamo.guards._empty_strided_cpu
 """What Inductor's own code allocates with: 0.6 us, where `torch.empty` takes 1.9 us."""
 
 
-def _empty(like: Tensor) -> Tensor:
-    """Contiguous room of the shape and dtype of `like`."""
-    shape = like.shape
-    if len(shape) == 2:
-        rows, size = shape
-        return _allocate((rows, size), (size, 1), like.dtype)
+def _empty(like: Tensor, count: int) -> list[Tensor]:
+    """Contiguous room of the shape and dtype of `like`, `count` times."""
+    shape, dtype = like.shape, like.dtype
     if len(shape) == 3:
         batch, rows, size = shape
-        return _allocate((batch, rows, size), (rows * size, size, 1), like.dtype)
-    return like.new_empty(shape)
+        sizes, strides = (batch, rows, size), (rows * size, size, 1)
+    elif len(shape) == 2:
+        rows, size = shape
+        sizes, strides = (rows, size), (size, 1)
+    else:
+        return [like.new_empty(shape) for _ in range(count)]
+    return [_allocate(sizes, strides, dtype) for _ in range(count)]
 
 
 def _contiguous(x: Tensor) -> Tensor:
