@@ -82,13 +82,14 @@ def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
         both = {old: again[n] if isinstance(n, fx.Node) else n for old, n in copied.items()}
         replace(candidate, both, replaced)
         replaced.graph.eliminate_dead_code()
+        site, replacement = _in_float64(region), _in_float64(replaced)
         shapes = [tuple(map(size_of, n.meta["val"].shape)) for n in frontier]
         for name, inputs in _drawn(candidate, shapes, [n.meta["val"].dtype for n in frontier]):
             try:
-                expected = _Float64(region).run(*inputs)
+                expected = site(*inputs)
             except (RuntimeError, ValueError):  # not sizes or strides that the program takes
                 continue
-            got = _Float64(replaced).run(*inputs)
+            got = replacement(*inputs)
             worst = max(worst, relative_error(*_promised(got, expected)))
             names.append(f"{name}, {said}")
         if names:
@@ -103,9 +104,14 @@ def _drawn(candidate: Candidate, shapes: Sequence[Any], dtypes: Sequence[torch.d
         raise CertificateError(f"{candidate.at}: {error}") from error
 
 
-def _promised(got: Tensor, expected: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    silent = expected.isnan()
-    return [got.masked_fill(silent, 0.0)], [expected.masked_fill(silent, 0.0)]
+def _promised(
+    got: Sequence[Tensor], expected: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    silent = [e.isnan() for e in expected]
+    return (
+        [g.masked_fill(nothing, 0.0) for g, nothing in zip(got, silent, strict=True)],
+        [e.masked_fill(nothing, 0.0) for e, nothing in zip(expected, silent, strict=True)],
+    )
 
 
 def _assignments(candidate: Candidate, frontier: Sequence[fx.Node]) -> Iterable[tuple[str, SizeOf]]:
@@ -128,8 +134,8 @@ def _assignments(candidate: Candidate, frontier: Sequence[fx.Node]) -> Iterable[
 def _region(
     candidate: Candidate, frontier: Sequence[fx.Node], size_of: SizeOf
 ) -> tuple[fx.GraphModule, dict[fx.Node, Any]]:
-    """The graph between the frontier and the site's output, free sizes as `size_of` says."""
-    out = candidate.site.outs[0]
+    """The graph between the frontier and the site's outputs, free sizes as `size_of` says."""
+    outs = candidate.site.outs
     graph = fx.Graph()
     copied: dict[fx.Node, Any] = {}
     for node in frontier:
@@ -146,18 +152,20 @@ def _region(
             )
         copied[node] = graph.node_copy(node, lambda n: copied[n])
         copied[node].meta = dict(node.meta)
-    graph.output(copied[out])
-    assert out.graph.owning_module is not None
-    return fx.GraphModule(out.graph.owning_module, graph), copied
+    graph.output(tuple(copied[out] for out in outs))
+    assert outs[0].graph.owning_module is not None
+    return fx.GraphModule(outs[0].graph.owning_module, graph), copied
 
 
-class _Float64(fx.Interpreter):
-    """Runs a graph with every floating cast widened to float64."""
+def _in_float64(module: fx.GraphModule) -> fx.GraphModule:
+    """`module` with every floating dtype in its calls widened to float64, in place."""
 
-    def call_function(self, target, args, kwargs):
-        def widen(value):
-            narrow = isinstance(value, torch.dtype) and value.is_floating_point
-            return torch.float64 if narrow else value
+    def widen(argument: Any) -> Any:
+        narrow = isinstance(argument, torch.dtype) and argument.is_floating_point
+        return torch.float64 if narrow else argument
 
-        kwargs = {k: widen(v) for k, v in kwargs.items()}
-        return super().call_function(target, tuple(widen(a) for a in args), kwargs)
+    for node in module.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, widen)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
+    module.recompile()
+    return module
