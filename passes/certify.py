@@ -21,6 +21,7 @@ from ridgeline.passes.apply import copy_graph, replace
 from ridgeline.passes.base import Candidate
 from ridgeline.passes.plan import Certificate
 from ridgeline.passes.region import frontier_of, region_of, structure_of
+from ridgeline.passes.reproducer import write_reproducer
 
 EQUIVALENCE_LIMIT = 1e-9
 """Relative error allowed between two float64 evaluations of the same real function."""
@@ -30,6 +31,10 @@ SizeOf = Callable[[Any], int]
 
 class CertificateError(RidgelineError):
     """A site for which no evidence can be had."""
+
+
+class Mismatch(CertificateError):
+    """A replacement that does not compute what it replaces: a defect of ridgeline."""
 
 
 def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
@@ -56,7 +61,8 @@ def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
 def equivalence(candidate: Candidate, cache: dict[Any, Certificate]) -> Certificate:
     """Site against replacement in float64; equal sites of other layers share the evidence.
 
-    Raises CertificateError where the site cannot be run by itself.
+    Raises Mismatch, with the path of a runnable reproducer, where they differ, and CertificateError
+    where the site cannot be run by itself.
     """
     frontier = frontier_of(candidate)
     key = (_signature(candidate, frontier), structure_of(region_of(candidate, frontier)))
@@ -76,6 +82,7 @@ def _signature(candidate: Candidate, frontier: Sequence[fx.Node]) -> Any:
 
 def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
     worst, names = 0.0, []
+    dtypes = [n.meta["val"].dtype for n in frontier]
     for said, size_of in _assignments(candidate, frontier):
         region, copied = _region(candidate, frontier, size_of)
         replaced, again = copy_graph(region)
@@ -84,13 +91,20 @@ def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
         replaced.graph.eliminate_dead_code()
         site, replacement = _in_float64(region), _in_float64(replaced)
         shapes = [tuple(map(size_of, n.meta["val"].shape)) for n in frontier]
-        for name, inputs in _drawn(candidate, shapes, [n.meta["val"].dtype for n in frontier]):
+        for name, inputs in _drawn(candidate, shapes, dtypes):
             try:
                 expected = site(*inputs)
             except (RuntimeError, ValueError):  # not sizes or strides that the program takes
                 continue
-            got = replacement(*inputs)
-            worst = max(worst, relative_error(*_promised(got, expected)))
+            error = relative_error(*_promised(replacement(*inputs), expected))
+            if error > EQUIVALENCE_LIMIT:
+                title = (
+                    f"{candidate.rewrite.name} at {candidate.at}: the replacement differs from what"
+                    f" it replaces by {error:.1e} in float64 on {name} ({said})"
+                )
+                path = write_reproducer(title, site, replacement, shapes, dtypes, name)
+                raise Mismatch(f"{title}, allowed {EQUIVALENCE_LIMIT:.0e}; reproducer: {path}")
+            worst = max(worst, error)
             names.append(f"{name}, {said}")
         if names:
             return Certificate("equivalence", worst, EQUIVALENCE_LIMIT, tuple(names))
