@@ -1,4 +1,4 @@
-"""The command line: optimize, dump, explain, targets, bench, demo.
+"""The command line: optimize, verify, dump, explain, targets, bench, demo.
 
 MODEL is ``file.py:function``, which returns (module, args) or (module, args, kwargs), or a ``.pt2``
 exported program. Heavy imports happen inside the commands, so that --help is quick.
@@ -95,7 +95,23 @@ def optimize(
             run(*clone_inputs(program.inputs))
         compiler.plan.print()
         if output is not None:
-            output.write_text(json.dumps(compiler.plan.to_dict(), indent=2))
+            saved = {"model": model, **compiler.plan.to_dict()}
+            output.write_text(json.dumps(saved, indent=2))
+
+
+@app.command()
+def verify(
+    plan: Annotated[Path, typer.Argument(help="What `ridgeline optimize MODEL -o` saved.")],
+    traceback: Trace = False,
+) -> None:
+    """Check a saved PLAN again: each rewrite is found, certified and measured anew."""
+    with _clear_errors(traceback):
+        from ridgeline.tools.verify import run
+
+        with _status("verifying"):
+            holds = run(plan, out)
+        if not holds:
+            raise typer.Exit(1)
 
 
 @app.command()
