@@ -158,6 +158,9 @@ def install(cache: Any, template: Any, changes: Sequence[Place], values: Sequenc
             held.append(_fresh(templates[p].layers[len(held)]))
         layer = held[index]
         if not getattr(layer, "is_initialized", True):
+            for other, tensor in given.items():  # initialisation may read any of them
+                if other[:2] == (p, index):
+                    setattr(layer, other[2], tensor)
             layer.lazy_initialization(given[p, index, "keys"], given[p, index, "values"])
         setattr(layer, name, value)
     if hasattr(cache, "is_updated"):

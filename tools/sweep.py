@@ -6,19 +6,26 @@ compared with the model in float64; decoders also generate, with a static and a 
 """
 
 import copy
+import difflib
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ridgeline.codegen.inductor import run_eager
 from ridgeline.cost_model import load_target
 from ridgeline.ir.caches import is_cache
+from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
@@ -29,7 +36,12 @@ from ridgeline.passes.drop_in import optimized_copy
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.propose import propose
 from ridgeline.passes.weights import WeightStore
-from ridgeline.tools.sweep_families import Family
+from ridgeline.tools.sweep_families import Family, families
+
+
+class UnknownFamily(RidgelineError):
+    """A name that is not in the list of families."""
+
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative error to float64 that is within rounding, unless the model itself is further away."""
@@ -171,3 +183,46 @@ def _tensors(result: Any) -> list[Tensor]:
         result = [result[k] for k in result if k not in ("past_key_values", "cache_params")]
     leaves = tree_leaves(result, is_leaf=is_cache)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def report(rows: Sequence[Row], console: Console) -> None:
+    """A line per family and form, then each reason for a refusal with its number of sites."""
+    table = Table("family", "attention", "dtype", "graphs", "applied", "error", "eager", box=None)
+    for r in rows:
+        applied = ", ".join(f"{name} {n}" for name, n in sorted(r.applied.items())) or "-"
+        figures = (f"{r.error:.1e}", f"{r.eager:.1e}")
+        table.add_row(r.family, r.attention, r.dtype, str(r.captures), applied, *figures)
+    console.print(table)
+    reasons: Counter[str] = Counter()
+    for r in rows:
+        for reason, n in r.refused.items():
+            reasons[re.sub(r"\b\w*_\d+\b|\d+", "#", reason)] += n
+    if reasons:
+        console.print(Text("\nrefused sites", style="bold"))
+    for reason, n in reasons.most_common():
+        console.print(f"  {n:4d}  {reason}", markup=False)
+    wrong = [r for r in rows if r.problem]
+    console.print(f"\n{len(rows)} forms of {len({r.family for r in rows})} families")
+    for r in wrong:
+        console.print(f"  {r.family} ({r.attention}, {r.dtype}): {r.problem}", markup=False)
+
+
+def run(names: Sequence[str], dtypes: Sequence[torch.dtype], console: Console) -> list[Row]:
+    """Sweep the named families, all if none, in every form, with progress; print the report.
+
+    Raises UnknownFamily with the nearest names.
+    """
+    known = {f.name: f for f in families()}
+    for name in names:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known)) or ", ".join(known)
+            raise UnknownFamily(f"no family {name!r}; there are {near}")
+    chosen = [known[n] for n in names or known]
+    forms = [(f, a, d) for f in chosen for a in ("eager", "sdpa") for d in dtypes]
+    rows = []
+    for family, attention, dtype in track(forms, "sweeping", console=Console(stderr=True)):
+        row = sweep_one(family, attention, dtype)
+        if "does not support an attention implementation" not in row.problem:
+            rows.append(row)
+    report(rows, console)
+    return rows
