@@ -1,4 +1,4 @@
-"""Families that nobody tuned for come through, rewritten and equal; a bad name is one clear line."""
+"""Families that nobody tuned for come through and are equal; a bad name is one clear line."""
 
 import pytest
 import torch
