@@ -227,11 +227,10 @@ def kernel_spec(
 
 def _prim_func(spec: KernelSpec, lead: bool, parallel: bool) -> Any:
     import_tvm()
-    from ridgeline.codegen.tvm import quantized_linear_kernel
+    from ridgeline.codegen.tvm.quantized_linear_kernel import build
+    from ridgeline.codegen.tvm.quantized_linear_parts import Spec
 
-    return quantized_linear_kernel.build(
-        quantized_linear_kernel.Spec(**spec._asdict(), lead=lead, parallel=parallel)
-    )
+    return build(Spec(**spec._asdict(), lead=lead, parallel=parallel))
 
 
 def source(spec: KernelSpec, *, parallel: bool = True) -> str:
