@@ -19,12 +19,8 @@ from math import ceil
 import torch
 
 from ridgeline.cost_model.target import Target
-<<<<<<< HEAD
-from ridgeline.cost_model.work import Attention, Gemm, Kernel, Stream
-from ridgeline.ir.quantized_linear import MANY_ROWS
-=======
 from ridgeline.cost_model.work import Attention, Gemm, Kernel, Norm, Stream
->>>>>>> 3386e4aaa7539087233602b9abc407639b7acde7
+from ridgeline.ir.quantized_linear import MANY_ROWS
 
 CHUNK_M, CHUNK_N = 32, 64  # one thread's share of a GEMM
 MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multiplied
