@@ -4,14 +4,10 @@
 
 bandwidth: that of the innermost cache that holds the working set, else DRAM's; weights come from
 the level that holds all that the program reads between two uses of one of them. parallel: chunks
-<<<<<<< HEAD
-over ceil(chunks/threads) threads' rounds. Integer weights add two vector operations per element
-and pass of 32 rows, 128 where the weight is decoded first (unpack, scale), on the fp32 unit.
-=======
 over ceil(chunks/threads) threads' rounds. A norm's compute is that of its passes over a row that
 lies in the first cache, in equivalents of the fp32 unit's flops. Integer weights add two vector
-operations per element and pass of 32 rows (unpack, scale) on the fp32 unit.
->>>>>>> 3386e4aaa7539087233602b9abc407639b7acde7
+operations per element and pass of 32 rows, 128 where the weight is decoded first (unpack, scale),
+on the fp32 unit.
 """
 
 from math import ceil
