@@ -1,8 +1,9 @@
 """The CPU kernel of the quantised linear layer, side by side with torch's own layers.
 
 Weights are cold, scales included: every function walks through `COPIES` copies of its weight,
-together larger than the last cache. The baselines are torch's linear in fp32 and bf16 and its 4-bit `_weight_int4pack_mm_for_cpu` in bf16 (its fp32 form is a
-slow fallback and no opponent). Outputs are allocated by the call on every side.
+together larger than the last cache. The baselines are torch's linear in fp32 and bf16 and its 4-bit
+`_weight_int4pack_mm_for_cpu` in bf16 (its fp32 form is a slow fallback and no opponent). Outputs
+are allocated by the call on every side.
 """
 
 import itertools
