@@ -6,7 +6,8 @@ bandwidth: that of the innermost cache that holds the working set, else DRAM's; 
 the level that holds all that the program reads between two uses of one of them. parallel: chunks
 over ceil(chunks/threads) threads' rounds. A norm's compute is that of its passes over a row that
 lies in the first cache, in equivalents of the fp32 unit's flops. Integer weights add two vector
-operations per element and pass of 32 rows (unpack, scale) on the fp32 unit.
+operations per element and pass of 32 rows, 128 where the weight is decoded first (unpack, scale),
+on the fp32 unit.
 """
 
 from math import ceil
@@ -15,8 +16,10 @@ import torch
 
 from ridgeline.cost_model.target import Target
 from ridgeline.cost_model.work import Attention, Gemm, Kernel, Norm, Stream
+from ridgeline.ir.quantized_linear import MANY_ROWS
 
 CHUNK_M, CHUNK_N = 32, 64  # one thread's share of a GEMM
+MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multiplied
 UNPACK_FLOPS = 2
 ATTENTION_ROWS = 32
 # torch's CPU attention forms its products in fp32 whatever the dtype; its time over ours, medians
@@ -68,7 +71,8 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
 
 
 def _gemm_compute(g: Gemm, target: Target) -> float:
-    rows = ceil(g.m / CHUNK_M)
+    decoded_first = g.weight_bits is not None and g.dtype == torch.bfloat16 and g.m >= MANY_ROWS
+    rows = ceil(g.m / (MANY_CHUNK_M if decoded_first else CHUNK_M))
     parallel = _parallel(g.batch * rows * ceil(g.n / CHUNK_N), target)
     compute = g.flops / (target.peak(g.dtype) * target.gemm_efficiency * parallel)
     if g.weight_bits is not None:

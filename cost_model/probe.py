@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from ridgeline.cost_model.target import InvalidTarget, Target, parse_target
+from ridgeline.ir.cache_dir import cache_dir
 
 log = logging.getLogger(__name__)
 MAX_SPREAD = 0.15
@@ -77,10 +78,8 @@ def probe_host() -> Target:
 
 def cache_path() -> Path:
     """Where the probe of this CPU, torch version and number of threads is kept."""
-    folder = os.environ.get("RIDGELINE_CACHE_DIR")
-    root = Path(folder) if folder else Path.home() / ".cache" / "ridgeline"
     key = f"{cpu_model()}|{torch.__version__}|{torch.get_num_threads()}"
-    return root / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return cache_dir() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def store(described: dict[str, Any], path: Path) -> None:

@@ -21,6 +21,7 @@ from ridgeline.passes.apply import copy_graph, replace
 from ridgeline.passes.base import Candidate
 from ridgeline.passes.plan import Certificate
 from ridgeline.passes.region import frontier_of, region_of, structure_of
+from ridgeline.passes.reproducer import write_reproducer
 
 EQUIVALENCE_LIMIT = 1e-9
 """Relative error allowed between two float64 evaluations of the same real function."""
@@ -30,6 +31,10 @@ SizeOf = Callable[[Any], int]
 
 class CertificateError(RidgelineError):
     """A site for which no evidence can be had."""
+
+
+class Mismatch(CertificateError):
+    """A replacement that does not compute what it replaces: a defect of ridgeline."""
 
 
 def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
@@ -56,7 +61,8 @@ def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
 def equivalence(candidate: Candidate, cache: dict[Any, Certificate]) -> Certificate:
     """Site against replacement in float64; equal sites of other layers share the evidence.
 
-    Raises CertificateError where the site cannot be run by itself.
+    Raises Mismatch, with the path of a runnable reproducer, where they differ, and CertificateError
+    where the site cannot be run by itself.
     """
     frontier = frontier_of(candidate)
     key = (_signature(candidate, frontier), structure_of(region_of(candidate, frontier)))
@@ -76,20 +82,29 @@ def _signature(candidate: Candidate, frontier: Sequence[fx.Node]) -> Any:
 
 def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
     worst, names = 0.0, []
+    dtypes = [n.meta["val"].dtype for n in frontier]
     for said, size_of in _assignments(candidate, frontier):
         region, copied = _region(candidate, frontier, size_of)
         replaced, again = copy_graph(region)
         both = {old: again[n] if isinstance(n, fx.Node) else n for old, n in copied.items()}
         replace(candidate, both, replaced)
         replaced.graph.eliminate_dead_code()
+        site, replacement = _in_float64(region), _in_float64(replaced)
         shapes = [tuple(map(size_of, n.meta["val"].shape)) for n in frontier]
-        for name, inputs in _drawn(candidate, shapes, [n.meta["val"].dtype for n in frontier]):
+        for name, inputs in _drawn(candidate, shapes, dtypes):
             try:
-                expected = _Float64(region).run(*inputs)
+                expected = site(*inputs)
             except (RuntimeError, ValueError):  # not sizes or strides that the program takes
                 continue
-            got = _Float64(replaced).run(*inputs)
-            worst = max(worst, relative_error(*_promised(got, expected)))
+            error = relative_error(*_promised(replacement(*inputs), expected))
+            if error > EQUIVALENCE_LIMIT:
+                title = (
+                    f"{candidate.rewrite.name} at {candidate.at}: the replacement differs from what"
+                    f" it replaces by {error:.1e} in float64 on {name} ({said})"
+                )
+                path = write_reproducer(title, site, replacement, shapes, dtypes, name)
+                raise Mismatch(f"{title}, allowed {EQUIVALENCE_LIMIT:.0e}; reproducer: {path}")
+            worst = max(worst, error)
             names.append(f"{name}, {said}")
         if names:
             return Certificate("equivalence", worst, EQUIVALENCE_LIMIT, tuple(names))
@@ -106,10 +121,10 @@ def _drawn(candidate: Candidate, shapes: Sequence[Any], dtypes: Sequence[torch.d
 def _promised(
     got: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    silent = [x.isnan() for x in expected]
+    silent = [e.isnan() for e in expected]
     return (
-        [x.masked_fill(s, 0.0) for x, s in zip(got, silent, strict=True)],
-        [x.masked_fill(s, 0.0) for x, s in zip(expected, silent, strict=True)],
+        [g.masked_fill(nothing, 0.0) for g, nothing in zip(got, silent, strict=True)],
+        [e.masked_fill(nothing, 0.0) for e, nothing in zip(expected, silent, strict=True)],
     )
 
 
@@ -156,13 +171,15 @@ def _region(
     return fx.GraphModule(outs[0].graph.owning_module, graph), copied
 
 
-class _Float64(fx.Interpreter):
-    """Runs a graph with every floating cast widened to float64."""
+def _in_float64(module: fx.GraphModule) -> fx.GraphModule:
+    """`module` with every floating dtype in its calls widened to float64, in place."""
 
-    def call_function(self, target, args, kwargs):
-        def widen(value):
-            narrow = isinstance(value, torch.dtype) and value.is_floating_point
-            return torch.float64 if narrow else value
+    def widen(argument: Any) -> Any:
+        narrow = isinstance(argument, torch.dtype) and argument.is_floating_point
+        return torch.float64 if narrow else argument
 
-        kwargs = {k: widen(v) for k, v in kwargs.items()}
-        return super().call_function(target, tuple(widen(a) for a in args), kwargs)
+    for node in module.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, widen)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
+    module.recompile()
+    return module

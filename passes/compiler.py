@@ -16,7 +16,7 @@ from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Candidate, Pass, Setting, location
-from ridgeline.passes.certify import CertificateError, equivalence
+from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
 from ridgeline.passes.decide import Objective, choose, decision, refusal_decision
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.plan import Certificate, Decision, Plan, cost_to_dict
@@ -179,18 +179,12 @@ class Compiler:
             if candidate.rewrite.exactness == "approximate":
                 continue
             try:
-                found = equivalence(candidate, self._certificates)
+                evidence[candidate] = equivalence(candidate, self._certificates)
+            except Mismatch as error:
+                unsound[candidate] = f"{error}; please report it"
+                log.warning("refused: %s", error)
             except CertificateError as error:
                 unsound[candidate] = str(error)
-                continue
-            if found.relative_error <= found.limit:
-                evidence[candidate] = found
-                continue
-            unsound[candidate] = (
-                f"the replacement differs from what it replaces by {found.relative_error:.1e} in"
-                f" float64, allowed {found.limit:.0e}; a defect of ridgeline, please report it"
-            )
-            log.warning("%s at %s: %s", candidate.rewrite.name, candidate.at, unsound[candidate])
         return evidence, unsound
 
     def _drift(self, candidate: Candidate, model_error: float) -> Certificate:

@@ -19,13 +19,13 @@ def frontier_of(candidate: Candidate) -> list[fx.Node]:
 
 
 def region_of(candidate: Candidate, frontier: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes between the frontier and the site's output, which is the last, in graph order.
+    """The nodes between the frontier and the site's outputs, which are among them, in graph order.
 
     Sizes are among them, what sizes are computed from is not.
     """
-    out, ends = candidate.site.outs[0], set(frontier)
+    ends = set(frontier)
     needed: set[fx.Node] = set()
-    stack = [out]
+    stack = list(candidate.site.outs)
     while stack:
         node = stack.pop()
         if node in needed or node in ends:
@@ -55,15 +55,16 @@ def structure_of(region: Sequence[fx.Node]) -> str:
 
 def changed_inside(candidate: Candidate) -> Reject | None:
     """A refusal where the program writes, between the site's first read and its output, memory
-    that the site reads: the replacement reads everything at the output."""
+    that the site reads: the replacement reads everything at one place."""
     nodes = region_of(candidate, frontier_of(candidate) or candidate.site.bind.values())
-    found = written_between(nodes, candidate.site.outs[0])
+    last = max(candidate.site.outs)
+    found = written_between(nodes, last)
     if found is None:
         return None
     value, write = found
     return Reject(
         f"{write.name} ({write.target}) changes {value.name} in place between its use here and"
-        f" {candidate.site.outs[0].name}",
+        f" {last.name}",
         write,
         f"compute a new tensor in place of {write.target}",
     )

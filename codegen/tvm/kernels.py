@@ -1,6 +1,7 @@
 """The TVM kernels of the host CPU, as nodes of a graph."""
 
 import functools
+import math
 
 import torch
 from torch import fx
@@ -103,13 +104,15 @@ def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
 def _report_linear(node: fx.Node, target: Target) -> KernelReport:
     spec = _spec(node)
     scheme = scheme_of(argument(node, 3))
+    rows = math.prod(hints(argument(node, 0))[:-1])
+    many = ", decoded first" if quantized_linear.decodes_first(spec, rows) else ""
     return KernelReport(
         QUANTIZED_LINEAR.qualified,
         "tvm",
         target.name,
         f"{spec.isa}, {spec.bits}-bit {scheme} g{spec.group_size},"
-        f" {spec.out_features}x{spec.in_features}, {spec.multiply} products",
-        functools.partial(quantized_linear.source, spec),
+        f" {spec.out_features}x{spec.in_features}, {spec.multiply} products{many}",
+        functools.partial(quantized_linear.source, spec, rows=rows),
     )
 
 

@@ -1,7 +1,11 @@
 """What is given back when the measured error goes too far, and which reasons a plan then states."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,7 +98,8 @@ def _wrong(candidate, copied, module):
     return new
 
 
-def test_a_wrong_rule_is_caught_by_its_certificate():
+def test_a_wrong_rule_is_caught_by_its_certificate(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path))
     broken = _with_apply(_wrong)
     model, x = _Attention().eval(), torch.randn(2, 8, 256, 64)
     fast = ridgeline.optimize(model, (x,), target="cpu", passes=(broken,), lowering="eager")
@@ -103,6 +108,17 @@ def test_a_wrong_rule_is_caught_by_its_certificate():
     assert refused.refused_by == "certificate"
     assert "differs from what it replaces" in refused.reason
     torch.testing.assert_close(fast(x), model(x))
+    (reproducer,) = (tmp_path / "reproducers").iterdir()
+    assert str(reproducer) in refused.reason
+    root = Path(ridgeline.__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, str(reproducer)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert float(ran.stdout.removeprefix("relative error")) > 1e-3
 
 
 def _unusable(candidate, copied, module):
