@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.tvm.runtime import compile_kernel, import_tvm
+from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
 from ridgeline.ir.op import LIBRARY
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -96,6 +96,7 @@ def _prim_func(kernel: NormKernel, rank: int, parallel: bool) -> Any:
             kernel.center,
             rank,
             parallel,
+            host_isa(),
         )
     )
 
@@ -122,7 +123,7 @@ class _Kernel:
         key = rank, parallel
         with self.lock:
             if key not in self.forms:
-                self.forms[key] = compile_kernel(_prim_func(self.spec, *key))
+                self.forms[key] = compile_kernel(_prim_func(self.spec, *key), host_isa())
         return self.forms[key]
 
 
