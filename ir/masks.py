@@ -90,7 +90,7 @@ def _constant(node: fx.Node) -> float | None:
     if not isinstance(node.meta.get("val"), torch.Tensor) or writes(node):
         return None
     packet = getattr(node.target, "overloadpacket", None)
-    if packet in (aten.full, aten.scalar_tensor):
+    if packet in (aten.full, aten.scalar_tensor, aten.full_like, aten.new_full):
         number = node.args[-1]
         return float(number) if isinstance(number, int | float) else None
     if node.meta["val"].numel() != 1 or node.meta["val"].dim() > 1:

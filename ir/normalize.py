@@ -40,7 +40,7 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
                     continue
                 if rules is EXACT or not (in_place and reads_changed_memory(node)):
                     changed |= any(rule(node) for rule in rules)
-    module.graph.eliminate_dead_code()
+            module.graph.eliminate_dead_code()  # what a rule left unread is a user no more
     module.recompile()
     return module
 

@@ -106,12 +106,8 @@ def one_value_head(q, k, v):
     return _attend(q, k, v[:, :1])
 
 
-def three_dimensions(q, k, v):
-    return _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-
-
-def values_of_one_batch(q, k, v):
-    return _attend(q, k, v[:1])
+def five_dimensions(q, k, v):
+    return _attend(q[None], k[None], v[None])
 
 
 def doubles(q, k, v):
@@ -136,8 +132,7 @@ def integers_added(q, k, v):
     [
         (one_query_head, "1 query heads read 4 key and 4 value heads"),
         (one_value_head, "4 query heads read 4 key and 1 value heads"),
-        (three_dimensions, "operands have ranks"),
-        (values_of_one_batch, "batch sizes"),
+        (five_dimensions, "operands have ranks"),
         (doubles, "operands have dtypes ['float64']"),
         (values_of_another_dtype, "operands have dtypes ['bfloat16', 'float32']"),
         (wide_heads, "head dimensions are (272, 272, 272)"),
