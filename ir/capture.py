@@ -192,15 +192,21 @@ class _Trace:
         leaves: list[tuple[str, Any]] = []
         known = list(after)
         for leaf in found:
-            if isinstance(leaf, Tensor | torch.SymInt | torch.SymFloat):
+            if isinstance(leaf, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
                 leaves.append(("output", len(outputs)))
                 outputs.append(leaf)
             elif caches.is_cache(leaf):
                 if not any(leaf is c for c in known):
                     known.append(leaf)
                 leaves.append(("cache", next(i for i, c in enumerate(known) if c is leaf)))
-            else:
+            elif isinstance(leaf, _PLAIN):
                 leaves.append(("plain", leaf))
+            else:
+                raise CaptureError(
+                    f"the model returns a {type(leaf).__name__}, whose tensors torch.export cannot"
+                    " see; return tensors, numbers, strings, caches, and containers of them, or"
+                    " register the class with torch.utils._pytree.register_pytree_node"
+                )
         changes = []
         for i, cache in enumerate(known):
             replaced = caches.replaced(before[i] if i < len(before) else None, cache)
@@ -237,7 +243,7 @@ def _export(wrapper: _Flat, call: Call, dynamic: bool) -> torch.export.ExportedP
     shapes = {"flat": tuple(_free(call))} if dynamic and call.flat else None
     try:
         return torch.export.export(wrapper, tuple(call.flat), dynamic_shapes=shapes, strict=False)
-    except caches.CacheError:
+    except (caches.CacheError, CaptureError):
         raise
     except Exception as error:  # whatever the model's code meets under tracing
         if shapes is not None:

@@ -70,6 +70,11 @@ class _Pair(NamedTuple):
     right: Tensor
 
 
+@dataclass
+class _Result:
+    y: Tensor
+
+
 class _Mode(Enum):
     SUM = "sum"
     MEAN = "mean"
@@ -474,3 +479,23 @@ def test_an_error_of_the_model_itself_keeps_its_words():
         capture(_model(wrong), (X,))
     assert isinstance(caught.value.__cause__, Exception)
     assert 'raise ValueError("the model wants an even length")' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lambda m, x: _Result(x + 1), "_Result"),
+        (lambda m, x: {"a": [{x.sum()}]}, "set"),
+        (lambda m, x: (y for y in [x]), "generator"),
+    ],
+)
+def test_results_that_hide_their_tensors_are_named(function, kind):
+    # Taken as a plain value such a result would hold the tensors of tracing.
+    with pytest.raises(CaptureError, match=f"returns a {kind},.*register_pytree_node"):
+        capture(_model(function), (X,))
+
+
+def test_a_returned_comparison_of_sizes_follows_the_call():
+    model = _model(lambda m, x: (x + 1, x.shape[0] > 4))
+    captured = capture(model, (X,))
+    assert [_run(captured, _random(n, 4))[1] for n in (3, 9)] == [False, True]
