@@ -282,6 +282,11 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
     """The exported graph with its weights as attributes named as in the model's state dict."""
     root = nn.Module()
     graph = exported.graph_module.graph
+    if regions := list(graph.find_nodes(op="get_attr")):  # graphs of their own inside the graph
+        raise CaptureError(
+            f"the model runs code under {next(iter(regions[0].users)).target}; set grad mode and"
+            " autocast outside of the model, and write torch.cond as torch.where"
+        )
     placeholders = graph.find_nodes(op="placeholder")
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.target is None:
@@ -289,6 +294,11 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
         tensor = exported.constants.get(spec.target)
         if spec.target in exported.state_dict or tensor is None:
             tensor = operator.attrgetter(spec.target)(wrapper)
+        if not isinstance(tensor, Tensor):
+            raise CaptureError(
+                f"the model uses a {type(tensor).__name__}, which no graph can carry; use tensors"
+                " only, and torch's own random state"
+            )
         name = spec.target.removeprefix("model.")
         _assign(root, name, tensor)
         with graph.inserting_before(node):

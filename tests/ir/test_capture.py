@@ -461,7 +461,7 @@ def test_control_flow_on_values_names_the_line_and_the_way_out(function):
     text = str(caught.value)
     assert text.startswith("cannot capture _Function: ")
     assert f"{__file__}:" in text
-    assert "torch.where or torch.cond" in text
+    assert "use torch.where instead of `if`" in text
 
 
 def test_the_way_out_works():
@@ -499,3 +499,58 @@ def test_a_returned_comparison_of_sizes_follows_the_call():
     model = _model(lambda m, x: (x + 1, x.shape[0] > 4))
     captured = capture(model, (X,))
     assert [_run(captured, _random(n, 4))[1] for n in (3, 9)] == [False, True]
+
+
+def _autocast(m: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return x @ x.t()
+
+
+def _no_grad(m: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x * m.w
+    return x * m.w * scale
+
+
+def _cond(m: nn.Module, x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x + 1, (x,))
+
+
+@pytest.mark.parametrize(
+    ("function", "region", "grad"),
+    [
+        (_autocast, "wrap_with_autocast", False),
+        (_no_grad, "wrap_with_set_grad_enabled", True),
+        (_cond, "cond", False),
+    ],
+)
+def test_regions_with_rules_of_their_own_are_named(function, region, grad):
+    model = _model(function, w=nn.Parameter(torch.ones(4))).train(grad)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(CaptureError, match=f"under {region};.*outside of the model"),
+    ):
+        capture(model, (X,))
+
+
+def test_no_grad_inside_is_nothing_where_no_gradient_flows():
+    model = _model(_no_grad, w=nn.Parameter(torch.ones(4)))
+    _same(_run(capture(model, (X,)), X), model(X))
+
+
+def test_random_state_of_the_models_own_is_named():
+    def draw(m: nn.Module, x: Tensor) -> Tensor:
+        return x + torch.randn(4, generator=torch.Generator().manual_seed(1))
+
+    with pytest.raises(CaptureError, match="uses a Generator, which no graph can carry"):
+        capture(_model(draw), (X,))
+
+
+def test_an_error_in_torch_does_not_blame_ridgelines_own_lines():
+    def change(m: nn.Module, x: Tensor) -> Tensor:
+        m.w.data.add_(1)
+        return x * m.w
+
+    with pytest.raises(CaptureError) as caught:
+        capture(_model(change, w=nn.Parameter(torch.ones(4))), (X,))
+    assert "capture.py" not in str(caught.value)
