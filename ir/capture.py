@@ -9,7 +9,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -139,6 +139,12 @@ def capture(
         exported = _export(wrapper, call, dynamic)
     module = _unlifted(exported, wrapper)
     trace = traces[-1]
+    for node in module.graph.find_nodes(op="get_attr"):
+        if node.target in trace.assigned and node.users:
+            raise CaptureError(
+                f"the model reads buffer {node.target!r} and assigns it anew, which no graph can"
+                f" carry to the next call; write self.{node.target}.copy_(...)"
+            )
     program = Program.from_graph(
         module,
         call.flat,
@@ -165,10 +171,23 @@ class _Flat(nn.Module):
     def forward(self, *flat: Tensor) -> tuple[Any, ...]:
         args, kwargs, made = self.call.rebuild(flat)
         before = [caches.with_tensors(c, caches.tensors(c)) for c in made]
+        buffers = dict(self.model.named_buffers())
+        leaves = tree_flatten((args, kwargs), is_leaf=caches.is_cache)
         result = self.model(*args, **kwargs)
+        if not _same(leaves, tree_flatten((args, kwargs), is_leaf=caches.is_cache)):
+            raise CaptureError(
+                "the model puts something into a container among its arguments, which no graph can"
+                " do; return it instead"
+            )
         trace = _Trace.of(result, before, made)
+        trace.assigned = {n for n, b in self.model.named_buffers() if buffers.get(n) is not b}
         self.record(trace)
         return trace.outputs
+
+
+def _same(before: tuple[list[Any], TreeSpec], after: tuple[list[Any], TreeSpec]) -> bool:
+    """The same objects in the same structure?"""
+    return before[1] == after[1] and all(map(operator.is_, before[0], after[0]))
 
 
 @dataclass(slots=True)
@@ -176,7 +195,7 @@ class _Trace:
     """How the outputs of one traced call make up its result.
 
     values: the traced outputs, in flat order. leaves: for each leaf of the result its position
-    among them, or the plain value, or which cache.
+    among them, or the plain value, or which cache. assigned: the buffers that were replaced.
     """
 
     spec: TreeSpec
@@ -184,6 +203,7 @@ class _Trace:
     changes: list[list[caches.Place]]
     templates: list[Any]
     outputs: tuple[Any, ...]
+    assigned: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, result: Any, before: Sequence[Any], after: Sequence[Any]) -> "_Trace":

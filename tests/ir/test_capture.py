@@ -554,3 +554,38 @@ def test_an_error_in_torch_does_not_blame_ridgelines_own_lines():
     with pytest.raises(CaptureError) as caught:
         capture(_model(change, w=nn.Parameter(torch.ones(4))), (X,))
     assert "capture.py" not in str(caught.value)
+
+
+def test_filling_a_container_of_the_caller_is_named():
+    def fill(m: nn.Module, x: Tensor, found: list[Tensor]) -> Tensor:
+        found.append(x * 2)
+        return x + 1
+
+    with pytest.raises(CaptureError, match=r"puts something into a container.*return it"):
+        capture(_model(fill), (X, []))
+
+
+def _with_buffer(function: Any) -> nn.Module:
+    model = _model(function)
+    model.register_buffer("seen", torch.zeros(4))
+    return model
+
+
+def test_a_buffer_assigned_anew_is_named():
+    def count(m: nn.Module, x: Tensor) -> Tensor:
+        m.seen = m.seen + 1
+        return x + m.seen
+
+    with pytest.raises(CaptureError, match=r"buffer 'seen'.*write self\.seen\.copy_"):
+        capture(_with_buffer(count), (X,))
+
+
+def test_a_buffer_assigned_before_it_is_read_carries_nothing():
+    def fresh(m: nn.Module, x: Tensor) -> Tensor:
+        m.seen = x.sum(0)
+        return x + m.seen
+
+    model = _with_buffer(fresh)
+    captured = capture(model, (X,))
+    for x in (X, Y):
+        _same(_run(captured, x), model(x))
