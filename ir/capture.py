@@ -9,7 +9,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -140,6 +140,12 @@ def capture(
         exported = _export(wrapper, call, dynamic)
     module = _unlifted(exported, wrapper)
     trace = traces[-1]
+    for node in module.graph.find_nodes(op="get_attr"):
+        if node.target in trace.assigned and node.users:
+            raise CaptureError(
+                f"the model reads buffer {node.target!r} and assigns it anew, which no graph can"
+                f" carry to the next call; write self.{node.target}.copy_(...)"
+            )
     program = Program.from_graph(
         module,
         call.flat,
@@ -166,10 +172,23 @@ class _Flat(nn.Module):
     def forward(self, *flat: Tensor) -> tuple[Any, ...]:
         args, kwargs, made = self.call.rebuild(flat)
         before = [caches.with_tensors(c, caches.tensors(c)) for c in made]
+        buffers = dict(self.model.named_buffers())
+        leaves = tree_flatten((args, kwargs), is_leaf=caches.is_cache)
         result = self.model(*args, **kwargs)
+        if not _same(leaves, tree_flatten((args, kwargs), is_leaf=caches.is_cache)):
+            raise CaptureError(
+                "the model puts something into a container among its arguments, which no graph can"
+                " do; return it instead"
+            )
         trace = _Trace.of(result, before, made)
+        trace.assigned = {n for n, b in self.model.named_buffers() if buffers.get(n) is not b}
         self.record(trace)
         return trace.outputs
+
+
+def _same(before: tuple[list[Any], TreeSpec], after: tuple[list[Any], TreeSpec]) -> bool:
+    """The same objects in the same structure?"""
+    return before[1] == after[1] and all(map(operator.is_, before[0], after[0]))
 
 
 @dataclass(slots=True)
@@ -177,7 +196,7 @@ class _Trace:
     """How the outputs of one traced call make up its result.
 
     values: the traced outputs, in flat order. leaves: for each leaf of the result its position
-    among them, or the plain value, or which cache.
+    among them, or the plain value, or which cache. assigned: the buffers that were replaced.
     """
 
     spec: TreeSpec
@@ -185,6 +204,7 @@ class _Trace:
     changes: list[list[caches.Place]]
     templates: list[Any]
     outputs: tuple[Any, ...]
+    assigned: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, result: Any, before: Sequence[Any], after: Sequence[Any]) -> "_Trace":
@@ -193,15 +213,21 @@ class _Trace:
         leaves: list[tuple[str, Any]] = []
         known = list(after)
         for leaf in found:
-            if isinstance(leaf, Tensor | torch.SymInt | torch.SymFloat):
+            if isinstance(leaf, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
                 leaves.append(("output", len(outputs)))
                 outputs.append(leaf)
             elif caches.is_cache(leaf):
                 if not any(leaf is c for c in known):
                     known.append(leaf)
                 leaves.append(("cache", next(i for i, c in enumerate(known) if c is leaf)))
-            else:
+            elif isinstance(leaf, _PLAIN):
                 leaves.append(("plain", leaf))
+            else:
+                raise CaptureError(
+                    f"the model returns a {type(leaf).__name__}, whose tensors torch.export cannot"
+                    " see; return tensors, numbers, strings, caches, and containers of them, or"
+                    " register the class with torch.utils._pytree.register_pytree_node"
+                )
         changes = []
         for i, cache in enumerate(known):
             replaced = caches.replaced(before[i] if i < len(before) else None, cache)
@@ -238,7 +264,7 @@ def _export(wrapper: _Flat, call: Call, dynamic: bool) -> torch.export.ExportedP
     shapes = {"flat": tuple(_free(call))} if dynamic and call.flat else None
     try:
         return torch.export.export(wrapper, tuple(call.flat), dynamic_shapes=shapes, strict=False)
-    except caches.CacheError:
+    except (caches.CacheError, CaptureError):
         raise
     except Exception as error:  # whatever the model's code meets under tracing
         if shapes is not None:
@@ -277,6 +303,11 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
     """The exported graph with its weights as attributes named as in the model's state dict."""
     root = nn.Module()
     graph = exported.graph_module.graph
+    if regions := list(graph.find_nodes(op="get_attr")):  # graphs of their own inside the graph
+        raise CaptureError(
+            f"the model runs code under {next(iter(regions[0].users)).target}; set grad mode and"
+            " autocast outside of the model, and write torch.cond as torch.where"
+        )
     placeholders = graph.find_nodes(op="placeholder")
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.target is None:
@@ -284,6 +315,11 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
         tensor = exported.constants.get(spec.target)
         if spec.target in exported.state_dict or tensor is None:
             tensor = operator.attrgetter(spec.target)(wrapper)
+        if not isinstance(tensor, Tensor):
+            raise CaptureError(
+                f"the model uses a {type(tensor).__name__}, which no graph can carry; use tensors"
+                " only, and torch's own random state"
+            )
         name = spec.target.removeprefix("model.")
         _assign(root, name, tensor)
         with graph.inserting_before(node):

@@ -10,13 +10,13 @@ from torch import nn
 from ridgeline.ir.errors import RidgelineError
 
 _LIBRARIES = tuple(str(Path(m.__file__).parent) for m in (torch,) if m.__file__)
-_HERE = str(Path(__file__).resolve().parent)
+_HERE = str(Path(__file__).parent)
 
 _WAYS_OUT = (
     (
         ("data-dependent", "unbacked", "Could not guard", "Could not extract specialized"),
-        "the graph depends on the values of a tensor: use torch.where or torch.cond instead of"
-        " `if`, and avoid .item(), .tolist() and int(tensor)",
+        "the graph depends on the values of a tensor: use torch.where instead of `if`,"
+        " and avoid .item(), .tolist() and int(tensor)",
     ),
     (
         ("Unsupported input type", "unexpected type", "pytree"),
