@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from ridgeline.cost_model.work import Attention, Gemm, Kernel, Stream, Work
+from ridgeline.cost_model.work import Attention, Gemm, Kernel, Norm, Stream, Work
 from ridgeline.ir.errors import RidgelineError
 
 aten = torch.ops.aten
@@ -283,6 +283,13 @@ def _quantized_linear(node: fx.Node) -> Kernel:
     )
 
 
+def _norm(node: fx.Node) -> Kernel:
+    x = _val(node, 0)
+    *rows, size = _shape(x)
+    center, residual = "layer" in node.target._opname, node.target._opname.startswith("add_")
+    return Norm(prod(rows), size, x.dtype, center, residual, library="ridgeline")
+
+
 def _convolution(node: fx.Node) -> Kernel:
     """An implicit GEMM: rows are output positions (input positions when transposed)."""
     image, weight = _val(node, 0), _val(node, 1)
@@ -326,4 +333,5 @@ _LAWS: dict[Any, Callable[[fx.Node], Kernel]] = {
 _RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
     "attention": _ridgeline_attention,
     "quantized_linear": _quantized_linear,
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), _norm),
 }

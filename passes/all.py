@@ -2,6 +2,7 @@
 
 from ridgeline.passes.base import Pass
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
+from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
 
-PASSES: tuple[Pass, ...] = (FLASH_ATTENTION, QUANTIZED)
+PASSES: tuple[Pass, ...] = (FLASH_ATTENTION, QUANTIZED, NORMS)

@@ -4,7 +4,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ridgeline.tools import bench_attention, bench_linear
+from ridgeline.cost_model import load_target
+from ridgeline.tools import bench_attention, bench_linear, bench_norm
 from ridgeline.tools.timing import dram_read_bandwidth
 
 PROMPT, NEW, TOLERANCE = 256, 64, 0.02
@@ -23,6 +24,13 @@ def attention(rounds: int, console: Console) -> None:
     """Attention against scaled_dot_product_attention: causal prefill and decoding."""
     with torch.inference_mode():
         for title, timings in bench_attention.cases(rounds):
+            console.print(timings.table(title))
+
+
+def norm(rounds: int, console: Console) -> None:
+    """RMSNorm and LayerNorm of a residual sum, against Inductor's kernels and eager torch."""
+    with torch.inference_mode(False), torch.no_grad():
+        for title, timings in bench_norm.cases(rounds, load_target("cpu")):
             console.print(timings.table(title))
 
 

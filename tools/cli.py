@@ -58,6 +58,7 @@ class Objective(StrEnum):
 class Bench(StrEnum):
     linear = "linear"
     attention = "attention"
+    norm = "norm"
     decode = "decode"
     perplexity = "perplexity"
 

@@ -1,4 +1,4 @@
-"""What the CPU kernels of `ridgeline::quantized_linear` share: sizes, decoding, reading x, storing y.
+"""What the CPU kernels of `ridgeline::quantized_linear` share: sizes, decoding, reading, storing.
 
 `pieces` gives expressions and `T.inline` parts of TVMScript functions; every condition on the spec
 is settled while the kernel is written.

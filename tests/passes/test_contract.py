@@ -37,9 +37,20 @@ def _linear() -> tuple[nn.Module, list[Tensor]]:
     return nn.Linear(128, 96), [torch.randn(2, 5, 128)]
 
 
+class Normalise(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _norm() -> tuple[nn.Module, list[Tensor]]:
+    return Normalise(), [torch.randn(3, 7, 24), torch.randn(24)]
+
+
 EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "flash_attention": _attention,
     "quantized_linear": _linear,
+    "norm": _norm,
 }
 """One model that each pass fits once."""
 
