@@ -5,7 +5,7 @@ Source text, not closures: a failure prints the module that fails, ready to be p
 
 import itertools
 import linecache
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +36,16 @@ class Input:
 class Case:
     """A module as text.
 
-    rewrite: name of the pass that must (or, in a trap, must not) take it; choices: axis -> spelling.
+    rewrite: name of the pass that must (or, in a trap, must not) take it. words: what it means;
+    choices: axis -> spelling; respell: other choices -> the same meaning spelt so.
     setup: statements of ``__init__``; body: statements of ``forward``, the last one a return.
     forbidden: what no rewrite may do to a trap, one of `generate.verdict.FORBIDDEN`.
     """
 
     rewrite: str
-    choices: Mapping[str, str]
+    words: dict[str, str]
+    choices: dict[str, str]
+    respell: Callable[[Mapping[str, str]], "Case"]
     inputs: tuple[Input, ...]
     body: tuple[str, ...]
     setup: tuple[str, ...] = ()
@@ -62,7 +65,10 @@ class Case:
     def module(self) -> nn.Module:
         """The module, in eval mode, with the same parameters each time."""
         filename = f"<case {next(_numbers)}>"
-        source = f"import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n{self.source}"
+        source = (
+            f"import math\nimport torch\nimport torch.nn.functional "
+            f"as F\nfrom torch import nn\n{self.source}"
+        )
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         namespace: dict[str, type[nn.Module]] = {"__name__": "generated"}  # type: ignore[dict-item]
         exec(compile(source, filename, "exec"), namespace)
@@ -75,7 +81,15 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         return [x.draw(generator) for x in self.inputs]
 
+    def runs(self) -> bool:
+        """Does the module run? A spoilt stage need not fit every spelling of the others."""
+        try:
+            self.module()(*self.arguments())
+        except (RuntimeError, IndexError, NameError):
+            return False
+        return True
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{x.name}: {list(x.shape)} {x.dtype}" for x in self.inputs)
-        spelt = ", ".join(f"{a}={c!r}" for a, c in self.choices.items())
+        spelt = ", ".join(f"{a}={c!r}" for a, c in (self.words | self.choices).items())
         return f"\n# {self.rewrite}: {spelt}\n# {shapes}\n{self.source}"

@@ -4,15 +4,15 @@ Many cases go through one export. A case's nodes are those that its outputs are 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from generate.case import Case
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from generate.case import Case
 from ridgeline.cost_model import load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.normalize import normalize
@@ -32,7 +32,8 @@ class Verdict:
     """One case as the compiler sees it.
 
     taken: pass -> how many of its sites the case has. diagonals: attention calls read as causal.
-    refusals: the reasons given. wrong: how the rewritten module differs, or "".
+    refusals: the reasons given. wrong: how the rewritten module differs, or "". dynamic: captured
+    with free sizes.
     """
 
     case: Case
@@ -40,6 +41,7 @@ class Verdict:
     diagonals: int
     refusals: tuple[str, ...]
     wrong: str
+    dynamic: bool
 
     def __str__(self) -> str:
         reasons = "\n".join(f"# refused: {r}" for r in self.refusals)
@@ -54,6 +56,20 @@ FORBIDDEN = {
 """What a trap may forbid beyond a wrong result; each says whether a verdict has done it."""
 
 
+def shrunk(verdict: Verdict, fails: Callable[[Verdict], bool]) -> Verdict:
+    """The verdict on the plainest spelling that still fails: axis by axis, what can be dropped."""
+    choices = dict(verdict.case.choices)
+    for axis in list(choices):
+        fewer = {a: c for a, c in choices.items() if a != axis}
+        case = verdict.case.respell(fewer)
+        if not case.runs():
+            continue
+        (simpler,) = examine([case], dynamic=verdict.dynamic)
+        if fails(simpler):
+            choices, verdict = fewer, simpler
+    return verdict
+
+
 class _Batch(nn.Module):
     def __init__(self, cases: Sequence[Case]) -> None:
         super().__init__()
@@ -61,7 +77,7 @@ class _Batch(nn.Module):
         self.widths = [len(case.inputs) for case in cases]
 
     def forward(self, *arguments: Tensor) -> tuple[Any, ...]:
-        parts = torch.utils._pytree.tree_map(lambda x: x, list(arguments))
+        parts = list(arguments)
         outputs = []
         for case, width in zip(self.cases, self.widths, strict=True):
             outputs.append(case(*parts[:width]))
@@ -70,11 +86,14 @@ class _Batch(nn.Module):
 
 
 @torch.no_grad()
-def examine(cases: Sequence[Case]) -> list[Verdict]:
-    """Capture all cases in one module, propose every pass, apply each pass alone and compare."""
+def examine(cases: Sequence[Case], *, dynamic: bool = False) -> list[Verdict]:
+    """Capture all cases in one module, propose every pass, apply each pass alone and compare.
+
+    dynamic: capture with free batch and length, which takes several times as long.
+    """
     batch = _Batch(cases)
     inputs = [x for case in cases for x in case.arguments()]
-    program = capture(batch, inputs).program
+    program = capture(batch, inputs, dynamic=dynamic).program
     original, _ = copy_graph(program.module)
     normalize(program.module)
     module = program.module
@@ -86,12 +105,13 @@ def examine(cases: Sequence[Case]) -> list[Verdict]:
     candidates, refusals = propose(PASSES, module, setting)
     wrong = _differences(original, module, [], inputs, widths)
     for name in sorted({c.rewrite.name for c in candidates}):
-        chosen = _first_forms([c for c in candidates if c.rewrite.name == name])
-        found = _differences(original, module, chosen, inputs, widths)
-        wrong = [a or (b and f"{name}: {b}") for a, b in zip(wrong, found, strict=True)]
+        for chosen in _forms([c for c in candidates if c.rewrite.name == name]):
+            found = _differences(original, module, chosen, inputs, widths)
+            wrong = [a or (b and f"{name}: {b}") for a, b in zip(wrong, found, strict=True)]
+    sites = {(c.rewrite.name, c.site.outs[0]): c for c in candidates}.values()
     verdicts = []
     for case, cone, difference in zip(cases, cones, wrong, strict=True):
-        mine = [c for c in _first_forms(candidates) if c.site.outs[0] in cone]
+        mine = [c for c in sites if c.site.outs[0] in cone]
         reasons = [
             f"{r.rewrite.name} ({r.by}): {r.reject.reason}"
             for r in refusals
@@ -104,6 +124,7 @@ def examine(cases: Sequence[Case]) -> list[Verdict]:
                 sum(getattr(c.call, "diagonal", None) is not None for c in mine),
                 tuple(reasons),
                 difference,
+                dynamic,
             )
         )
     return verdicts
@@ -113,12 +134,13 @@ def _copies(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [x.clone() for x in inputs]
 
 
-def _first_forms(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """One candidate for each site of each pass: the one with the least error."""
-    best: dict[tuple[str, fx.Node], Candidate] = {}
-    for c in sorted(candidates, key=lambda c: c.error):
-        best.setdefault((c.rewrite.name, c.site.outs[0]), c)
-    return [c for c in candidates if c in best.values()]
+def _forms(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """One candidate for each site, the first offered; then the last ones. None that loses bits."""
+    lossless = [c for c in candidates if c.error == 0]
+    last = {c.site.outs[0]: c for c in lossless}
+    first = {c.site.outs[0]: c for c in reversed(lossless)}
+    chosen = [list(first.values()), list(last.values())]
+    return chosen if first != last else chosen[:1]
 
 
 def _cones(graph: fx.Graph, widths: Sequence[int]) -> list[set[fx.Node]]:
@@ -157,9 +179,10 @@ def _differences(original, module, chosen, inputs, widths: Sequence[int]) -> lis
     rewritten = apply(module, chosen)
     expected, got = (m(*_copies(inputs)) for m in (original, rewritten))
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    # A lossy form would differ by its error; one without loss still rounds its scales to fp32.
-    exact = all(c.error == 0 for c in chosen)
-    reals = [_Float64(m).run(*_copies(wide)) for m in (original, rewritten)] if exact else [got] * 2
+    reals = [expected, got]
+    if all(c.rewrite.exactness != "approximate" for c in chosen):
+        # A lossy pass computes in fp32, even where it keeps every bit of the weight.
+        reals = [_in_float64(m, _copies(wide)) for m in (original, rewritten)]
     said = []
     at = 0
     for width in widths:
@@ -168,7 +191,7 @@ def _differences(original, module, chosen, inputs, widths: Sequence[int]) -> lis
         pairs = zip(got[here], expected[here], strict=True)
         problem = next(filter(None, (_unlike(g, e) for g, e in pairs)), "")
         error = relative_error(reals[1][here], reals[0][here])
-        if not problem and error > EQUIVALENCE_LIMIT:
+        if not problem and reals[1] is not got and error > EQUIVALENCE_LIMIT:
             problem = f"relative error {error:.2g} in float64"
         said.append(problem)
     return said
@@ -184,10 +207,21 @@ def _unlike(got: Tensor, expected: Tensor) -> str:
         return "infinities at other places"
     if not finite.any():
         return ""
+    if expected.dtype == torch.bool:
+        return "" if torch.equal(got, expected) else "other booleans"
     largest = expected[finite].abs().max().item()
     worst = (got[finite] - expected[finite]).abs().max().item()
     allowed = ROUNDING.get(expected.dtype, 0.0) * largest
     return "" if worst <= allowed else f"differs by {worst:.3g} where entries reach {largest:.3g}"
+
+
+def _in_float64(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # for what the graph makes in the default dtype
+    try:
+        return _Float64(module).run(*inputs)
+    finally:
+        torch.set_default_dtype(default)
 
 
 class _Float64(fx.Interpreter):
