@@ -15,6 +15,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/golden/*.txt instead of comparing"
     )
+    parser.addoption(
+        "--generate",
+        type=int,
+        default=None,
+        metavar="N",
+        help="N random spellings and N random traps of each meaning, other ones at each run",
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,42 @@
+"""What nearly means attention, a norm or a layer: the result stays, and nothing illegal is done."""
+
+import pytest
+
+from generate import attention_traps, linear, norm_traps
+from generate.search import search
+from generate.verdict import FORBIDDEN, Verdict, examine
+
+TRAPS = {"attention": attention_traps, "linear": linear, "norm": norm_traps}
+
+KNOWN_WRONG: set[str] = {
+    # Rounding scores or weights on purpose is seen through as if it were a cast of the model's.
+    *("scores rounded", "scores rounded and widened", "weights rounded"),
+}
+"""Traps that are fallen into today; one that is avoided fails its test: drop it here."""
+
+
+def _fell(verdict: Verdict) -> bool:
+    return bool(verdict.wrong) or FORBIDDEN[verdict.case.forbidden](verdict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meaning", TRAPS)
+def test_each_trap_is_avoided(meaning):
+    module = TRAPS[meaning]
+    names = list(module.TRAPS)
+    for start in range(0, len(names), 24):
+        part = names[start : start + 24]
+        for name, verdict in zip(part, examine([module.trap(n) for n in part]), strict=True):
+            assert _fell(verdict) == (name in KNOWN_WRONG), f"{name}: {verdict}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meaning", TRAPS)
+def test_traps_among_random_spellings_are_avoided(request, meaning):
+    search(
+        request.config,
+        TRAPS[meaning]
+        .traps()
+        .filter(lambda case: case.words["trap"] not in KNOWN_WRONG and case.runs()),
+        _fell,
+    )
