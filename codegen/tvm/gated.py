@@ -72,27 +72,30 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
 
 def gated_activation_out(gate: Tensor, up: Tensor, *, activation: str, out: Tensor) -> None:
     """`gated_activation` into the contiguous `out`: no dispatcher, no allocation."""
-    if gate.dim() != 3:
-        gate, up, out = _folded(gate, up, out)
-    if gate.stride(2) != 1:
-        gate = gate.contiguous()
-    if up.stride(2) != 1:
-        up = up.contiguous()
-    # also gives this thread's OpenMP teams torch's setting, which its first call must do
+    # the number of threads also gives this thread's OpenMP teams torch's setting
     parallel = torch.get_num_threads() > 1 and out.numel() >= PARALLEL_ELEMENTS
+    run = kernel(activation, gate.dtype, parallel)
     try:
-        kernel(activation, gate.dtype, parallel)(gate, up, out)
-    except (ValueError, TypeError, RuntimeError) as mismatch:
-        raise UnsupportedProblem(
-            f"expected gate and up of one shape and dtype on the CPU, found {gate.dtype}"
-            f" {list(gate.shape)} on {gate.device} and {up.dtype} {list(up.shape)} on {up.device}"
-        ) from mismatch
+        run(gate, up, out)
+    except (ValueError, TypeError, RuntimeError):
+        if not out.numel():
+            return
+        try:
+            run(*_regular(gate, up, out))
+        except (ValueError, TypeError, RuntimeError) as mismatch:
+            raise UnsupportedProblem(
+                "expected gate and up of one shape and dtype on the CPU, found"
+                f" {gate.dtype} {list(gate.shape)} on {gate.device} and"
+                f" {up.dtype} {list(up.shape)} on {up.device}"
+            ) from mismatch
 
 
-def _folded(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three dimensions out of any number."""
+def _regular(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three dimensions out of any number, the last one contiguous."""
     n = gate.shape[-1] if gate.dim() else 1
-    return gate.reshape(1, -1, n), up.reshape(1, -1, n), out.view(1, -1, n)
+    gate, up = (x if x.dim() == 3 else x.reshape(1, -1, n) for x in (gate, up))
+    gate, up = (x if x.stride(2) == 1 else x.contiguous() for x in (gate, up))
+    return gate, up, out.view(gate.shape)
 
 
 LIBRARY.define("tvm_gated_activation(Tensor gate, Tensor up, *, str activation) -> Tensor")

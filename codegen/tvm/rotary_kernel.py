@@ -43,9 +43,9 @@ class Spec(NamedTuple):
 
 
 def build(spec: Spec) -> Any:
-    """main(q, k, cos, sin, q_out, k_out): q [B,H,S,D], k [B,Hk,S,D], cos and sin [1|B,S,R].
+    """main(q, k, cos, sin, out): q [B,H,S,D], k [B,Hk,S,D], cos, sin [1|B,S,R], out [B,S,H+Hk,D].
 
-    The last dimension of all of them is contiguous; other strides are free.
+    The last dimension of all of them is contiguous; other strides are free, out is contiguous.
     """
     dim, size, dtype, angle = spec.dim, spec.size, spec.dtype, spec.angle
     half = size // 2
@@ -57,32 +57,32 @@ def build(spec: Spec) -> Any:
         return vector(f"rl_load_{kind}_16", T.address_of(x[at]))
 
     @T.inline
-    def store(y, b, h, s, column, value):
+    def store(y, b, g, s, column, value):
         if dtype == "float32":
-            y[b, h, s, lanes(column)] = value
+            y[b, s, g, lanes(column)] = value
         else:
-            y[b, h, s, lanes(column)] = T.Cast(f"{dtype}x16", value)
+            y[b, s, g, lanes(column)] = T.Cast(f"{dtype}x16", value)
 
     @T.inline
-    def turn_halves(x, y, cos, sin, a, b, h, s, i):
+    def turn_halves(x, y, cos, sin, a, b, h, g, s, i):
         one = registers((LANES,))
         two = registers((LANES,))
         one[lanes(0)] = read(x, dtype, b, h, s, i)
         two[lanes(0)] = read(x, dtype, b, h, s, half + i)
         low: T.let = two[lanes(0)] * read(sin, angle, a, s, i)
         high: T.let = one[lanes(0)] * read(sin, angle, a, s, half + i)
-        store(y, b, h, s, i, one[lanes(0)] * read(cos, angle, a, s, i) - low)
-        store(y, b, h, s, half + i, fma(two[lanes(0)], read(cos, angle, a, s, half + i), high))
+        store(y, b, g, s, i, one[lanes(0)] * read(cos, angle, a, s, i) - low)
+        store(y, b, g, s, half + i, fma(two[lanes(0)], read(cos, angle, a, s, half + i), high))
 
     @T.inline
-    def turn_neighbours(x, y, cos, sin, a, b, h, s, i):
+    def turn_neighbours(x, y, cos, sin, a, b, h, g, s, i):
         one = registers((LANES,))
         one[lanes(0)] = read(x, dtype, b, h, s, i)
         turned: T.let = vector("rl_rotate_pairs", one[lanes(0)]) * read(sin, angle, a, s, i)
-        store(y, b, h, s, i, fma(one[lanes(0)], read(cos, angle, a, s, i), turned))
+        store(y, b, g, s, i, fma(one[lanes(0)], read(cos, angle, a, s, i), turned))
 
     @T.inline
-    def turn_pair(x, y, cos, sin, a, b, h, s, i, j):
+    def turn_pair(x, y, cos, sin, a, b, h, g, s, i, j):
         """One pair of features, i and j."""
         one: T.let = T.Cast("float32", x[b, h, s, i])
         two: T.let = T.Cast("float32", x[b, h, s, j])
@@ -90,39 +90,32 @@ def build(spec: Spec) -> Any:
         cj: T.let = T.Cast("float32", cos[a, s, j])
         si: T.let = T.Cast("float32", sin[a, s, i])
         sj: T.let = T.Cast("float32", sin[a, s, j])
-        y[b, h, s, i] = T.Cast(dtype, one * ci - two * si)
-        y[b, h, s, j] = T.Cast(dtype, two * cj + one * sj)
+        y[b, s, g, i] = T.Cast(dtype, one * ci - two * si)
+        y[b, s, g, j] = T.Cast(dtype, two * cj + one * sj)
 
     @T.inline
-    def turn(x, y, cos, sin, a, b, h, s):
-        """One head at one position."""
+    def turn(x, y, cos, sin, a, b, h, g, s):
+        """Head h of x, which is head g of the result, at one position."""
         for c in T.serial(whole // LANES):
             if spec.interleaved:
-                turn_neighbours(x, y, cos, sin, a, b, h, s, c * LANES)
+                turn_neighbours(x, y, cos, sin, a, b, h, g, s, c * LANES)
             else:
-                turn_halves(x, y, cos, sin, a, b, h, s, c * LANES)
+                turn_halves(x, y, cos, sin, a, b, h, g, s, c * LANES)
         if spec.interleaved:
             for p in T.serial((size - whole) // 2):
-                turn_pair(x, y, cos, sin, a, b, h, s, whole + 2 * p, whole + 2 * p + 1)
+                turn_pair(x, y, cos, sin, a, b, h, g, s, whole + 2 * p, whole + 2 * p + 1)
         else:
             for p in T.serial(half - whole):
-                turn_pair(x, y, cos, sin, a, b, h, s, whole + p, half + whole + p)
+                turn_pair(x, y, cos, sin, a, b, h, g, s, whole + p, half + whole + p)
         for c in T.serial((dim - size) // LANES):
             # by way of fp32, which is exact: TVM copies no bf16 as it is
-            store(y, b, h, s, size + c * LANES, read(x, dtype, b, h, s, size + c * LANES))
+            store(y, b, g, s, size + c * LANES, read(x, dtype, b, h, s, size + c * LANES))
         for i in T.serial((dim - size) % LANES):
             column = T.meta_var(dim - (dim - size) % LANES + i)
-            y[b, h, s, column] = T.Cast(dtype, T.Cast("float32", x[b, h, s, column]))
+            y[b, s, g, column] = T.Cast(dtype, T.Cast("float32", x[b, h, s, column]))
 
     @T.prim_func(s_tir=True)
-    def main(
-        q_: T.handle,
-        k_: T.handle,
-        cos_: T.handle,
-        sin_: T.handle,
-        q_out_: T.handle,
-        k_out_: T.handle,
-    ):
+    def main(q_: T.handle, k_: T.handle, cos_: T.handle, sin_: T.handle, out_: T.handle):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         batch, heads, key_heads = T.int64(), T.int64(), T.int64()
         length, angles = T.int64(), T.int64()
@@ -131,16 +124,16 @@ def build(spec: Spec) -> Any:
         table = T.meta_var((angles, length, T.int64(size)))
         cos = T.match_buffer(cos_, table, angle, strides=(T.int64(), T.int64(), T.int64(1)), align=1)
         sin = T.match_buffer(sin_, table, angle, strides=(T.int64(), T.int64(), T.int64(1)), align=1)
-        q_out = tensor(q_out_, (batch, heads, length, T.int64(dim)), dtype, T.int64(1))
-        k_out = tensor(k_out_, (batch, key_heads, length, T.int64(dim)), dtype, T.int64(1))
+        heads_out = T.meta_var((batch, length, heads + key_heads, T.int64(dim)))
+        out = T.match_buffer(out_, heads_out, dtype, align=1)
         with T.attr(0, "pragma_import_llvm", kernel_helpers(spec.isa) + _ROTATE):
             for item in loop(batch * length):
                 b = T.meta_var(item // length)
                 s = T.meta_var(item % length)
                 a = T.meta_var(T.min(item // length, angles - 1))
                 for h in T.serial(heads):
-                    turn(q, q_out, cos, sin, a, b, h, s)
+                    turn(q, out, cos, sin, a, b, h, h, s)
                 for h in T.serial(key_heads):
-                    turn(k, k_out, cos, sin, a, b, h, s)
+                    turn(k, out, cos, sin, a, b, h, heads + h, s)
 
     return main
