@@ -64,9 +64,9 @@ class Pass:
     """One piece of knowledge about models.
 
     patterns: the spellings, traced at first use. search: finds sites, and near misses, that no
-    traced pattern can name (bounds of slices that depend on sizes). accepts: a site -> every candidate for it, or the
-    reason why there is none. prepare: once chosen, the costly part (fold or refine weights).
-    apply: (candidate, nodes of the copy, graph module) -> rewrites the
+    traced pattern can name (bounds of slices that depend on sizes). accepts: a site -> every
+    candidate for it, or the reason why there is none. prepare: once chosen, the costly part (fold
+    or refine weights). apply: (candidate, nodes of the copy, graph module) -> rewrites the
     copy in place. rounding: largest relative Frobenius error of a kernel against the op's
     reference, by dtype.
     """

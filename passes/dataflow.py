@@ -106,9 +106,7 @@ def stranger(interior: Collection[fx.Node], outs: Sequence[fx.Node]) -> Reject |
     return None
 
 
-def operand(
-    candidate: Candidate, copied: Mapping[fx.Node, fx.Node], wanted: fx.Node
-) -> fx.Node:
+def operand(candidate: Candidate, copied: Mapping[fx.Node, fx.Node], wanted: fx.Node) -> fx.Node:
     """The node of the copy that now stands for `wanted`: what the site's nodes read in its place.
 
     Another rewrite may have replaced what computed it.

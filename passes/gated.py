@@ -14,12 +14,18 @@ import torch
 from torch import fx
 
 from ridgeline.cost_model import Work
-from ridgeline.cost_model.pointwise import gated_after, gated_before
+from ridgeline.cost_model.pointwise import gated_work
 from ridgeline.ir.gated import GATED_ACTIVATION, TANH_CUBIC, TANH_SCALE
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
-from ridgeline.passes.dataflow import is_floating, operand, orders, stranger, through_casts
+from ridgeline.passes.dataflow import (
+    is_floating,
+    operand,
+    orders,
+    stranger,
+    through_casts,
+)
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -244,8 +250,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             rewrite=GATED,
             site=site,
             call=Call(gate, up, site.pattern),
-            before=_work(gate, out, site.pattern, after=False),
-            after=_work(gate, out, site.pattern, after=True),
+            before=_work(site, setting, ours=False),
+            after=_work(site, setting, ours=True),
             preconditions=(
                 f"{site.pattern} of {gate.name} times {up.name}, of one shape",
                 "the activation is read by this product alone",
@@ -254,12 +260,10 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     ]
 
 
-def _work(gate: fx.Node, out: fx.Node, activation: str, *, after: bool) -> Work:
-    elements = math.prod(
-        s if isinstance(s, int) else int(s.node.hint) for s in out.meta["val"].shape
-    )
-    count = gated_after if after else gated_before
-    return count(elements, out.meta["val"].dtype, activation)
+def _work(site: Site, setting: Setting, *, ours: bool) -> Work:
+    value = site.outs[0].meta["val"]
+    elements = math.prod(s if isinstance(s, int) else int(s.node.hint) for s in value.shape)
+    return gated_work(elements, value.dtype, site.pattern, kind=setting.target.kind, ours=ours)
 
 
 def apply(

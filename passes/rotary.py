@@ -7,6 +7,7 @@ the same cos and sin become one call. Source: Su et al., RoFormer.
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 
 from ridgeline.cost_model import Work
-from ridgeline.cost_model.pointwise import rotary_after, rotary_before
+from ridgeline.cost_model.pointwise import rotary_work
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.rotary import ROTARY
 from ridgeline.ir.symbolic import shape_of
@@ -111,8 +112,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             rewrite=ROTARY_EMBEDDING,
             site=site,
             call=call,
-            before=_work(site, size, after=False),
-            after=_work(site, size, after=True),
+            before=_work(site, setting, ours=False),
+            after=_work(site, setting, ours=True),
             preconditions=(
                 f"features 0 to {size - 1} of {' and '.join(x.name for x in tensors)} are turned in"
                 f" {turned}, by slices and sign",
@@ -122,7 +123,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     ]
 
 
-def _work(site: Site, size: int, *, after: bool) -> Work:
+def _work(site: Site, setting: Setting, *, ours: bool) -> Work:
     def elements(node: fx.Node) -> int:
         sizes = node.meta["val"].shape
         return math.prod(s if isinstance(s, int) else int(s.node.hint) for s in sizes)
@@ -135,14 +136,24 @@ def _work(site: Site, size: int, *, after: bool) -> Work:
     ]
     angles = elements(site.bind["cos"]) * site.bind["cos"].meta["val"].dtype.itemsize
     dtype = tensors[0].meta["val"].dtype
-    counts = [elements(x) for x in tensors]
-    if after:
-        return rotary_after(counts, 2 * angles, dtype, copied=sum(stored))
-    return rotary_before(counts, 2 * angles, dtype)
+    return rotary_work(
+        [elements(x) for x in tensors],
+        2 * angles,
+        dtype,
+        kind=setting.target.kind,
+        ours=ours,
+        stored=sum(stored),
+    )
 
 
-_STORES = (aten.cat.default, aten.index_put.default, aten.index_copy.default, aten.index_put_.default,
-           aten.index_copy_.default, aten.copy_.default)  # fmt: skip
+_STORES = (
+    aten.cat.default,
+    aten.copy_.default,
+    aten.index_copy.default,
+    aten.index_copy_.default,
+    aten.index_put.default,
+    aten.index_put_.default,
+)
 """What writes a key into a cache: the compiler of the rest turns the key in the same loop, which
 after the rewrite reads it again."""
 
@@ -174,7 +185,7 @@ def apply(
                   for x in (call.cos, call.sin)]  # fmt: skip
         new = insert(ROTARY.overload, q, k, *angles, interleaved=call.interleaved)
         new.meta |= {x: v for x, v in last.meta.items() if x in ("nn_module_stack", "stack_trace")}
-        results = [insert_item(graph, new, i) for i in range(len(outs))]
+        results = [_item(graph, new, i) for i in range(len(outs))]
         if call.heads == 2:
             results = [insert(aten.transpose.int, r, 1, 2) for r in results]
     for out, result in zip(outs, results, strict=True):
@@ -182,10 +193,8 @@ def apply(
     return new
 
 
-def insert_item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     """Output `index` of a call with several."""
-    import operator
-
     item = graph.call_function(operator.getitem, (node, index))
     item.meta["val"] = node.meta["val"][index]
     return item

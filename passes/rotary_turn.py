@@ -226,7 +226,8 @@ def _finish(
     """The turn with its untouched features and its dtype, and the layout that cos and sin show."""
     if not (is_floating(cos) and is_floating(sin)):
         return None
-    assert isinstance(cos, fx.Node) and isinstance(sin, fx.Node)
+    assert isinstance(cos, fx.Node)
+    assert isinstance(sin, fx.Node)
     x, out = _whole(node, place, inside)
     out = _cast_back(out, x, inside)
     if x.meta["val"].dim() != 4:

@@ -63,7 +63,7 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     """
     shape = gate.shape
     if len(shape) == 3:
-        y = _allocate(shape, (shape[1] * shape[2], shape[2], 1), gate.dtype)
+        y = _allocate(tuple(shape), (shape[1] * shape[2], shape[2], 1), gate.dtype)
     else:
         y = gate.new_empty(shape)
     gated_activation_out(gate, up, activation=activation, out=y)

@@ -56,7 +56,7 @@ def _sigmoid(x: Any) -> Any:
     negative = x < _number(0.0)
     e = _exp(T.Select(negative, x, _number(0.0) - x))
     part = T.Select(negative, e, _number(1.0)) / (_number(1.0) + e)
-    return T.Select(x == x, part, x)  # noqa: PLR0124
+    return T.Select(x == x, part, x)
 
 
 def _normal_cdf(x: Any) -> Any:
@@ -118,7 +118,9 @@ def build(spec: Spec) -> Any:
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         outer, rows, n = T.int64(), T.int64(), T.int64()
         shape = T.meta_var((outer, rows, n))
-        gate = T.match_buffer(gate_, shape, dtype, strides=(T.int64(), T.int64(), T.int64(1)), align=1)
+        gate = T.match_buffer(
+            gate_, shape, dtype, strides=(T.int64(), T.int64(), T.int64(1)), align=1
+        )
         up = T.match_buffer(up_, shape, dtype, strides=(T.int64(), T.int64(), T.int64(1)), align=1)
         y = T.match_buffer(y_, shape, dtype, align=1)
         with T.attr(0, "pragma_import_llvm", kernel_helpers(spec.isa)):

@@ -121,7 +121,10 @@ def _regular(
         return None
     if cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
-    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    q, k, cos, sin = (
+        x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+        for x in (q, k, cos, sin)
+    )
     return q, k, cos, sin
 
 

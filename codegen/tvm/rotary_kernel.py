@@ -56,6 +56,9 @@ def build(spec: Spec) -> Any:
     def read(x, kind, *at):
         return vector(f"rl_load_{kind}_16", T.address_of(x[at]))
 
+    def wide(number):
+        return T.Cast("float32", number)
+
     @T.inline
     def store(y, b, g, s, column, value):
         if dtype == "float32":
@@ -84,14 +87,12 @@ def build(spec: Spec) -> Any:
     @T.inline
     def turn_pair(x, y, cos, sin, a, b, h, g, s, i, j):
         """One pair of features, i and j."""
-        one: T.let = T.Cast("float32", x[b, h, s, i])
-        two: T.let = T.Cast("float32", x[b, h, s, j])
-        ci: T.let = T.Cast("float32", cos[a, s, i])
-        cj: T.let = T.Cast("float32", cos[a, s, j])
-        si: T.let = T.Cast("float32", sin[a, s, i])
-        sj: T.let = T.Cast("float32", sin[a, s, j])
-        y[b, s, g, i] = T.Cast(dtype, one * ci - two * si)
-        y[b, s, g, j] = T.Cast(dtype, two * cj + one * sj)
+        # in a buffer: TVM reads a bf16 number that is bound to a name as an integer
+        pair = registers((2,))
+        pair[0] = T.Cast("float32", x[b, h, s, i])
+        pair[1] = T.Cast("float32", x[b, h, s, j])
+        y[b, s, g, i] = T.Cast(dtype, pair[0] * wide(cos[a, s, i]) - pair[1] * wide(sin[a, s, i]))
+        y[b, s, g, j] = T.Cast(dtype, pair[1] * wide(cos[a, s, j]) + pair[0] * wide(sin[a, s, j]))
 
     @T.inline
     def turn(x, y, cos, sin, a, b, h, g, s):
@@ -122,8 +123,12 @@ def build(spec: Spec) -> Any:
         q = tensor(q_, (batch, heads, length, T.int64(dim)), dtype, T.int64(1))
         k = tensor(k_, (batch, key_heads, length, T.int64(dim)), dtype, T.int64(1))
         table = T.meta_var((angles, length, T.int64(size)))
-        cos = T.match_buffer(cos_, table, angle, strides=(T.int64(), T.int64(), T.int64(1)), align=1)
-        sin = T.match_buffer(sin_, table, angle, strides=(T.int64(), T.int64(), T.int64(1)), align=1)
+        cos = T.match_buffer(
+            cos_, table, angle, strides=(T.int64(), T.int64(), T.int64(1)), align=1
+        )
+        sin = T.match_buffer(
+            sin_, table, angle, strides=(T.int64(), T.int64(), T.int64(1)), align=1
+        )
         heads_out = T.meta_var((batch, length, heads + key_heads, T.int64(dim)))
         out = T.match_buffer(out_, heads_out, dtype, align=1)
         with T.attr(0, "pragma_import_llvm", kernel_helpers(spec.isa) + _ROTATE):
