@@ -22,6 +22,7 @@ aten = torch.ops.aten
 _NOTHING = Work()
 # Operations per element read of the ops that do more than one.
 _FLOPS_PER_ELEMENT = {
+    "gated_activation": 40, "rotary": 4,
     "layer_norm": 8, "native_layer_norm": 8, "group_norm": 8, "native_group_norm": 8,
     "rms_norm": 5, "batch_norm": 4, "softmax": 5, "_softmax": 5, "log_softmax": 5,
     "_log_softmax": 5, "gelu": 8, "silu": 4, "sigmoid": 3, "tanh": 5, "mish": 6,

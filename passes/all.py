@@ -2,7 +2,9 @@
 
 from ridgeline.passes.base import Pass
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
+from ridgeline.passes.gated import GATED
 from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
+from ridgeline.passes.rotary import ROTARY_EMBEDDING
 
-PASSES: tuple[Pass, ...] = (FLASH_ATTENTION, QUANTIZED, NORMS)
+PASSES: tuple[Pass, ...] = (FLASH_ATTENTION, ROTARY_EMBEDDING, GATED, NORMS, QUANTIZED)

@@ -63,9 +63,10 @@ class Candidate:
 class Pass:
     """One piece of knowledge about models.
 
-    patterns: the spellings, traced at first use. accepts: a site -> every candidate for it, or the
-    reason why there is none. prepare: once chosen, the costly part (fold or refine weights).
-    apply: (candidate, nodes of the copy, graph module) -> rewrites the
+    patterns: the spellings, traced at first use. search: finds sites, and near misses, that no
+    traced pattern can name (bounds of slices that depend on sizes). accepts: a site -> every
+    candidate for it, or the reason why there is none. prepare: once chosen, the costly part (fold
+    or refine weights). apply: (candidate, nodes of the copy, graph module) -> rewrites the
     copy in place. rounding: largest relative Frobenius error of a kernel against the op's
     reference, by dtype.
     """
@@ -76,6 +77,7 @@ class Pass:
     patterns: Callable[[], tuple[Pattern, ...]]
     accepts: Callable[[Site, Setting], "list[Candidate] | Reject"]
     apply: Callable[[Candidate, Mapping[fx.Node, fx.Node], fx.GraphModule], fx.Node]
+    search: Callable[[fx.Graph], tuple[list[Site], list[Reject]]] = lambda graph: ([], [])
     prepare: Callable[[Candidate, Setting], Candidate] = lambda candidate, setting: candidate
     rounding: Mapping[str, float] = field(default_factory=dict)
 

@@ -53,5 +53,9 @@ def _sites(rewrite: Pass, graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
         for anchor, miss in missed:
             if anchor not in misses or miss.depth > misses[anchor].depth:
                 misses[anchor] = miss
+    own, near = rewrite.search(graph)
+    for site in own:
+        sites.setdefault(site.outs[0], site)
     covered = {node for site in sites.values() for node in site.nodes}
-    return list(sites.values()), [m for anchor, m in misses.items() if anchor not in covered]
+    unfit = [m for anchor, m in misses.items() if anchor not in covered]
+    return list(sites.values()), unfit + near

@@ -11,6 +11,8 @@ _DEFAULTS = {
     "attention_decode": Config(
         (("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=2, splits=4
     ),
+    "gated": Config((("BLOCK", 2048),), num_warps=4, num_stages=1),
+    "rotary": Config((("BLOCK_H", 8),), num_warps=4, num_stages=1),
     "quantized_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=4),
     "norm": Config((("BLOCK_M", 2), ("BLOCK_N", 1024)), num_warps=4, num_stages=1),
 }
@@ -19,9 +21,9 @@ _DEFAULTS = {
 def standalone_source(kernel: str, config: Config | None = None) -> str:
     """The source of a kernel: its law, kernels, launcher, a configuration and a self-check.
 
-    kernel: "attention", "attention_decode", "quantized_linear" or "norm"; config: as a compiled
-    kernel carries it. Run as a script, the file compares the kernel with float64 on the GPU, or
-    in Triton's interpreter under TRITON_INTERPRET=1. Raises UnsupportedProblem for another name.
+    kernel: the name of its file, as "attention" or "rotary"; config: as a compiled kernel
+    carries it. Run as a script, the file compares the kernel with float64 on the GPU, or in
+    Triton's interpreter under TRITON_INTERPRET=1. Raises UnsupportedProblem for another name.
     """
     if kernel not in _DEFAULTS:
         raise UnsupportedProblem(f"expected a kernel of {', '.join(_DEFAULTS)}, found {kernel!r}")

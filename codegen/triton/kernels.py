@@ -17,15 +17,18 @@ from ridgeline.codegen.kernel import (
     scheme_of,
 )
 from ridgeline.codegen.triton import ops as ops  # registers the kernels' own ops
+from ridgeline.codegen.triton import pointwise
 from ridgeline.codegen.triton.cross_compile import Compiled
 from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.norm_ops import compile_norm
 from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
+from ridgeline.ir.rotary import ROTARY
 
 _KINDS = frozenset({"cuda", "hip"})
 
@@ -122,13 +125,29 @@ def _compile_norm(node: fx.Node, target: Target) -> KernelReport:
     return _report(node.target._schema.name, compiled, target)  # pyright: ignore
 
 
+def _place_gated(node: fx.Node, module: fx.GraphModule) -> None:
+    node.target = torch.ops.ridgeline.triton_gated_activation.default
+
+
+def _compile_gated(node: fx.Node, target: Target) -> KernelReport:
+    return _report(GATED_ACTIVATION.qualified, pointwise.compile_gated_node(node, target), target)
+
+
+def _place_rotary(node: fx.Node, module: fx.GraphModule) -> None:
+    node.target = torch.ops.ridgeline.triton_rotary.default
+
+
+def _compile_rotary(node: fx.Node, target: Target) -> KernelReport:
+    return _report(ROTARY.qualified, pointwise.compile_rotary_node(node, target), target)
+
+
 def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
     audit = dataclasses.asdict(compiled.audit)
     audit["matrix"] = ", ".join(f"{n} {name}" for name, n in compiled.audit.matrix)
     audit["code_bytes"] = len(compiled.binary)
     file = next(
         f
-        for f in ("attention_decode", "attention", "quantized_linear", "norm")
+        for f in ("attention_decode", "attention", "quantized_linear", "norm", "gated", "rotary")
         if compiled.kernel.startswith(f)
     )
     return KernelReport(
@@ -148,4 +167,6 @@ KERNELS = (
         Kernel(op.qualified, "triton", _KINDS, _place_norm, _compile_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
     ),
+    Kernel(GATED_ACTIVATION.qualified, "triton", _KINDS, _place_gated, _compile_gated),
+    Kernel(ROTARY.qualified, "triton", _KINDS, _place_rotary, _compile_rotary),
 )

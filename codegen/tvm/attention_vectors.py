@@ -70,7 +70,7 @@ class Spec(NamedTuple):
     @property
     def helpers(self) -> str:
         """The LLVM IR that the kernel imports."""
-        return _helpers(self.isa)
+        return kernel_helpers(self.isa)
 
 
 def lanes(start: Any, count: int = LANES) -> Any:
@@ -321,7 +321,8 @@ def _transpose16() -> str:
 
 
 @functools.cache
-def _helpers(isa: str) -> str:
+def kernel_helpers(isa: str) -> str:
+    """The LLVM IR that a kernel for `isa` imports."""
     ir = LLVM_HELPERS + _loads() + _interleaved() + _sum16() + _transpose16()
     if isa == "generic":
         ir += "declare <16 x float> @llvm.floor.v16f32(<16 x float>)\n"

@@ -17,13 +17,15 @@ from ridgeline.codegen.kernel import (
     norm_arguments,
     scheme_of,
 )
-from ridgeline.codegen.tvm import attention, norm, quantized_linear
+from ridgeline.codegen.tvm import attention, gated, norm, quantized_linear, rotary
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
+from ridgeline.ir.rotary import ROTARY
 
 
 def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
@@ -156,6 +158,52 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _place_gated(node: fx.Node, module: fx.GraphModule) -> None:
+    gated.register_lowering()
+    node.target = gated.OP
+
+
+def _report_gated(node: fx.Node, target: Target) -> KernelReport:
+    activation, dtype = node.kwargs["activation"], node.meta["val"].dtype
+    source = functools.partial(gated.source, activation, dtype)
+    source()  # raises where there is no kernel
+    said = f"{host_isa()}, {_name(dtype)}, {activation}"
+    return KernelReport(GATED_ACTIVATION.qualified, "tvm", target.name, said, source)
+
+
+def _place_rotary(node: fx.Node, module: fx.GraphModule) -> None:
+    """The kernel writes queries and keys side by side: the outputs become views of that."""
+    rotary.register_lowering()
+    aten = torch.ops.aten
+    q, k = (argument(node, i).meta["val"] for i in range(2))
+    heads, key_heads = int(q.shape[1]), int(k.shape[1])
+    packed = q.new_empty((q.shape[0], q.shape[2], heads + key_heads, q.shape[3]))
+    bounds = (0, heads), (heads, heads + key_heads)
+    for item in list(node.users):
+        start, end = bounds[item.args[1]]
+        with node.graph.inserting_before(item):
+            part = node.graph.call_function(aten.slice.Tensor, (node, 2, start, end))
+            part.meta["val"] = packed[:, :, start:end]
+            view = node.graph.call_function(aten.transpose.int, (part, 1, 2))
+            view.meta["val"] = packed[:, :, start:end].transpose(1, 2)
+        item.replace_all_uses_with(view)
+        node.graph.erase_node(item)
+    node.target, node.meta["val"] = rotary.OP, packed
+
+
+def _report_rotary(node: fx.Node, target: Target) -> KernelReport:
+    q, k, cos, _ = (hints(argument(node, i)) for i in range(4))
+    dtype, angle = (argument(node, i).meta["val"].dtype for i in (0, 2))
+    interleaved = node.kwargs["interleaved"]
+    source = functools.partial(
+        rotary.source, q[3], cos[2], interleaved=interleaved, dtype=dtype, angle=angle
+    )
+    source()  # raises where there is no kernel
+    form = "neighbours" if interleaved else "halves"
+    said = f"{host_isa()}, {_name(dtype)}, {form}, R {cos[2]} of D {q[3]}, {q[1]} and {k[1]} heads"
+    return KernelReport(ROTARY.qualified, "tvm", target.name, said, source)
+
+
 KERNELS = (
     Kernel(ATTENTION.qualified, "tvm", frozenset({"cpu"}), _place_attention, _report_attention),
     Kernel(QUANTIZED_LINEAR.qualified, "tvm", frozenset({"cpu"}), _place_linear, _report_linear),
@@ -163,4 +211,6 @@ KERNELS = (
         Kernel(op.qualified, "tvm", frozenset({"cpu"}), _place_norm, _report_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
     ),
+    Kernel(GATED_ACTIVATION.qualified, "tvm", frozenset({"cpu"}), _place_gated, _report_gated),
+    Kernel(ROTARY.qualified, "tvm", frozenset({"cpu"}), _place_rotary, _report_rotary),
 )
