@@ -1,7 +1,8 @@
 """The rational function and its backward on the host CPU, as TVMScript functions.
 
 Law: `ridgeline.ir.group_rational`. x, dy, y and dx are [rows, C] in fp32, bf16 or fp16, last
-dimension contiguous; coefficients fp32 [1 or G, k]; arithmetic fp32. The backward forms, with z = |x| or x and c = |b| or b as the law has them,
+dimension contiguous; coefficients fp32 [1 or G, k]; arithmetic fp32. The backward forms, with
+z = |x| or x and c = |b| or b as the law has them,
 
     T = sum_i c_i z^i and T' by Horner's rule together, P and P' likewise
     u = dy / Q,  w = -P u / Q,  v = sign w          (sign of x, 1, or sign of T)
@@ -10,9 +11,9 @@ dimension contiguous; coefficients fp32 [1 or G, k]; arithmetic fp32. The backwa
 where z^i w = x^i v for odd and x^i w for even i, so that both sums share the powers of x.
 
 Sums have two stages and no atomics. Stage one: a chunk of rows keeps one accumulator vector per
-coefficient in registers, at most about `CHAIN` additions long, and adds its lanes as a tree. Stage
-two adds the chunks in order in fp64. The chunks depend on the shapes alone, so that the result is
-the same bit for bit with any number of threads.
+group and coefficient, in which a lane takes about `CHAIN` additions, and adds its lanes as a tree.
+Stage two adds the chunks in order in fp64. The chunks depend on the shapes alone, so that the
+result is the same bit for bit with any number of threads.
 """
 
 from typing import Any, NamedTuple
@@ -22,11 +23,15 @@ from tvm.script import tirx as T
 from ridgeline.codegen.tvm.attention_vectors import LANES, fma, lanes, registers, splat, vector
 from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
 
-CHAIN = 256
+CHAIN = 64
 """Additions that one lane of an accumulator takes before it is flushed."""
 
-BLOCK = 1 << 14
-"""Elements that the forward takes at once: one block stays in the first caches."""
+VISIT = 4
+"""Vectors, at least, for which the backward holds a group's sums in registers. As few as will do:
+memory is then read along the rows, which the processor fetches ahead."""
+
+BLOCK = 1 << 16
+"""Elements that a thread of the forward takes at once."""
 
 _KINDS = {"float32": ("float", 4), "bfloat16": ("bfloat", 2), "float16": ("half", 2)}
 
@@ -95,6 +100,21 @@ def _columns(count: int, column: Any) -> Any:
     return column if count == 1 else lanes(column, count)
 
 
+def _magnitudes(spec: Spec) -> Any:
+    """Copies |b|, or b itself, as the form has it."""
+
+    @T.inline
+    def copy(c, b):
+        for g in T.serial(spec.denominators):
+            for i in T.serial(spec.n):
+                if spec.form == "abs_sum":
+                    c[g, i] = b[g, i]
+                else:
+                    c[g, i] = T.abs(b[g, i])
+
+    return copy
+
+
 def build_forward(spec: Spec) -> Any:
     """main(x, a, b, y)."""
     width, groups, m, n, form = spec.width, spec.groups, spec.m, spec.n, spec.form
@@ -102,10 +122,10 @@ def build_forward(spec: Spec) -> Any:
     loop = T.parallel if spec.parallel else T.serial
     block = max(1, BLOCK // (width * groups))
     shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
-    helpers = _helpers(spec)
+    helpers, magnitudes = _helpers(spec), _magnitudes(spec)
 
     @T.inline
-    def evaluate(x, y, a, c, row, column, count):
+    def evaluate(x, y, a, c, ga, gc, row, column, count):
         v = registers((LANES,))
         z = registers((LANES,))
         top = registers((LANES,))
@@ -114,12 +134,12 @@ def build_forward(spec: Spec) -> Any:
         z[lanes(0)] = v[lanes(0)]
         if form == "abs_terms":
             z[lanes(0)] = vector("rl_abs", v[lanes(0)])
-        top[lanes(0)] = splat(a[m])
+        top[lanes(0)] = splat(a[ga, m])
         for i in T.unroll(m):
-            top[lanes(0)] = fma(top[lanes(0)], v[lanes(0)], splat(a[m - 1 - i]))
-        bottom[lanes(0)] = splat(c[n - 1])
+            top[lanes(0)] = fma(top[lanes(0)], v[lanes(0)], splat(a[ga, m - 1 - i]))
+        bottom[lanes(0)] = splat(c[gc, n - 1])
         for i in T.unroll(n - 1):
-            bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], splat(c[n - 2 - i]))
+            bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], splat(c[gc, n - 2 - i]))
         if form == "abs_sum":
             bottom[lanes(0)] = splat(T.float32(1)) + vector(
                 "rl_abs", bottom[lanes(0)] * z[lanes(0)]
@@ -139,21 +159,18 @@ def build_forward(spec: Spec) -> Any:
         y = _matrix(y_, (rows, width * groups), spec.dtype)
         with T.attr(0, "pragma_import_llvm", helpers):
             for item in loop((rows + block - 1) // block):
-                for g in T.serial(groups):
-                    a = registers((m + 1,))
-                    c = registers((n,))
-                    for i in T.unroll(m + 1):
-                        a[i] = given_a[0 if shared_a else g, i]
-                    for i in T.unroll(n):
-                        c[i] = given_b[0 if shared_b else g, i]
-                        if form != "abs_sum":
-                            c[i] = T.abs(c[i])
-                    for r in T.serial(T.min(block, rows - item * block)):
-                        row = item * block + r
+                c = T.alloc_buffer((spec.denominators, n), "float32")
+                magnitudes(c, given_b)
+                for r in T.serial(T.min(block, rows - item * block)):
+                    for g in T.serial(groups):
+                        ga = 0 if shared_a else g
+                        gc = 0 if shared_b else g
                         for j in T.serial(whole):
-                            evaluate(x, y, a, c, row, g * width + j * LANES, LANES)
+                            column = g * width + j * LANES
+                            evaluate(x, y, given_a, c, ga, gc, item * block + r, column, LANES)
                         if rest > 0:
-                            evaluate(x, y, a, c, row, g * width + whole * LANES, rest)
+                            column = g * width + whole * LANES
+                            evaluate(x, y, given_a, c, ga, gc, item * block + r, column, rest)
 
     return main
 
@@ -166,18 +183,21 @@ def build_backward(spec: Spec) -> Any:
     loop = T.parallel if spec.parallel else T.serial
     shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
     chunk, vectors = spec.chunk, padded(spec) // LANES
-    helpers = _helpers(spec)
+    tile_rows = max(1, VISIT // -(-width // LANES))
+    helpers, magnitudes = _helpers(spec), _magnitudes(spec)
 
     @T.inline
     def signed(into, value, of):
         """into = sign(of) value, sign(0) = sign0."""
         nothing = splat(T.float32(0))
-        into[lanes(0)] = T.Select(of[lanes(0)] < nothing, nothing - value[lanes(0)], value[lanes(0)])
+        into[lanes(0)] = T.Select(
+            of[lanes(0)] < nothing, nothing - value[lanes(0)], value[lanes(0)]
+        )
         if sign0 == 0:
             into[lanes(0)] = T.Select(of[lanes(0)] == nothing, nothing, into[lanes(0)])
 
     @T.inline
-    def accumulate(dy, x, dx, a, c, acc, row, column, count):
+    def accumulate(dy, x, dx, a, c, acc, ga, gc, row, column, count):
         v = registers((LANES,))
         z = registers((LANES,))
         p = registers((LANES,))
@@ -193,18 +213,18 @@ def build_backward(spec: Spec) -> Any:
         z[lanes(0)] = v[lanes(0)]
         if form == "abs_terms":
             z[lanes(0)] = vector("rl_abs", v[lanes(0)])
-        p[lanes(0)] = splat(a[m])
+        p[lanes(0)] = splat(a[ga, m])
         dp[lanes(0)] = splat(T.float32(0))
         for i in T.unroll(m):
             if i == 0:
                 dp[lanes(0)] = p[lanes(0)]
             else:
                 dp[lanes(0)] = fma(dp[lanes(0)], v[lanes(0)], p[lanes(0)])
-            p[lanes(0)] = fma(p[lanes(0)], v[lanes(0)], splat(a[m - 1 - i]))
-        t[lanes(0)] = splat(c[n - 1])
+            p[lanes(0)] = fma(p[lanes(0)], v[lanes(0)], splat(a[ga, m - 1 - i]))
+        t[lanes(0)] = splat(c[gc, n - 1])
         dt[lanes(0)] = t[lanes(0)]
         for i in T.unroll(n - 1):
-            t[lanes(0)] = fma(t[lanes(0)], z[lanes(0)], splat(c[n - 2 - i]))
+            t[lanes(0)] = fma(t[lanes(0)], z[lanes(0)], splat(c[gc, n - 2 - i]))
             dt[lanes(0)] = fma(dt[lanes(0)], z[lanes(0)], t[lanes(0)])
         if form == "abs_sum":
             t[lanes(0)] = t[lanes(0)] * z[lanes(0)]
@@ -254,9 +274,8 @@ def build_backward(spec: Spec) -> Any:
                 if form != "abs_sum":
                     if given_b[g, i] < T.float32(0):
                         db[g, i] = T.float32(0) - db[g, i]
-                    if sign0 == 0:
-                        if given_b[g, i] == T.float32(0):
-                            db[g, i] = T.float32(0)
+                    if given_b[g, i] == T.float32(0):
+                        db[g, i] = db[g, i] * T.float32(sign0)
 
     @T.prim_func(s_tir=True)
     def main(
@@ -281,29 +300,35 @@ def build_backward(spec: Spec) -> Any:
         partial = T.match_buffer(partial_, (chunks, vectors * LANES), "float32")
         with T.attr(0, "pragma_import_llvm", helpers):
             for item in loop(chunks):
+                c = T.alloc_buffer((spec.denominators, n), "float32")
+                acc = T.alloc_buffer((groups, terms, LANES), "float32")
+                magnitudes(c, given_b)
                 for g in T.serial(groups):
-                    a = registers((m + 1,))
-                    c = registers((n,))
-                    acc = registers((terms, LANES))
-                    for i in T.unroll(m + 1):
-                        a[i] = given_a[0 if shared_a else g, i]
-                    for i in T.unroll(n):
-                        c[i] = given_b[0 if shared_b else g, i]
-                        if form != "abs_sum":
-                            c[i] = T.abs(c[i])
-                    for i in T.unroll(terms):
-                        acc[i, lanes(0)] = splat(T.float32(0))
-                    for r in T.serial(T.min(chunk, rows - item * chunk)):
-                        row = item * chunk + r
-                        for j in T.serial(whole):
-                            accumulate(dy, x, dx, a, c, acc, row, g * width + j * LANES, LANES)
-                        if rest > 0:
-                            accumulate(
-                                dy, x, dx, a, c, acc, row, g * width + whole * LANES, rest
-                            )
-                    for i in T.unroll(terms):
+                    for i in T.serial(terms):
+                        acc[g, i, lanes(0)] = splat(T.float32(0))
+                first = item * chunk
+                last = T.min(first + chunk, rows)
+                for tile in T.serial((last - first + tile_rows - 1) // tile_rows):
+                    for g in T.serial(groups):
+                        ga = 0 if shared_a else g
+                        gc = 0 if shared_b else g
+                        held = registers((terms, LANES))
+                        for i in T.unroll(terms):
+                            held[i, lanes(0)] = acc[g, i, lanes(0)]
+                        for r in T.serial(T.min(tile_rows, last - first - tile * tile_rows)):
+                            row = first + tile * tile_rows + r
+                            for j in T.serial(whole):
+                                column = g * width + j * LANES
+                                accumulate(dy, x, dx, given_a, c, held, ga, gc, row, column, LANES)
+                            if rest > 0:
+                                column = g * width + whole * LANES
+                                accumulate(dy, x, dx, given_a, c, held, ga, gc, row, column, rest)
+                        for i in T.unroll(terms):
+                            acc[g, i, lanes(0)] = held[i, lanes(0)]
+                for g in T.serial(groups):
+                    for i in T.serial(terms):
                         partial[item, g * terms + i] = T.call_extern(
-                            "float32", "rl_hsum", acc[i, lanes(0)]
+                            "float32", "rl_hsum", acc[g, i, lanes(0)]
                         )
             sums = T.alloc_buffer((vectors * LANES,), "float64")
             for j in T.serial(vectors):
