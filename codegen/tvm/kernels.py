@@ -15,10 +15,11 @@ from ridgeline.codegen.kernel import (
     keyword,
     scheme_of,
 )
-from ridgeline.codegen.tvm import attention, quantized_linear
+from ridgeline.codegen.tvm import attention, group_rational, quantized_linear
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 
 
@@ -110,6 +111,35 @@ def _report_linear(node: fx.Node, target: Target) -> KernelReport:
     )
 
 
+def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
+    """Nothing to place: the kernel is registered for the operation itself."""
+
+
+def _report_group_rational(node: fx.Node, target: Target) -> KernelReport:
+    x, numerator, denominator = (hints(argument(node, i)) for i in range(3))
+    groups = max(numerator[0], denominator[0])
+    dtype, form = node.meta["val"].dtype, node.kwargs.get("form", FORMS[0])
+    source = functools.partial(
+        group_rational.source,
+        x[-1],
+        groups=groups,
+        m=numerator[1] - 1,
+        n=denominator[1],
+        dtype=dtype,
+        form=form,
+        numerators=numerator[0],
+        denominators=denominator[0],
+    )
+    return KernelReport(
+        GROUP_RATIONAL.qualified,
+        "tvm",
+        target.name,
+        f"{host_isa()}, {_name(dtype)}, degrees {numerator[1] - 1}/{denominator[1]}, {form},"
+        f" {groups} groups of {x[-1] // groups}",
+        source,
+    )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -117,4 +147,11 @@ def _name(dtype: torch.dtype) -> str:
 KERNELS = (
     Kernel(ATTENTION.qualified, "tvm", frozenset({"cpu"}), _place_attention, _report_attention),
     Kernel(QUANTIZED_LINEAR.qualified, "tvm", frozenset({"cpu"}), _place_linear, _report_linear),
+    Kernel(
+        GROUP_RATIONAL.qualified,
+        "tvm",
+        frozenset({"cpu"}),
+        _place_group_rational,
+        _report_group_rational,
+    ),
 )

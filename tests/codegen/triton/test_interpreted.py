@@ -33,7 +33,9 @@ def test_every_case_agrees_with_float64() -> None:
     assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("kernel", ["attention", "attention_decode", "quantized_linear"])
+@pytest.mark.parametrize(
+    "kernel", ["attention", "attention_decode", "quantized_linear", "group_rational"]
+)
 def test_emitted_file_checks_itself(kernel: str, tmp_path: Path) -> None:
     source = standalone_source(kernel)
     assert "import ridgeline" not in source
