@@ -4,7 +4,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ridgeline.tools import bench_attention, bench_linear
+from ridgeline.tools import bench_attention, bench_group_rational, bench_linear
 from ridgeline.tools.timing import dram_read_bandwidth
 
 PROMPT, NEW, TOLERANCE = 256, 64, 0.02
@@ -24,6 +24,14 @@ def attention(rounds: int, console: Console) -> None:
     with torch.inference_mode():
         for title, timings in bench_attention.cases(rounds):
             console.print(timings.table(title))
+
+
+def group_rational(rounds: int, console: Console) -> None:
+    """The rational function of KAT against eager PyTorch and Inductor, with gradient errors."""
+    for title, timings in bench_group_rational.cases(rounds):
+        console.print(timings.table(title))
+    for name, (dx, da, db) in bench_group_rational.errors().items():
+        console.print(Text(f"{name:16s} error of dx {dx:.1e}, da {da:.1e}, db {db:.1e}"))
 
 
 def decode(rounds: int, console: Console) -> None:
