@@ -33,7 +33,7 @@ def horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def powers(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The law by explicit powers and a batched product, as in KAT's plain torch code."""
     shape, groups = x.shape, len(a)
-    z = x.unflatten(-1, (groups, -1)).permute(1, 0, 2).reshape(groups, -1)
+    z = x.reshape(-1, groups, shape[-1] // groups).permute(1, 0, 2).reshape(groups, -1)
     of_x, of_z = [torch.ones_like(z)], [torch.ones_like(z)]
     for _ in range(a.shape[1] - 1):
         of_x.append(of_x[-1] * z)
