@@ -63,6 +63,16 @@ def scheme_of(offset: fx.Node | None) -> str:
     return "minimum" if offset.meta["val"].is_floating_point() else "zero_point"
 
 
+def norm_arguments(
+    node: fx.Node,
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node | None, fx.Node | None], bool]:
+    """(x, and the residual where there is one), (weight, bias), is it LayerNorm: of a norm node."""
+    name = node.target._opname  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+    count = 2 if name.startswith("add_") else 1
+    weight, bias = (*node.args[count:], None, None)[:2]
+    return node.args[:count], (weight, bias), "layer" in name  # pyright: ignore[reportReturnType]
+
+
 def constant(node: fx.Node) -> Any:
     """The tensor that a get_attr node stands for."""
     return operator.attrgetter(str(node.target))(node.graph.owning_module)

@@ -10,7 +10,7 @@ from ridgeline.cost_model.target import (
     load_target,
     target_names,
 )
-from ridgeline.cost_model.work import Attention, Collective, Gemm, Stream, Work
+from ridgeline.cost_model.work import Attention, Collective, Gemm, Norm, Stream, Work
 
 __all__ = [
     "Attention",
@@ -21,6 +21,7 @@ __all__ = [
     "InfeasibleChoice",
     "InvalidOption",
     "InvalidTarget",
+    "Norm",
     "Option",
     "Stream",
     "Target",

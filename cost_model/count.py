@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from ridgeline.cost_model.work import Attention, Gemm, Kernel, Stream, Work
+from ridgeline.cost_model.work import Attention, Gemm, Kernel, Norm, Stream, Work
 from ridgeline.ir.errors import RidgelineError
 
 aten = torch.ops.aten
@@ -293,6 +293,13 @@ def _group_rational(node: fx.Node) -> Kernel:
     return Stream(read, written, flops, x.dtype)
 
 
+def _norm(node: fx.Node) -> Kernel:
+    x = _val(node, 0)
+    *rows, size = _shape(x)
+    center, residual = "layer" in node.target._opname, node.target._opname.startswith("add_")
+    return Norm(prod(rows), size, x.dtype, center, residual, library="ridgeline")
+
+
 def _convolution(node: fx.Node) -> Kernel:
     """An implicit GEMM: rows are output positions (input positions when transposed)."""
     image, weight = _val(node, 0), _val(node, 1)
@@ -338,4 +345,5 @@ _RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
     "quantized_linear": _quantized_linear,
     "group_rational": _group_rational,
     "group_rational_backward": _group_rational,
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), _norm),
 }

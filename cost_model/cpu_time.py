@@ -4,8 +4,10 @@
 
 bandwidth: that of the innermost cache that holds the working set, else DRAM's; weights come from
 the level that holds all that the program reads between two uses of one of them. parallel: chunks
-over ceil(chunks/threads) threads' rounds. Integer weights add two vector operations per element
-and pass of 32 rows (unpack, scale) on the fp32 unit.
+over ceil(chunks/threads) threads' rounds. A norm's compute is that of its passes over a row that
+lies in the first cache, in equivalents of the fp32 unit's flops. Integer weights add two vector
+operations per element and pass of 32 rows, 128 where the weight is decoded first (unpack, scale),
+on the fp32 unit.
 """
 
 from math import ceil
@@ -13,14 +15,22 @@ from math import ceil
 import torch
 
 from ridgeline.cost_model.target import Target
-from ridgeline.cost_model.work import Attention, Gemm, Kernel, Stream
+from ridgeline.cost_model.work import Attention, Gemm, Kernel, Norm, Stream
+from ridgeline.ir.quantized_linear import MANY_ROWS
 
 CHUNK_M, CHUNK_N = 32, 64  # one thread's share of a GEMM
+MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multiplied
 UNPACK_FLOPS = 2
 ATTENTION_ROWS = 32
 # torch's CPU attention forms its products in fp32 whatever the dtype; its time over ours, medians
 # of `ridgeline bench attention` over S = 512 to 4096 on two Zen 4 cores.
 TORCH_ATTENTION = {torch.float32: 1.5, torch.bfloat16: 2.3, torch.float16: 1.5}
+# A norm's passes over a row, in flops per element: RMSNorm, and what LayerNorm's centring and a
+# residual sum add; and the call, in seconds beyond a dispatch. Fitted to `ridgeline bench norm` on
+# one Zen 4 core, rows of 576 to 4096: Inductor's loops convert element by element and, in
+# LayerNorm, follow Welford's recurrence.
+NORM_FLOPS = {"inductor": (30, 36, 20), "ridgeline": (15, 12, 11)}
+NORM_CALL_S = {"inductor": 0.0, "ridgeline": 0.8e-6}
 GRAIN_BYTES = 32768 * 4  # at::parallel_for runs smaller elementwise work on one thread
 
 Parts = tuple[float, float, float]
@@ -51,19 +61,30 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
         if kernel.library == "torch":
             rate /= TORCH_ATTENTION.get(kernel.dtype, 1.0)
         return kernel.flops / (rate * _parallel(chunks, target)), memory, fixed
+    if isinstance(kernel, Norm):
+        return _norm_compute(kernel, target), memory, fixed + NORM_CALL_S[kernel.library]
     if isinstance(kernel, Stream):
         return kernel.flops / target.peak(torch.float32), memory, fixed
     raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")
 
 
 def _gemm_compute(g: Gemm, target: Target) -> float:
-    rows = ceil(g.m / CHUNK_M)
+    decoded_first = g.weight_bits is not None and g.dtype == torch.bfloat16 and g.m >= MANY_ROWS
+    rows = ceil(g.m / (MANY_CHUNK_M if decoded_first else CHUNK_M))
     parallel = _parallel(g.batch * rows * ceil(g.n / CHUNK_N), target)
     compute = g.flops / (target.peak(g.dtype) * target.gemm_efficiency * parallel)
     if g.weight_bits is not None:
         unpacked = UNPACK_FLOPS * g.batch * g.n * g.k * rows
         compute += unpacked / (target.peaks["float32"] * parallel)
     return compute
+
+
+def _norm_compute(n: Norm, target: Target) -> float:
+    plain, center, residual = NORM_FLOPS[n.library]
+    per_element = plain + center * n.center + residual * n.residual
+    parallel = _parallel(n.rows, target) if sum(n.bytes.values()) > GRAIN_BYTES else 0.0
+    busy = max(parallel, 1 / max(target.threads, 1))
+    return n.rows * n.size * per_element / (target.peak(torch.float32) * busy)
 
 
 def _parallel(chunks: int, target: Target) -> float:

@@ -21,7 +21,7 @@ import torch
 
 from ridgeline.cost_model import cpu_time, gpu_time
 from ridgeline.cost_model.target import InvalidTarget, Target
-from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Stream, Work
+from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Norm, Stream, Work
 
 DRAM_JOULES_PER_BYTE = 100e-12
 # (multiply + add) / 2 in joules per FLOP.
@@ -74,7 +74,7 @@ def estimate(
             busy = gpu_time.smoothmax(compute, memory)
             spent["compute" if compute > memory else "memory"] += busy
             spent["launch"] += fixed
-            unit = torch.float32 if isinstance(kernel, Stream) else kernel.dtype
+            unit = torch.float32 if isinstance(kernel, Norm | Stream) else kernel.dtype
             intensity = target.peak(unit) / target.bandwidth_bytes_per_s
             eflops += kernel.flops + intensity * kernel_bytes
             energy += kernel.flops * _UNIT_JOULES[unit.itemsize]
@@ -111,4 +111,4 @@ def _relative_error(kernel: Kernel, target: Target) -> float:
         return _PREFILL_ERROR if kernel.q > 1 else _DECODE_ERROR
     if isinstance(kernel, Gemm):
         return _ERROR["gemm" if kernel.weight_bits is None else "quantized"]
-    return _ERROR[kernel.access]
+    return _ERROR["reduction" if isinstance(kernel, Norm) else kernel.access]

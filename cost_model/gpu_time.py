@@ -10,6 +10,8 @@ GEMM, least over tiles (Tm, Tn) and split-K s:
     t_extra   = s > 1: the partial sums through L2
 Attention: tiles of 128 queries, or with few queries the keys split over the cores.
 Stream: bytes / bandwidth with a share of the bytes in L2 where the working set fits.
+Norm: a stream; Inductor's kernel keeps rows of up to 1024 elements in registers and reads longer
+ones a second time, through L2, ours do so beyond 16384.
 
 The GEMM constants were fitted on public CUDA-graph measurements of an A100 (cuBLAS in bf16; for
 integer weights TensorRT-LLM's kernels on A100 and L40S), L1 loss of log time; the efficiencies of
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 
 from ridgeline.cost_model.target import Target
-from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Stream
+from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Norm, Stream
 
 P = 4
 # Large-tile operand traffic: the efficiency of a tile relative to that of 256 x 128.
@@ -43,6 +45,9 @@ ATTENTION_QUANTIZATION, ATTENTION_SATURATION = 0.5, 0.17
 QUERY_TILE, KEY_TILE = 128, 256
 ACCESS_EFFICIENCY = {"elementwise": 1.05, "reduction": 0.8, "gather": 0.8}
 L2_FULL, L2_NONE = 0.3, 1.0  # working set / L2: everything hits below, nothing above
+# Elements of a row up to which a kernel reads it once: torch 2.13's
+# InductorChoices.should_use_persistent_reduction; the largest block of ridgeline's kernel.
+NORM_PERSISTENT = {"inductor": 1024, "ridgeline": 16384}
 UNALIGNED = 0.5  # 16-bit operands whose rows aren't multiples of 16 bytes
 COLLECTIVE_LATENCY, COLLECTIVE_STEP, COLLECTIVE_EFFICIENCY = 5.0e-6, 1.1e-6, 0.72
 
@@ -84,6 +89,8 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
         return _gemm(kernel, target)
     if isinstance(kernel, Attention):
         return _attention(kernel, target)
+    if isinstance(kernel, Norm):
+        return _norm(kernel, target)
     if isinstance(kernel, Stream):
         return _stream(kernel, target)
     raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")
@@ -173,6 +180,15 @@ def _stream(s: Stream, target: Target) -> Parts:
     slow, fast = target.bandwidth_bytes_per_s, target.l2_bandwidth_bytes_per_s
     memory = moved * (hits / fast + (1 - hits) / slow) / efficiency
     return s.flops / target.peak(torch.float32), memory, target.launch_s
+
+
+def _norm(n: Norm, target: Target) -> Parts:
+    read, written = n.bytes["input"], n.bytes["output"]
+    stream = Stream(read, written, n.flops, n.dtype, "reduction")
+    compute, memory, fixed = _stream(stream, target)
+    again = read if n.size > NORM_PERSISTENT[n.library] else 0.0
+    through_l2 = (read + written + again) / target.l2_bandwidth_bytes_per_s
+    return compute, smoothmax(memory, through_l2), fixed
 
 
 def collective_seconds(c: Collective, target: Target) -> float:

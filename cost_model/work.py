@@ -2,6 +2,7 @@
 
     gemm       y[b,m,n] = sum_k a[b,m,k] w[b,k,n]      2 b m n k FLOPs
     attention  2 (d + dv) FLOPs per (head, query, key) pair that is kept
+    norm       RMSNorm or LayerNorm of rows, with the residual sum before it
     stream     reads and writes tensors once, a few FLOPs per element
     collective bytes per rank over the link
 
@@ -112,6 +113,33 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """One kernel that normalises `rows` rows of `size` elements of `dtype`, in fp32.
+
+    center: LayerNorm instead of RMSNorm. residual: of the sum of two tensors, which is written too.
+    library: who makes the kernel, "inductor" (from the steps that spell the norm) or "ridgeline".
+    """
+
+    rows: int
+    size: int
+    dtype: torch.dtype = torch.float32
+    center: bool = False
+    residual: bool = False
+    library: str = "inductor"
+
+    @property
+    def flops(self) -> int:
+        """Squares and their sum, scale, weight; mean and centring; the residual sum."""
+        return self.rows * self.size * (4 + 3 * self.center + self.residual)
+
+    @property
+    def bytes(self) -> Roles:
+        moved = float(self.rows * self.size * self.dtype.itemsize * (1 + self.residual))
+        parameters = float(self.size * self.dtype.itemsize * (1 + self.center))
+        return {"input": moved + parameters, "output": moved}
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
     """A kernel that memory bounds: elementwise, reduction, gather, copy.
 
@@ -145,7 +173,7 @@ class Collective:
         return {"link": float(self.payload_bytes)}
 
 
-Kernel = Gemm | Attention | Stream | Collective
+Kernel = Gemm | Attention | Norm | Stream | Collective
 
 
 @dataclass(frozen=True)

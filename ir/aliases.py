@@ -6,6 +6,7 @@ them; this is read off the operators' schemas (``Tensor(a) self`` is viewed, ``T
 written). An operator whose schema cannot be trusted counts as viewing, or writing, all it takes.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -32,48 +33,50 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _arguments(node: fx.Node) -> Iterator[tuple[Any, bool, bool]]:
-    """(argument, may the result view it, is it written) for each tensor argument."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        element = getattr(target, "__name__", "") == "getitem"
-        opaque = not element and target not in _READS_ONLY
-        yield from ((a, True, opaque) for a in node.all_input_nodes)
-        return
+@functools.cache
+def _effects(target: torch._ops.OpOverload) -> tuple[tuple[str, bool, bool], ...]:
+    """(argument, may the result view it, is it written) of each argument of an operator."""
     schema = target._schema
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(
         target.name(), "CompositeImplicitAutograd"
     )
     named = any(r.alias_info is not None for r in schema.returns)
     trusted = named or not composite or target.overloadpacket in _NEW_MEMORY
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
-    given.update(node.kwargs)
-    for argument in schema.arguments:
-        info = argument.alias_info
-        written = info is not None and info.is_write
-        viewed = info is not None if trusted else True
-        value = given.get(argument.name)
+    infos = [(a.name, a.alias_info) for a in schema.arguments]
+    return tuple(
+        (name, info is not None or not trusted, info is not None and info.is_write)
+        for name, info in infos
+    )
+
+
+def _arguments(node: fx.Node, effect: int) -> Iterator[fx.Node]:
+    """The arguments that the result may view (effect 1), or that are written (effect 2)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        reads = target in _READS_ONLY or getattr(target, "__name__", "") == "getitem"
+        if effect == 1 or not reads:
+            yield from node.all_input_nodes
+        return
+    for position, described in enumerate(_effects(target)):
+        if not described[effect]:
+            continue
+        given = position < len(node.args)
+        value = node.args[position] if given else node.kwargs.get(described[0])
         for each in value if isinstance(value, list | tuple) else (value,):
             if isinstance(each, fx.Node):
-                yield each, viewed, written
+                yield each
 
 
 def _views(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments whose memory the result of `node` may share."""
     if node.op == "call_function" and _holds_tensors(node.meta.get("val")):
-        for argument, viewed, _ in _arguments(node):
-            if viewed and _holds_tensors(argument.meta.get("val")):
-                yield argument
+        yield from (a for a in _arguments(node, 1) if _holds_tensors(a.meta.get("val")))
 
 
 def _written_by(node: fx.Node) -> set[fx.Node]:
     if node.op != "call_function":
         return set()
-    return {
-        argument
-        for argument, _, written in _arguments(node)
-        if written and _holds_tensors(argument.meta.get("val"))
-    }
+    return {a for a in _arguments(node, 2) if _holds_tensors(a.meta.get("val"))}
 
 
 def sharing(node: fx.Node) -> set[fx.Node]:
@@ -108,10 +111,13 @@ def written_between(nodes: Iterable[fx.Node], last: fx.Node) -> tuple[fx.Node, f
     Each of `nodes` reads its arguments where it stands, and the rewritten code where `last` stands:
     a write in between, to an argument or to the result, is seen by one of the two alone.
     """
-    for node in nodes:
+    nodes = list(nodes)
+    first = min(nodes, default=last)
+    between = {n for n in last.graph.nodes if first < n < last and _written_by(n)}
+    for node in nodes if between else ():
         for value in (node, *node.all_input_nodes):
-            for write in writes(value):
-                if node < write < last:
+            for write in between.intersection(writes(value)):
+                if node < write:
                     return value, write
     return None
 

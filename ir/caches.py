@@ -2,6 +2,7 @@
 
 A cache layer is a bag of tensors and plain attributes. A program takes the tensors as inputs; those
 that the model replaces come back as outputs, those that it updates in place are updated in place.
+A cache is a list of layers, or a pair of such lists (an encoder-decoder's own and cross attention).
 A layer whose *plain* attributes change during a step (a Python counter, say) holds state that no
 graph can carry, and is refused. transformers is never imported here: where no cache class has been
 loaded, no argument is a cache.
@@ -9,7 +10,7 @@ loaded, no argument is a cache.
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,22 +29,51 @@ def is_cache(value: Any) -> bool:
     return module is not None and isinstance(value, module.Cache)
 
 
+def _parts(cache: Any) -> list[Any]:
+    """The caches that are lists of layers: the cache itself, or the two of an encoder-decoder."""
+    if hasattr(cache, "cross_attention_cache"):
+        return [cache.self_attention_cache, cache.cross_attention_cache]
+    return [cache]
+
+
+def layers(cache: Any) -> list[Any]:
+    """Every layer, of each part in turn."""
+    return [layer for part in _parts(cache) for layer in part.layers]
+
+
+def _copy(cache: Any) -> Any:
+    """A copy with lists of layers of its own, which hold the same layers."""
+    new = copy.copy(cache)
+    if hasattr(cache, "cross_attention_cache"):
+        new.self_attention_cache = _copy(cache.self_attention_cache)
+        new.cross_attention_cache = _copy(cache.cross_attention_cache)
+        new.is_updated = dict(cache.is_updated)
+    else:
+        new.layers = list(cache.layers)
+    return new
+
+
 def check(cache: Any) -> None:
-    """Raise CacheError for a cache that is not simply a list of layers."""
-    if not isinstance(getattr(cache, "layers", None), list):
-        raise CacheError(
-            f"{type(cache).__name__} is not a list of cache layers; use DynamicCache or StaticCache"
-        )
+    """Raise CacheError for a cache that is not simply layers."""
+    for part in _parts(cache):
+        if not isinstance(getattr(part, "layers", None), list):
+            raise CacheError(
+                f"{type(part).__name__} is not a list of cache layers; use DynamicCache or"
+                " StaticCache"
+            )
 
 
 def tensors(cache: Any) -> list[Tensor]:
     """The cache's tensors, layer by layer, in the order in which the layer holds them."""
-    return [v for layer in cache.layers for v in vars(layer).values() if isinstance(v, Tensor)]
+    return [v for layer in layers(cache) for v in vars(layer).values() if isinstance(v, Tensor)]
 
 
 def signature(cache: Any) -> tuple[Any, ...]:
     """What a program specialises on: classes, plain attributes, which tensors exist."""
-    return (type(cache).__name__, *(_layer_signature(layer) for layer in cache.layers))
+    inside = tuple(
+        (type(part).__name__, *map(_layer_signature, part.layers)) for part in _parts(cache)
+    )
+    return (type(cache).__name__, *getattr(cache, "is_updated", {}).items(), *inside)
 
 
 def _layer_signature(layer: Any) -> tuple[Any, ...]:
@@ -59,31 +89,42 @@ def _layer_signature(layer: Any) -> tuple[Any, ...]:
 def with_tensors(cache: Any, values: Sequence[Tensor]) -> Any:
     """A copy of `cache` that holds `values` instead of its own tensors."""
     remaining = iter(values)
-    new = copy.copy(cache)
-    new.layers = []
-    for layer in cache.layers:
-        copied = copy.copy(layer)
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor):
-                setattr(copied, name, next(remaining))
-        new.layers.append(copied)
+    new = _copy(cache)
+    for part in _parts(new):
+        part.layers = [_layer_with(layer, remaining) for layer in part.layers]
     return new
 
 
-def replaced(before: Any | None, after: Any) -> list[tuple[int, str, Tensor]]:
-    """(layer, attribute, tensor) of what a step put in place of `before`'s tensors.
+def _layer_with(layer: Any, values: Iterator[Tensor]) -> Any:
+    new = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(new, name, next(values))
+    return new
+
+
+Place = tuple[int, int, str]
+"""(part, layer, attribute) of a tensor in a cache."""
+
+
+def replaced(before: Any | None, after: Any) -> list[tuple[Place, Tensor]]:
+    """Where and what a step put in place of `before`'s tensors.
 
     before: the cache as it went in, None when the model made its own. Raises CacheError where a
     plain attribute changed otherwise than by first use.
     """
     changes = []
-    for i, layer in enumerate(after.layers):
-        old = before.layers[i] if before is not None and i < len(before.layers) else None
-        if old is not None:
-            _check_plain(i, old, layer)
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and (old is None or getattr(old, name, None) is not value):
-                changes.append((i, name, value))
+    for p, part in enumerate(_parts(after)):
+        known = _parts(before)[p].layers if before is not None else []
+        for i, layer in enumerate(part.layers):
+            old = known[i] if i < len(known) else None
+            if old is not None:
+                _check_plain(i, old, layer)
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor) and (
+                    old is None or getattr(old, name, None) is not value
+                ):
+                    changes.append(((p, i, name), value))
     return changes
 
 
@@ -104,28 +145,26 @@ def _check_plain(index: int, old: Any, new: Any) -> None:
             )
 
 
-def install(
-    cache: Any, template: Any, changes: Sequence[tuple[int, str]], values: Sequence[Tensor]
-) -> None:
+def install(cache: Any, template: Any, changes: Sequence[Place], values: Sequence[Tensor]) -> None:
     """Put the new tensors of a step into the caller's own cache object.
 
     template: the cache as the captured step left it, for layers that `cache` does not have yet.
     """
-    for (index, name), value in zip(changes, values, strict=True):
-        while len(cache.layers) <= index:
-            cache.layers.append(_fresh(template.layers[len(cache.layers)]))
-        layer = cache.layers[index]
+    parts, templates = _parts(cache), _parts(template)
+    given = dict(zip(changes, values, strict=True))
+    for (p, index, name), value in given.items():
+        held = parts[p].layers
+        while len(held) <= index:
+            held.append(_fresh(templates[p].layers[len(held)]))
+        layer = held[index]
         if not getattr(layer, "is_initialized", True):
-            keys, these = _keys_and_values(index, changes, values)
-            layer.lazy_initialization(keys, these)
+            for other, tensor in given.items():  # initialisation may read any of them
+                if other[:2] == (p, index):
+                    setattr(layer, other[2], tensor)
+            layer.lazy_initialization(given[p, index, "keys"], given[p, index, "values"])
         setattr(layer, name, value)
-
-
-def _keys_and_values(
-    index: int, changes: Sequence[tuple[int, str]], values: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    of_layer = {n: v for (i, n), v in zip(changes, values, strict=True) if i == index}
-    return of_layer["keys"], of_layer["values"]
+    if hasattr(cache, "is_updated"):
+        cache.is_updated = dict(template.is_updated)
 
 
 def _fresh(layer: Any) -> Any:
@@ -138,17 +177,18 @@ def _fresh(layer: Any) -> Any:
     return new
 
 
-def rebuilt(template: Any, changes: Sequence[tuple[int, str]], values: Sequence[Tensor]) -> Any:
+def rebuilt(template: Any, changes: Sequence[Place], values: Sequence[Tensor]) -> Any:
     """A new cache like `template`, which the model made during the step, with real tensors."""
-    new = copy.copy(template)
-    new.layers = []
+    new = _copy(template)
+    for part in _parts(new):
+        part.layers = []
     install(new, template, changes, values)
     return new
 
 
 def is_filled(cache: Any) -> bool:
     """Does the cache hold tokens already? (A decode step has one token and a filled cache.)"""
-    for layer in cache.layers:
+    for layer in _parts(cache)[0].layers:
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor) and keys.numel() > 0:
             length = layer.get_seq_length()

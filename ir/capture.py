@@ -181,7 +181,7 @@ class _Trace:
 
     spec: TreeSpec
     leaves: list[tuple[str, Any]]
-    changes: list[list[tuple[int, str]]]
+    changes: list[list[caches.Place]]
     templates: list[Any]
     outputs: tuple[Any, ...]
 
@@ -204,8 +204,8 @@ class _Trace:
         changes = []
         for i, cache in enumerate(known):
             replaced = caches.replaced(before[i] if i < len(before) else None, cache)
-            changes.append([(layer, name) for layer, name, _ in replaced])
-            outputs += [tensor for _, _, tensor in replaced]
+            changes.append([place for place, _ in replaced])
+            outputs += [tensor for _, tensor in replaced]
         return cls(spec, leaves, changes, known, tuple(outputs))
 
     @property
@@ -260,7 +260,7 @@ def _free(call: Call) -> list[dict[int, Any] | None]:
                 free = range(min(leaf.dim(), 2 if leaf.dim() == 3 else 1))
             shapes.append(_auto(leaf, free))
         elif caches.is_cache(leaf):
-            for layer in leaf.layers:
+            for layer in caches.layers(leaf):
                 grows = not hasattr(layer, "max_cache_len")
                 for value in vars(layer).values():
                     if isinstance(value, Tensor):

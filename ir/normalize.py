@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ridgeline.ir.aliases import mutates, sharing, writes, written_between
+from ridgeline.ir.calls import explicit_layer_norm, plain_power
 from ridgeline.ir.masks import ABSORBING, scalar_value
 from ridgeline.ir.symbolic import shape_of
 
@@ -162,13 +163,17 @@ def _copy_is_unseen(node: fx.Node) -> bool:
 
 
 def _plain_dims(node: fx.Node) -> bool:
-    """transpose(-1, -2) -> transpose(2, 3), counted from the front; softmax(3) -> softmax(-1)."""
+    """transpose(-1, -2) -> transpose(2, 3), counted from the front; softmax(3) -> softmax(-1),
+    mean([2]) -> mean([-1])."""
     if node.target is aten.transpose.int:
         rank = node.meta["val"].dim()
         dims = sorted(d % rank for d in node.args[1:])
     elif node.target is aten.softmax.int:
         rank = max(node.meta["val"].dim(), 1)
         dims = [node.args[1] % rank - rank]
+    elif node.target is aten.mean.dim and node.args[1]:
+        rank = max(node.args[0].meta["val"].dim(), 1)
+        dims = [[d % rank - rank for d in node.args[1]]]
     else:
         return False
     args = (node.args[0], *dims, *node.args[1 + len(dims) :])
@@ -361,9 +366,11 @@ EXACT: tuple[Rule, ...] = (
     _drop_assertion,
     _drop_identity,
     _plain_dims,
+    plain_power,
     _plain_fill,
     _plain_softmax,
     _explicit_attention,
+    explicit_layer_norm,
     _linear_from_addmm,
 )
 REASSOCIATING: tuple[Rule, ...] = (

@@ -1,6 +1,7 @@
 """Rewriting: a copy of the graph with the chosen candidates in place; the original stays whole."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -19,17 +20,24 @@ def apply(module: fx.GraphModule, chosen: Sequence[Candidate]) -> fx.GraphModule
 
 
 def replace(
-    candidate: Candidate, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule
+    candidate: Candidate, copied: MutableMapping[fx.Node, Any], module: fx.GraphModule
 ) -> None:
-    """Rewrite one site and take its old nodes out.
+    """Rewrite one site, take its old nodes out, and let `copied` lead from its results to those
+    that stand for them now: a later site may read them.
 
     Dead code elimination alone keeps some of them: attention may draw random numbers, a collective
     may have effects, so torch takes both for impure and would run them beside their replacement.
     """
+    outs = candidate.site.outs
+    with module.graph.inserting_before(module.graph.output_node()):
+        reader = module.graph.call_function(tuple, tuple(copied[out] for out in outs))
     candidate.rewrite.apply(candidate, copied, module)
+    results = reader.args
+    module.graph.erase_node(reader)
     for node in reversed(candidate.site.nodes):
         if not copied[node].users:
             module.graph.erase_node(copied[node])
+    copied.update(zip(outs, results, strict=True))
 
 
 def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

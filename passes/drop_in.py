@@ -299,7 +299,7 @@ def _shallow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     made[id(module)] = new
     new.__dict__ = module.__dict__.copy()
     for name, value in module.__dict__.items():
-        if isinstance(value, dict):
+        if type(value) in (dict, OrderedDict):  # a subclass may hold more than its entries
             new.__dict__[name] = value.copy()
     # Buffers are state that a forward may update (batch norm): the copy keeps its own.
     new.__dict__["_buffers"] = {

@@ -208,7 +208,11 @@ def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
     (batch, heads, q_len, _), k_len = shape_of(query), shape_of(site.bind["value"])[2]
     sizes = shape_of(mask)
     scores = [batch, heads, q_len, k_len][max(4 - len(sizes), 0) :]
-    if len(sizes) > 4 or any(s not in (1, full) for s, full in zip(sizes, scores, strict=True)):
+    fused = site.pattern == "sdpa_masked"
+    if len(sizes) > 4 or not all(
+        size in (1, full) or (fused and _must_be_equal(size, own, full))
+        for size, own, full in zip(sizes, mask.meta["val"].shape, scores, strict=True)
+    ):
         return Reject(
             f"the mask {mask.name} of shape {sizes} widens scores of shape"
             f" {[batch, heads, q_len, k_len]}",
@@ -216,6 +220,13 @@ def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
             "expand query, key and value to the mask's batch and heads",
         )
     return None
+
+
+def _must_be_equal(size: sympy.Expr, own: int | torch.SymInt, full: sympy.Expr) -> bool:
+    """Two free sizes, such as those of a cache and of the padding mask beside it, of which the
+    first is never 1: the fused call itself raises unless they are equal.
+    """
+    return not isinstance(own, int) and not full.is_Integer and bool((size - 1).is_positive)
 
 
 def _diagonal(mask: Mask, q_len: sympy.Expr, k_len: sympy.Expr) -> int | str | None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import fx
 
+from ridgeline.ir.aliases import mutates
 from ridgeline.ir.match import Reject, Site, find
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.region import changed_inside
@@ -26,12 +27,13 @@ def propose(
     """Look for every pass in a normalised graph; nothing is rewritten."""
     candidates: list[Candidate] = []
     refusals: list[Refusal] = []
+    in_place = mutates(module.graph)
     for rewrite in passes:
         sites, misses = _sites(rewrite, module.graph)
         refusals += [Refusal(rewrite, miss, "pattern") for miss in misses]
         for site in sites:
             answer = rewrite.accepts(site, setting)
-            if not isinstance(answer, Reject) and answer:
+            if in_place and not isinstance(answer, Reject) and answer:
                 answer = changed_inside(answer[0]) or answer
             if isinstance(answer, Reject):
                 refusals.append(Refusal(rewrite, answer, "precondition"))

@@ -18,7 +18,7 @@ from ridgeline.codegen.kernel import attribute
 from ridgeline.cost_model import Gemm, Work, work_of
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.match import Pattern, Reject, Site, trace
-from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
+from ridgeline.ir.quantized_linear import MANY_ROWS, QUANTIZED_LINEAR
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.quantization import Codec, QuantizedWeight
 
@@ -158,9 +158,11 @@ def _output_error(x: Tensor, weight: Tensor, other: Tensor) -> float:
 
 
 def _rounding_error(x: Tensor, weight: Tensor) -> float:
-    """What rounding x to bf16 does to X Wᵀ."""
-    rows = x.detach().float().flatten(0, -2)[:256]
-    return _ratio((rows - rows.bfloat16().float()) @ weight.float().T, rows @ weight.float().T)
+    """What bf16 products do to X Wᵀ: x is rounded, and for many rows W."""
+    rows, wide = x.detach().float().flatten(0, -2)[:256], weight.float()
+    rounded = wide.bfloat16().float() if len(rows) >= MANY_ROWS else wide
+    whole = rows @ wide.T
+    return _ratio(rows.bfloat16().float() @ rounded.T - whole, whole)
 
 
 def _ratio(difference: Tensor, whole: Tensor) -> float:

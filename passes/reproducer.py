@@ -24,7 +24,7 @@ Run it where ridgeline can be imported: it prints the relative error of the repl
 import torch
 from torch import device, inf, nan  # names that generated code uses
 
-import ridgeline  # registers the operators
+import ridgeline.passes  # registers the operators
 from ridgeline.passes.adversarial import adversarial
 from ridgeline.passes.certify import relative_error
 

@@ -40,10 +40,11 @@ def settle(
     def error_of(candidates: Sequence[Candidate]) -> float:
         return relative_error(outputs_of(apply(module, candidates), program), expected)
 
-    return back_off(chosen, tolerance, _rounding_limit(module), error_of)
+    return back_off(chosen, tolerance, rounding_limit(module), error_of)
 
 
-def _rounding_limit(module: fx.GraphModule) -> float:
+def rounding_limit(module: fx.GraphModule) -> float:
+    """The output error that roundings explain, by the narrowest floating dtype in the graph."""
     dtypes = {v.dtype for n in module.graph.nodes if isinstance(v := n.meta.get("val"), Tensor)}
     return max((ROUNDING_LIMIT[d] for d in dtypes if d in ROUNDING_LIMIT), default=0.0)
 

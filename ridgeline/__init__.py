@@ -1,9 +1,13 @@
 """ridgeline: rewrite a PyTorch model for one machine, and account for every step."""
 
-from ridgeline import nn
-from ridgeline.cost_model import load_target, target_names
-from ridgeline.ir.errors import RidgelineError
-from ridgeline.passes import PASSES, optimize
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ridgeline import nn
+    from ridgeline.cost_model import load_target, target_names
+    from ridgeline.ir.errors import RidgelineError
+    from ridgeline.passes import PASSES, optimize
 
 __version__ = "0.1.0"
 
@@ -16,3 +20,21 @@ __all__ = [
     "optimize",
     "target_names",
 ]
+
+_HOMES = {
+    "PASSES": "ridgeline.passes",
+    "RidgelineError": "ridgeline.ir.errors",
+    "load_target": "ridgeline.cost_model",
+    "optimize": "ridgeline.passes",
+    "target_names": "ridgeline.cost_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported at first use: what they need (sympy, scipy) takes a second."""
+    if name == "nn":
+        return importlib.import_module("ridgeline.nn")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ridgeline' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value

@@ -4,7 +4,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ridgeline.tools import bench_attention, bench_group_rational, bench_linear
+from ridgeline.cost_model import load_target
+from ridgeline.tools import bench_attention, bench_group_rational, bench_linear, bench_norm
 from ridgeline.tools.timing import dram_read_bandwidth
 
 PROMPT, NEW, TOLERANCE = 256, 64, 0.02
@@ -32,6 +33,13 @@ def group_rational(rounds: int, console: Console) -> None:
         console.print(timings.table(title))
     for name, (dx, da, db) in bench_group_rational.errors().items():
         console.print(Text(f"{name:16s} error of dx {dx:.1e}, da {da:.1e}, db {db:.1e}"))
+
+
+def norm(rounds: int, console: Console) -> None:
+    """RMSNorm and LayerNorm of a residual sum, against Inductor's kernels and eager torch."""
+    with torch.inference_mode(False), torch.no_grad():
+        for title, timings in bench_norm.cases(rounds, load_target("cpu")):
+            console.print(timings.table(title))
 
 
 def decode(rounds: int, console: Console) -> None:

@@ -1,9 +1,9 @@
 """The CPU kernel of the quantised linear layer, side by side with torch's own layers.
 
-Run as ``python -m ridgeline.tools.bench_linear``. Weights are cold: every function walks through
-`COPIES` copies of its weight, together larger than the last cache. The baselines are torch's
-linear in fp32 and bf16 and its 4-bit `_weight_int4pack_mm_for_cpu` in bf16 (its fp32 form is a
-slow fallback and no opponent). Outputs are allocated by the call on every side.
+Weights are cold, scales included: every function walks through `COPIES` copies of its weight,
+together larger than the last cache. The baselines are torch's linear in fp32 and bf16 and its 4-bit
+`_weight_int4pack_mm_for_cpu` in bf16 (its fp32 form is a slow fallback and no opponent). Outputs
+are allocated by the call on every side.
 """
 
 import itertools
@@ -21,9 +21,10 @@ COPIES = 3
 KERNEL = "ridgeline 4-bit bf16"
 
 
-def _walk(weight: Tensor) -> Callable[[], Tensor]:
-    copies = itertools.cycle([weight] + [weight.clone() for _ in range(COPIES - 1)])
-    return copies.__next__
+def _walk(*weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Copy after copy of the tensors that make up one weight."""
+    copies = [weight, *(tuple(t.clone() for t in weight) for _ in range(COPIES - 1))]
+    return itertools.cycle(copies).__next__
 
 
 def rounds(
@@ -51,14 +52,19 @@ def rounds(
         "torch bf16": fp32.nbytes // 2,
         "torch fp32": fp32.nbytes,
     }
-    ours, theirs, w16, w32 = map(_walk, (weight.codes, int4, fp32.bfloat16(), fp32))
+    ours, theirs = _walk(weight.codes, weight.scale), _walk(int4, factor)
+    w16, w32 = _walk(fp32.bfloat16()), _walk(fp32)
     int4mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+    def int4pack(x: Tensor, packed: Tensor, factor: Tensor) -> Tensor:
+        return int4mm(x, packed, group_size, factor)
+
     kernel = str(cpu.kernel_spec(weight, activation=torch.bfloat16, multiply=torch.bfloat16))
     functions = {
-        "torch int4pack bf16": lambda: int4mm(x16, theirs(), group_size, factor),
-        "torch bf16": lambda: F.linear(x16, w16()),
-        "torch fp32": lambda: F.linear(x, w32()),
-        KERNEL: lambda: cpu.OP(x16, ours(), weight.scale, None, None, kernel),
+        "torch int4pack bf16": lambda: int4pack(x16, *theirs()),
+        "torch bf16": lambda: F.linear(x16, *w16()),
+        "torch fp32": lambda: F.linear(x, *w32()),
+        KERNEL: lambda: cpu.OP(x16, *ours(), None, None, kernel),
     }
     timings = interleave(
         functions, baseline="torch int4pack bf16", rounds=samples, seconds_per_sample=0.01

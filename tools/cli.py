@@ -1,4 +1,5 @@
-"""The command line: optimize, dump, explain, targets, bench, demo.
+"""The command line: optimize, verify, dump, explain, targets, bench, sweep,
+demo.
 
 MODEL is ``file.py:function``, which returns (module, args) or (module, args, kwargs), or a ``.pt2``
 exported program. Heavy imports happen inside the commands, so that --help is quick.
@@ -58,6 +59,7 @@ class Bench(StrEnum):
     linear = "linear"
     attention = "attention"
     group_rational = "group-rational"
+    norm = "norm"
     decode = "decode"
     perplexity = "perplexity"
 
@@ -96,7 +98,23 @@ def optimize(
             run(*clone_inputs(program.inputs))
         compiler.plan.print()
         if output is not None:
-            output.write_text(json.dumps(compiler.plan.to_dict(), indent=2))
+            saved = {"model": model, **compiler.plan.to_dict()}
+            output.write_text(json.dumps(saved, indent=2))
+
+
+@app.command()
+def verify(
+    plan: Annotated[Path, typer.Argument(help="What `ridgeline optimize MODEL -o` saved.")],
+    traceback: Trace = False,
+) -> None:
+    """Check a saved PLAN again: each rewrite is found, certified and measured anew."""
+    with _clear_errors(traceback):
+        from ridgeline.tools.verify import run
+
+        with _status("verifying"):
+            holds = run(plan, out)
+        if not holds:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -182,6 +200,25 @@ def bench(
         from ridgeline.tools import bench as benches
 
         getattr(benches, what.name)(rounds, out)
+
+
+@app.command()
+def sweep(
+    families: Annotated[list[str] | None, typer.Argument(help="Family names; all if none.")] = None,
+    bf16: Annotated[bool, typer.Option(help="Sweep in bfloat16 too.")] = False,
+    output: Output = None,
+    traceback: Trace = False,
+) -> None:
+    """Tiny models of many families: what is captured and rewritten, refused with which reason."""
+    with _clear_errors(traceback):
+        import torch
+
+        from ridgeline.tools.sweep import run
+
+        dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
+        rows = run(families or (), dtypes, out)
+        if output is not None:
+            output.write_text(json.dumps([r.to_dict() for r in rows], indent=2))
 
 
 @app.command()

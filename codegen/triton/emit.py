@@ -13,16 +13,17 @@ _DEFAULTS = {
     ),
     "quantized_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=4),
     "group_rational": Config((("BLOCK_M", 128), ("BLOCK_C", 8)), num_warps=4, num_stages=1),
+    "norm": Config((("BLOCK_M", 2), ("BLOCK_N", 1024)), num_warps=4, num_stages=1),
 }
 
 
 def standalone_source(kernel: str, config: Config | None = None) -> str:
     """The source of a kernel: its law, kernels, launcher, a configuration and a self-check.
 
-    kernel: "attention", "attention_decode", "quantized_linear" or "group_rational"; config: as a
-    compiled kernel carries it. Run as a script, the file compares the kernel with float64 on the
-    GPU, or in Triton's interpreter under TRITON_INTERPRET=1. Raises UnsupportedProblem for another
-    name.
+    kernel: "attention", "attention_decode", "quantized_linear", "group_rational" or "norm"; config:
+    as a compiled kernel carries it. Run as a script, the file compares the kernel with float64 on
+    the GPU, or in Triton's interpreter under TRITON_INTERPRET=1. Raises UnsupportedProblem for
+    another name.
     """
     if kernel not in _DEFAULTS:
         raise UnsupportedProblem(f"expected a kernel of {', '.join(_DEFAULTS)}, found {kernel!r}")

@@ -13,17 +13,21 @@ from ridgeline.codegen.kernel import (
     attribute,
     constant,
     hints,
+    norm_arguments,
     scheme_of,
 )
 from ridgeline.codegen.triton import ops as ops  # registers the kernels' own ops
 from ridgeline.codegen.triton.cross_compile import Compiled
 from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.group_rational_launch import compile_group_rational
+from ridgeline.codegen.triton.norm_ops import compile_norm
 from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
+from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
+from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 
 _KINDS = frozenset({"cuda", "hip"})
 
@@ -120,13 +124,36 @@ def _compile_group_rational(node: fx.Node, target: Target) -> KernelReport:
     return _report(GROUP_RATIONAL.qualified, compiled, target)
 
 
+def _place_norm(node: fx.Node, module: fx.GraphModule) -> None:
+    rows, parameters, center = norm_arguments(node)
+    ops = torch.ops.ridgeline
+    node.target = (ops.triton_norm if len(rows) == 1 else ops.triton_add_norm).default
+    node.args = (*rows, *parameters, node.kwargs["eps"], node.kwargs.get("shift", 0.0), center)
+    node.kwargs = {}
+
+
+def _compile_norm(node: fx.Node, target: Target) -> KernelReport:
+    rows, parameters, center = norm_arguments(node)
+    weight, bias = (None if p is None else p.meta["val"].dtype for p in parameters)
+    compiled = compile_norm(
+        hints(rows[0])[-1],
+        dtype=rows[0].meta["val"].dtype,
+        arch=target.arch,
+        weight=weight,
+        bias=bias,
+        residual=len(rows) > 1,
+        center=center,
+    )
+    return _report(node.target._schema.name, compiled, target)  # pyright: ignore
+
+
 def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
     audit = dataclasses.asdict(compiled.audit)
     audit["matrix"] = ", ".join(f"{n} {name}" for name, n in compiled.audit.matrix)
     audit["code_bytes"] = len(compiled.binary)
     file = next(
         f
-        for f in ("attention_decode", "attention", "quantized_linear", "group_rational")
+        for f in ("attention_decode", "attention", "quantized_linear", "group_rational", "norm")
         if compiled.kernel.startswith(f)
     )
     return KernelReport(
@@ -148,5 +175,9 @@ KERNELS = (
         _KINDS,
         _place_group_rational,
         _compile_group_rational,
+    ),
+    *(
+        Kernel(op.qualified, "triton", _KINDS, _place_norm, _compile_norm)
+        for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
     ),
 )

@@ -1,6 +1,7 @@
 """The TVM kernels of the host CPU, as nodes of a graph."""
 
 import functools
+import math
 
 import torch
 from torch import fx
@@ -13,14 +14,17 @@ from ridgeline.codegen.kernel import (
     constant,
     hints,
     keyword,
+    norm_arguments,
     scheme_of,
 )
-from ridgeline.codegen.tvm import attention, group_rational, quantized_linear
+from ridgeline.codegen.tvm import attention, group_rational, norm, quantized_linear
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
+from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
+from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 
 
 def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
@@ -101,13 +105,51 @@ def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
 def _report_linear(node: fx.Node, target: Target) -> KernelReport:
     spec = _spec(node)
     scheme = scheme_of(argument(node, 3))
+    rows = math.prod(hints(argument(node, 0))[:-1])
+    many = ", decoded first" if quantized_linear.decodes_first(spec, rows) else ""
     return KernelReport(
         QUANTIZED_LINEAR.qualified,
         "tvm",
         target.name,
         f"{spec.isa}, {spec.bits}-bit {scheme} g{spec.group_size},"
-        f" {spec.out_features}x{spec.in_features}, {spec.multiply} products",
-        functools.partial(quantized_linear.source, spec),
+        f" {spec.out_features}x{spec.in_features}, {spec.multiply} products{many}",
+        functools.partial(quantized_linear.source, spec, rows=rows),
+    )
+
+
+def _norm(node: fx.Node) -> norm.NormKernel:
+    rows, parameters, center = norm_arguments(node)
+    weight, bias = (None if p is None else p.meta["val"].dtype for p in parameters)
+    return norm.norm_kernel(
+        hints(rows[0])[-1],
+        rows[0].meta["val"].dtype,
+        weight=weight,
+        bias=bias,
+        residual=len(rows) > 1,
+        center=center,
+    )
+
+
+def _place_norm(node: fx.Node, module: fx.GraphModule) -> None:
+    kernel = _norm(node)
+    rows, parameters, _ = norm_arguments(node)
+    norm.register_lowering()
+    node.target = norm.NORM if len(rows) == 1 else norm.ADD_NORM
+    shift = keyword(node, "shift") or 0.0
+    node.args = (*rows, *parameters, keyword(node, "eps"), shift, str(kernel))
+    node.kwargs = {}
+
+
+def _report_norm(node: fx.Node, target: Target) -> KernelReport:
+    kernel = _norm(node)
+    said = {"weight": kernel.weight, "bias": kernel.bias}
+    parameters = "".join(f", {name} {d}" for name, d in said.items() if d != "none")
+    return KernelReport(
+        node.target._schema.name,  # pyright: ignore[reportFunctionMemberAccess]
+        "tvm",
+        target.name,
+        f"rows of {kernel.size}, {kernel.dtype}{parameters}",
+        functools.partial(norm.source, kernel),
     )
 
 
@@ -153,5 +195,9 @@ KERNELS = (
         frozenset({"cpu"}),
         _place_group_rational,
         _report_group_rational,
+    ),
+    *(
+        Kernel(op.qualified, "tvm", frozenset({"cpu"}), _place_norm, _report_norm)
+        for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
     ),
 )

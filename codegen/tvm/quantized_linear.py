@@ -1,8 +1,8 @@
 """`ridgeline::tvm_quantized_linear`: the quantised linear layer on the host CPU.
 
 Law: `ridgeline.ir.quantized_linear`. Weights are laid out once by `pack` for the vector lanes of
-the kernel (`quantized_linear_kernel`); the layout serves every instruction set and both multiply
-dtypes:
+the kernels (`quantized_linear_kernel`, and `quantized_linear_many` for many rows); the layout
+serves every instruction set and both multiply dtypes:
 
     codes  4 bit: int16 [N/64, K/8, 1, 4, 32], 8 bit: int8 [N/64, K/8, 4, 4, 32]; lane 2 n + p of
            vector j belongs to column 16 j + n and input feature parity p, and pair i of a step
@@ -25,7 +25,7 @@ from torch import Tensor
 from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.op import LIBRARY
-from ridgeline.ir.quantized_linear import pack_codes, unpack_codes
+from ridgeline.ir.quantized_linear import MANY_ROWS, pack_codes, unpack_codes
 
 LANES, PANEL, STEP = 16, 64, 8
 
@@ -225,24 +225,30 @@ def kernel_spec(
     )
 
 
-def _prim_func(spec: KernelSpec, lead: bool, parallel: bool) -> Any:
+def decodes_first(spec: KernelSpec, rows: int) -> bool:
+    """Is the weight decoded as a whole before it is multiplied (`quantized_linear_many`)?"""
+    pairs = spec.multiply == "bfloat16" and spec.isa == "avx512_bf16"
+    return pairs and rows >= MANY_ROWS
+
+
+def _prim_func(spec: KernelSpec, lead: bool, parallel: bool, many: bool) -> Any:
     import_tvm()
-    from ridgeline.codegen.tvm import quantized_linear_kernel
+    from ridgeline.codegen.tvm import quantized_linear_kernel, quantized_linear_many
+    from ridgeline.codegen.tvm.quantized_linear_parts import Spec
 
-    return quantized_linear_kernel.build(
-        quantized_linear_kernel.Spec(**spec._asdict(), lead=lead, parallel=parallel)
-    )
+    build = quantized_linear_many.build if many else quantized_linear_kernel.build
+    return build(Spec(**spec._asdict(), lead=lead, parallel=parallel))
 
 
-def source(spec: KernelSpec, *, parallel: bool = True) -> str:
-    """The TVMScript text of a kernel, to read or to take away."""
-    return _prim_func(spec, lead=False, parallel=parallel).script()
+def source(spec: KernelSpec, *, rows: int = 1, parallel: bool = True) -> str:
+    """The TVMScript text of the kernel for so many rows, to read or to take away."""
+    return _prim_func(spec, False, parallel, decodes_first(spec, rows)).script()
 
 
 class _Kernel:
     """The compiled forms of one `KernelSpec`, each compiled when it is first needed."""
 
-    __slots__ = ("forms", "lock", "offset", "out_features", "parallel_from", "spec")
+    __slots__ = ("forms", "lock", "many_from", "offset", "out_features", "parallel_from", "spec")
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
@@ -251,15 +257,16 @@ class _Kernel:
         self.offset = spec.offset != "none"
         self.parallel_from = math.ceil(PARALLEL_WORK / (spec.out_features * spec.in_features))
         """Rows from which panels are shared among threads."""
-        self.forms: dict[tuple[bool, bool], Callable[..., None]] = {}
+        self.many_from = MANY_ROWS if decodes_first(spec, MANY_ROWS) else math.inf
+        self.forms: dict[tuple[bool, bool, bool], Callable[..., None]] = {}
 
-    def form(self, lead: bool, parallel: bool) -> Callable[..., None]:
+    def form(self, lead: bool, parallel: bool, many: bool) -> Callable[..., None]:
         """(x, codes, scale, offset, bias, y) -> None; lead: x and y are [1, rows, .]."""
+        key = lead, parallel, many
         with self.lock:
-            if (lead, parallel) not in self.forms:
-                function = _prim_func(self.spec, lead, parallel)
-                self.forms[lead, parallel] = compile_kernel(function, self.spec.isa)
-        return self.forms[lead, parallel]
+            if key not in self.forms:
+                self.forms[key] = compile_kernel(_prim_func(self.spec, *key), self.spec.isa)
+        return self.forms[key]
 
 
 @functools.cache
@@ -323,7 +330,7 @@ def _write(
     if not (lead or len(shape) == 2):
         x, y = x.reshape(-1, shape[-1]), y.view(-1, entry.out_features)
         rows = x.shape[0]
-    form = lead, rows >= entry.parallel_from
+    form = lead, rows >= entry.parallel_from, rows >= entry.many_from
     run = entry.forms.get(form) or entry.form(*form)
     torch.get_num_threads()  # a thread's first call gives its OpenMP region torch's setting
     try:

@@ -54,10 +54,21 @@ def _rational() -> tuple[nn.Module, list[Tensor]]:
     return Rational(), [torch.randn(2, 5, 48)]
 
 
+class Normalise(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _norm() -> tuple[nn.Module, list[Tensor]]:
+    return Normalise(), [torch.randn(3, 7, 24), torch.randn(24)]
+
+
 EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "flash_attention": _attention,
     "group_rational": _rational,
     "quantized_linear": _linear,
+    "norm": _norm,
 }
 """One model that each pass fits once."""
 

@@ -200,9 +200,10 @@ def test_generate(cache):
     for call, tokens in zip(calls, expected, strict=True):
         assert torch.equal(fast.generate(**call), tokens)
     assert (fast.captures, fast.fallbacks) == (2, {})
-    found = [d for d in fast.plan.applied if d.rewrite == "flash_attention"]
+    found = list(fast.plan.applied)
     if implementation == "sdpa":  # the fused call may be as good on this target
         found += [d for d in fast.plan.refused if d.refused_by == "cost"]
+    found = [d for d in found if d.rewrite == "flash_attention"]
     assert sorted(d.phase for d in found) == ["decode"] * LAYERS + ["prefill"] * LAYERS
     assert attributes == {name: set(vars(m)) for name, m in model.named_modules()}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

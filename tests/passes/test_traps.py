@@ -113,7 +113,7 @@ def mask_widens_the_heads(q, k, v):
         (softmax_over_queries, "an argument of softmax is -2, where masked has -1"),
         (weights_returned_too, "softmax, inside the site, is also read by output"),
         (scores_returned_too, "inside the site, is also read by output"),
-        (weights_sharpened, "softmax is read by aten.square"),
+        (weights_sharpened, "softmax is read by aten.pow.Tensor_Scalar"),
         (softcapped, "mul"),
         (temperature, "an argument of mul is mean, where unmasked has a number"),
         (scale_per_head, "an argument of mul is mean, where unmasked has a number"),

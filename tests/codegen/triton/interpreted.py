@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ridgeline.codegen.triton.attention import attention
 from ridgeline.codegen.triton.attention_decode import attention_decode
+from ridgeline.codegen.triton.norm import norm
 from ridgeline.codegen.triton.quantized_linear import pack, quantized_linear, unpack
 from ridgeline.ir import attention as attention_law
+from ridgeline.ir import layer_norm as layer_law
 from ridgeline.ir import quantized_linear as linear_law
+from ridgeline.ir import rms_norm as rms_law
 
 TILES = {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1}
 HALF, SINGLE = torch.float16, torch.float32
@@ -131,6 +134,43 @@ def linear_errors() -> dict[str, float]:
     return errors
 
 
+# rows, N, dtype, BLOCK_M
+NORMS = {
+    "one-row": ((1,), 33, SINGLE, 1),
+    "ragged": ((2, 3), 100, HALF, 4),
+    "whole-block": ((5,), 64, SINGLE, 2),
+}
+
+
+def norm_errors() -> dict[str, float]:
+    errors = {}
+    for name, (rows, size, dtype, block_m) in NORMS.items():
+        x, residual = (torch.randn(*rows, size).to(dtype) for _ in range(2))
+        weight, bias = torch.randn(size).to(dtype), torch.randn(size)
+        tiles = {"block_m": block_m, "block_n": 1 << (size - 1).bit_length(), "num_warps": 4}
+        for center in (False, True):
+            for added in (None, residual):
+                form = "layer" if center else "rms"
+                case = f"norm-{name}-{form}{'' if added is None else '-of-sum'}"
+                shift = 0.0 if center else 1.0
+                y, total = norm(
+                    x, added, weight, bias if center else None,
+                    eps=1e-5, shift=shift, center=center, **tiles,
+                )  # fmt: skip
+                sums = x if added is None else x + added
+                errors[f"{case}-sum"] = 0.0 if torch.equal(total, sums) else float("inf")
+                if center:
+                    expected = layer_law.reference(
+                        sums.double(), weight.double(), bias.double(), eps=1e-5
+                    )
+                else:
+                    expected = rms_law.reference(
+                        sums.double(), weight.double(), eps=1e-5, shift=shift
+                    )
+                errors[case] = relative(y, expected)
+    return errors
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    json.dump(attention_errors() | linear_errors(), sys.stdout)
+    json.dump(attention_errors() | linear_errors() | norm_errors(), sys.stdout)

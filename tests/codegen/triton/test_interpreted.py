@@ -34,7 +34,7 @@ def test_every_case_agrees_with_float64() -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["attention", "attention_decode", "quantized_linear", "group_rational"]
+    "kernel", ["attention", "attention_decode", "quantized_linear", "group_rational", "norm"]
 )
 def test_emitted_file_checks_itself(kernel: str, tmp_path: Path) -> None:
     source = standalone_source(kernel)

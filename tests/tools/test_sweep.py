@@ -1,0 +1,43 @@
+"""Families that nobody tuned for come through and are equal; a bad name is one clear line."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ridgeline.tools.cli import app
+from ridgeline.tools.sweep import sweep_one
+from ridgeline.tools.sweep_families import families
+
+pytest.importorskip("transformers")
+FAMILIES = {f.name: f for f in families()}
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "sites"),
+    [
+        ("qwen3", "sdpa", 8),
+        ("bart", "eager", 6),
+        ("whisper", "sdpa", 6),
+        ("vit", "eager", 2),
+    ],
+)
+@pytest.mark.slow
+def test_a_family_is_captured_rewritten_and_equal(name, attention, sites):
+    row = sweep_one(FAMILIES[name], attention, torch.float32)
+    assert row.problem == ""
+    assert row.applied["flash_attention"] >= sites
+    assert row.error <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_cache_that_counts_in_python_is_named():
+    """Tokens are compared all the same: such calls run the original code."""
+    row = sweep_one(FAMILIES["mistral"], "eager", torch.float32)
+    assert "counts in the Python attribute" in row.problem
+    assert row.applied["flash_attention"] == 2
+
+
+def test_a_name_that_is_none_is_answered_with_near_ones():
+    result = CliRunner().invoke(app, ["sweep", "lama"])
+    assert result.exit_code == 1
+    assert "llama" in result.output

@@ -1,0 +1,69 @@
+"""`ridgeline verify PLAN`: what `ridgeline optimize -o` saved, against the model as it is now."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ridgeline.cost_model import load_target
+from ridgeline.ir.capture import capture
+from ridgeline.ir.errors import RidgelineError
+from ridgeline.passes import PASSES
+from ridgeline.passes.verify import Verdict, verify
+from ridgeline.tools.model_file import load_model_file
+
+FIELDS = ("model", "target", "tolerance", "applied")
+
+
+class PlanFileError(RidgelineError):
+    """A file that is no plan of `ridgeline optimize -o`."""
+
+
+def read_plan(file: Path) -> dict[str, Any]:
+    """The plan in `file`. Raises PlanFileError saying what was expected and found."""
+    try:
+        plan = json.loads(file.read_text())
+    except OSError as error:
+        raise PlanFileError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PlanFileError(f"{file} is not json: {error}") from error
+    missing = [f for f in FIELDS if not isinstance(plan, dict) or f not in plan]
+    if missing:
+        raise PlanFileError(
+            f"{file} has no {', '.join(missing)}; save a plan with `ridgeline optimize MODEL -o`"
+        )
+    return plan
+
+
+def run(file: Path, console: Console) -> bool:
+    """Verify the plan in `file`, print a line per kind of rewrite; does everything hold?"""
+    plan = read_plan(file)
+    example = load_model_file(plan["model"])
+    with torch.no_grad():
+        program = capture(example.model, example.args, example.kwargs).program
+    target = load_target(plan["target"])
+    verdicts, measured, allowed = verify(
+        program, plan["applied"], PASSES, target, plan["tolerance"]
+    )
+    console.print(_table(verdicts))
+    holds = measured <= allowed and not any(v.problem for v in verdicts)
+    console.print(f"output error {measured:.1e}, allowed {allowed:.0e}")
+    console.print("the plan holds" if holds else "the plan does not hold")
+    return holds
+
+
+def _table(verdicts: list[Verdict]) -> Table:
+    table = Table("rewrite", "sites", "worst error", "allowed", "problem", box=None)
+    kinds: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
+    for v in verdicts:
+        kinds[v.rewrite, v.problem].append(v)
+    for (rewrite, problem), members in kinds.items():
+        errors = [v.error for v in members if v.error is not None]
+        where = f"{members[0].at}: {problem}" if problem else ""
+        worst = f"{max(errors):.1e}" if errors else "-"
+        table.add_row(rewrite, str(len(members)), worst, f"{members[0].allowed:.0e}", where)
+    return table
