@@ -50,7 +50,8 @@ class Rational:
 
 
 _ARITHMETIC = (aten.mul, aten.add, aten.abs, aten.pow, aten.squeeze, aten.bmm, aten.stack)
-_MOST_NODES = 200
+_MOST_LEVELS = 64
+"""Operations between a tensor and the division: two for each degree by Horner's rule."""
 
 
 class _Unreadable(Exception):
@@ -62,33 +63,31 @@ def read_quotient(node: fx.Node) -> "Reader":
 
     Where there is none, the reading that came across the most coefficients.
     """
+    near = _above(node)
     best: Reader | None = None
-    for x in sorted(_above(node), reverse=True):
-        reader = Reader(node, x)
+    for x in sorted((n for n in near if len(n.users) > 1), reverse=True):
+        reader = Reader(node, x, near)
         if isinstance(reader.found, Rational):
             return reader
         if best is None or reader.columns > best.columns:
             best = reader
-    return best or Reader(node, node)
+    return best or Reader(node, node, near)
 
 
 def _above(node: fx.Node) -> set[fx.Node]:
-    """Tensors that arithmetic leads to from `node` upwards and that stand in more than one term."""
+    """What arithmetic reads on the way up from `node`, as far as a rational function may reach."""
     seen: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack and len(seen) < _MOST_NODES:
-        above = stack.pop()
-        if above in seen:
-            continue
-        seen.add(above)
-        if getattr(above.target, "overloadpacket", None) in _ARITHMETIC:
-            stack += above.all_input_nodes
-    return {n for n in seen if len(n.users) > 1}
+    level = set(node.all_input_nodes)
+    for _ in range(_MOST_LEVELS):
+        seen |= level
+        arithmetic = (n for n in level if getattr(n.target, "overloadpacket", None) in _ARITHMETIC)
+        level = {above for n in arithmetic for above in n.all_input_nodes} - seen
+    return seen
 
 
 @dataclass(slots=True)
 class Reader:
-    """Reads the quotient `node` in the tensor `x`.
+    """Reads the quotient `node` in the tensor `x`, looking no further than `near`.
 
     found: the rational function, or a sentence that says why it is none; nodes: what was read
     through; columns: how many coefficients were met.
@@ -96,6 +95,7 @@ class Reader:
 
     node: fx.Node
     x: fx.Node
+    near: set[fx.Node] = field(repr=False)
     found: Rational | str = ""
     nodes: set[fx.Node] = field(default_factory=set)
     columns: int = 0
@@ -119,6 +119,8 @@ class Reader:
         """A node or number as a polynomial in `self.x`."""
         if not isinstance(node, fx.Node):
             return Polynomial({(0, 0): float(node)})
+        if node not in self.near:
+            raise _Unreadable(f"{node.name} stands too far from the division")
         if node not in self.known:
             self.known[node] = self._read(node)
         return self.known[node]

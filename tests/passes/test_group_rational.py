@@ -215,3 +215,15 @@ def test_ordinary_divisions_are_not_worth_a_line():
     with torch.no_grad():
         _, candidates, refusals = _propose(Model(swish).eval(), torch.randn(2, 5, 24))
     assert (candidates, refusals) == ([], [])
+
+
+def test_a_deep_sum_above_a_division_is_walked_in_bounds():
+    def deep(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        total = x
+        for _ in range(700):
+            total = total + x
+        return x / (1 + total)
+
+    with torch.no_grad():
+        _, candidates, refusals = _propose(Model(deep).eval(), torch.randn(2, 5, 24))
+    assert (candidates, refusals) == ([], [])
