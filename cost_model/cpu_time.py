@@ -26,11 +26,12 @@ ATTENTION_ROWS = 32
 # of `ridgeline bench attention` over S = 512 to 4096 on two Zen 4 cores.
 TORCH_ATTENTION = {torch.float32: 1.5, torch.bfloat16: 2.3, torch.float16: 1.5}
 # A norm's passes over a row, in flops per element: RMSNorm, and what LayerNorm's centring and a
-# residual sum add; and the call, in seconds beyond a dispatch. Fitted to `ridgeline bench norm` on
-# one Zen 4 core, rows of 576 to 4096: Inductor's loops convert element by element and, in
-# LayerNorm, follow Welford's recurrence.
-NORM_FLOPS = {"inductor": (30, 36, 20), "ridgeline": (15, 12, 11)}
-NORM_CALL_S = {"inductor": 0.0, "ridgeline": 0.8e-6}
+# residual sum add; and its call beyond a dispatch in seconds: plain, and what two results add. From
+# chains of norms between opaque calls, compiled by Inductor, on one Zen 4 core, 1 to 256 rows of
+# 576 to 4096: Inductor's loops convert 16-bit numbers apart from using them and follow Welford's
+# recurrence in LayerNorm, while its calls cost less than a kernel's that stands by itself.
+NORM_FLOPS = {"inductor": (26, 28, 20), "ridgeline": (15, 11, 10)}
+NORM_CALL_S = {"inductor": (0.0, 0.0), "ridgeline": (1.2e-6, 1.8e-6)}
 GRAIN_BYTES = 32768 * 4  # at::parallel_for runs smaller elementwise work on one thread
 
 Parts = tuple[float, float, float]
@@ -62,7 +63,8 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
             rate /= TORCH_ATTENTION.get(kernel.dtype, 1.0)
         return kernel.flops / (rate * _parallel(chunks, target)), memory, fixed
     if isinstance(kernel, Norm):
-        return _norm_compute(kernel, target), memory, fixed + NORM_CALL_S[kernel.library]
+        plain, second = NORM_CALL_S[kernel.library]
+        return _norm_compute(kernel, target), memory, fixed + plain + second * kernel.residual
     if isinstance(kernel, Stream):
         return kernel.flops / target.peak(torch.float32), memory, fixed
     raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")

@@ -11,7 +11,8 @@ GEMM, least over tiles (Tm, Tn) and split-K s:
 Attention: tiles of 128 queries, or with few queries the keys split over the cores.
 Stream: bytes / bandwidth with a share of the bytes in L2 where the working set fits.
 Norm: a stream; Inductor's kernel keeps rows of up to 1024 elements in registers and reads longer
-ones a second time, through L2, ours do so beyond 16384.
+ones a second time, through L2, ours do so beyond 16384. That counts only with a row for every core:
+fewer rows are bound by latency.
 
 The GEMM constants were fitted on public CUDA-graph measurements of an A100 (cuBLAS in bf16; for
 integer weights TensorRT-LLM's kernels on A100 and L40S), L1 loss of log time; the efficiencies of
@@ -186,7 +187,8 @@ def _norm(n: Norm, target: Target) -> Parts:
     read, written = n.bytes["input"], n.bytes["output"]
     stream = Stream(read, written, n.flops, n.dtype, "reduction")
     compute, memory, fixed = _stream(stream, target)
-    again = read if n.size > NORM_PERSISTENT[n.library] else 0.0
+    twice = n.size > NORM_PERSISTENT[n.library] and n.rows >= target.cores
+    again = read if twice else 0.0
     through_l2 = (read + written + again) / target.l2_bandwidth_bytes_per_s
     return compute, smoothmax(memory, through_l2), fixed
 

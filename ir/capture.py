@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.export.graph_signature import InputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ridgeline.ir import caches
@@ -288,6 +289,7 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
         with graph.inserting_before(node):
             attribute = graph.create_node("get_attr", name)
         attribute.meta = dict(node.meta)
+        attribute.meta["lifted"] = spec.kind is InputKind.CONSTANT_TENSOR
         node.replace_all_uses_with(attribute)
         graph.erase_node(node)
     root.train(wrapper.training)

@@ -6,6 +6,7 @@ diagonal (`torch.tril`'s convention); any other atom stays a mask. An additive m
 ``where(M, 0, fill)`` keeps what M keeps when `fill` removes a score entirely.
 """
 
+import operator
 from dataclasses import dataclass
 
 import sympy
@@ -64,20 +65,49 @@ def _kept_by_addition(node: fx.Node) -> fx.Node | None:
     return None
 
 
+_SAME_NUMBER = (aten.detach, aten.lift_fresh_copy, aten.clone, aten.alias, aten.to, aten._to_copy)
+_SCALAR_ARITHMETIC = (
+    *(aten.sqrt, aten.rsqrt, aten.reciprocal, aten.neg, aten.pow, aten.mul, aten.div, aten.add),
+    *(aten.sub, aten.true_divide, aten.full, aten.scalar_tensor, aten.exp, aten.log, aten.abs),
+)
+
+
 def scalar_value(value) -> float | None:
     """The number that a node or a plain number stands for, when it is one for every index."""
     if isinstance(value, int | float):
         return float(value)
-    if isinstance(value, fx.Node) and value.target in (
-        aten.full.default,
-        aten.scalar_tensor.default,
-    ):
-        if writes(value):
+    if not isinstance(value, fx.Node):
+        return None
+    number = _constant(value)
+    if number is None:
+        known = element(value)
+        return float(known) if known is not None and known.is_number else None
+    return number
+
+
+def _constant(node: fx.Node) -> float | None:
+    """The number of a filled tensor, or of arithmetic on constants of no dimensions."""
+    if not isinstance(node.meta.get("val"), torch.Tensor) or writes(node):
+        return None
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in (aten.full, aten.scalar_tensor):
+        number = node.args[-1]
+        return float(number) if isinstance(number, int | float) else None
+    if node.meta["val"].numel() != 1 or node.meta["val"].dim() > 1:
+        return None
+    if node.op == "get_attr":
+        # A number in the model's code, lifted out of it; a buffer may be changed at any time.
+        if not node.meta.get("lifted"):
             return None
-        value = value.args[-1]
-        return float(value) if isinstance(value, int | float) else None
-    known = element(value)
-    return float(known) if known is not None and known.is_number else None
+        return float(operator.attrgetter(str(node.target))(node.graph.owning_module).item())
+    if packet in _SAME_NUMBER:
+        return _constant(node.args[0])
+    if packet is None or packet not in _SCALAR_ARITHMETIC or node.kwargs:
+        return None
+    operands = [_constant(a) if isinstance(a, fx.Node) else a for a in node.args]
+    if not all(isinstance(o, int | float) for o in operands):
+        return None
+    return float(packet(*(torch.tensor(o, dtype=torch.float64) for o in operands)))
 
 
 def through_views(node: fx.Node) -> fx.Node:

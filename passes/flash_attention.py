@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -55,6 +56,22 @@ def sdpa_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
 
 
+def sdpa_grouped(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+
+def sdpa_causal_grouped(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
+def sdpa_masked_grouped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+
+
 @functools.cache
 def patterns() -> tuple[Pattern, ...]:
     """The spellings left after normalisation, the most specific first."""
@@ -71,6 +88,9 @@ def patterns() -> tuple[Pattern, ...]:
         trace(sdpa_masked, fused, **whole, mask=mask, scale=scale),
         trace(sdpa_causal, fused, **whole, scale=scale),
         trace(sdpa, fused, **whole, scale=scale),
+        trace(sdpa_masked_grouped, fused, **whole, mask=mask, scale=scale),
+        trace(sdpa_causal_grouped, fused, **whole, scale=scale),
+        trace(sdpa_grouped, fused, **whole, scale=scale),
     )
 
 
@@ -91,6 +111,15 @@ class Call:
     diagonal: int | str | None
 
 
+def _sizes(node: fx.Node) -> list[sympy.Expr]:
+    """[batch, heads, length, features] of an operand; missing ones are heads 1, then batch 1."""
+    sizes = shape_of(node)
+    one = sympy.Integer(1)
+    if len(sizes) == 3:
+        return [sizes[0], one, *sizes[1:]]
+    return [one] * (4 - len(sizes)) + sizes
+
+
 def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     """Check dtypes, ranks and head counts; settle the mask; state the work on both sides."""
     query = site.bind["query"]
@@ -101,9 +130,9 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     if refusal := _mask_refused(site, query):
         return refusal
     mask = analyse(site.bind.get("mask"))
-    if site.pattern == "sdpa_causal":
+    if site.pattern.startswith("sdpa_causal"):
         mask = Mask(sympy.Integer(0), None)
-    q_len, k_len = shape_of(query)[2], shape_of(site.bind["value"])[2]
+    q_len, k_len = _sizes(query)[2], _sizes(site.bind["value"])[2]
     diagonal = _diagonal(mask, q_len, k_len)
     rest = mask.rest
     if mask.diagonal is not None and diagonal is None:  # a triangle that no argument can express
@@ -126,7 +155,8 @@ def _untransposed(site: Site) -> tuple[fx.Node, bool]:
     if "key" in site.bind:
         return site.bind["key"], False
     key_t = site.bind["key_t"]
-    if key_t.target is aten.transpose.int and key_t.args[1:] == (2, 3):
+    rank = key_t.meta["val"].dim()
+    if key_t.target is aten.transpose.int and key_t.args[1:] == (rank - 2, rank - 1):
         return key_t.args[0], False
     return key_t, True
 
@@ -155,9 +185,10 @@ def _shapes_refused(
 ) -> Reject | None:
     operands = {"query": query, "key": key, "value": value}
     ranks = {name: n.meta["val"].dim() for name, n in operands.items()}
-    if set(ranks.values()) != {4}:
+    if len(set(ranks.values())) > 1 or not 2 <= ranks["query"] <= 4:
         return Reject(
-            f"operands have ranks {ranks}; the kernel reads [batch, heads, length, head_dim]",
+            f"operands have ranks {ranks}; the kernel reads [batch, heads, length, head_dim], or"
+            " [batch, length, head_dim], or one matrix each",
             site.outs[0],
             "reshape query, key and value to four dimensions",
         )
@@ -168,21 +199,21 @@ def _shapes_refused(
             site.outs[0],
             "cast query, key and value to one dtype",
         )
-    heads, kv_heads, v_heads = (shape_of(n)[1] for n in operands.values())
+    heads, kv_heads, v_heads = (_sizes(n)[1] for n in operands.values())
     if kv_heads != v_heads or not (kv_heads.is_Integer and (heads % kv_heads) == 0):
         return Reject(
             f"{heads} query heads read {kv_heads} key and {v_heads} value heads",
             site.outs[0],
             "make the number of query heads a multiple of the key/value heads",
         )
-    dims = (shape_of(query)[3], shape_of(key)[2 if transposed else 3], shape_of(value)[3])
+    dims = (_sizes(query)[3], _sizes(key)[2 if transposed else 3], _sizes(value)[3])
     if dims[0] != dims[1] or not all(d.is_Integer and d <= MAX_HEAD_DIM for d in dims):
         return Reject(
             f"head dimensions are {dims}; at most {MAX_HEAD_DIM} fits the kernel's registers",
             site.outs[0],
             f"use head dimensions of at most {MAX_HEAD_DIM}",
         )
-    batches = {shape_of(n)[0] for n in operands.values()}
+    batches = {_sizes(n)[0] for n in operands.values()} - {sympy.Integer(1)}
     if len(batches) > 1:
         return Reject(
             f"batch sizes {batches} are broadcast against each other",
@@ -198,24 +229,26 @@ def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
     mask = site.bind["mask"]
     dtype = mask.meta["val"].dtype
     # In `scores + mask` a boolean counts as 0 or 1; only the fused call reads it as "keep".
-    boolean = dtype == torch.bool and site.pattern == "sdpa_masked"
+    boolean = dtype == torch.bool and site.pattern.startswith("sdpa_masked")
     if not (boolean or dtype.is_floating_point):
         return Reject(
             f"the mask {mask.name} is {dtype} and is added to the scores as a number",
             mask,
             "add a floating mask, or exclude with masked_fill(~mask, -inf)",
         )
-    (batch, heads, q_len, _), k_len = shape_of(query), shape_of(site.bind["value"])[2]
+    (batch, heads, q_len, _), (other, _, k_len, _) = _sizes(query), _sizes(site.bind["value"])
+    batch = other if batch == 1 else batch
+    rank = query.meta["val"].dim()
     sizes = shape_of(mask)
-    scores = [batch, heads, q_len, k_len][max(4 - len(sizes), 0) :]
-    fused = site.pattern == "sdpa_masked"
-    if len(sizes) > 4 or not all(
+    whole = [batch, heads, q_len, k_len] if rank == 4 else [batch, q_len, k_len][3 - rank :]
+    scores = whole[max(rank - len(sizes), 0) :]
+    fused = site.pattern.startswith("sdpa_masked")
+    if len(sizes) > rank or not all(
         size in (1, full) or (fused and _must_be_equal(size, own, full))
         for size, own, full in zip(sizes, mask.meta["val"].shape, scores, strict=True)
     ):
         return Reject(
-            f"the mask {mask.name} of shape {sizes} widens scores of shape"
-            f" {[batch, heads, q_len, k_len]}",
+            f"the mask {mask.name} of shape {sizes} widens scores of shape {whole}",
             mask,
             "expand query, key and value to the mask's batch and heads",
         )
@@ -249,25 +282,23 @@ def _proven(
 
 
 def _work(call: Call, site: Site) -> Work:
-    def hint(size: sympy.Expr, like: int | torch.SymInt) -> int:
-        return int(size) if size.is_Integer else int(like.node.hint)
+    def hints(node: fx.Node) -> list[int]:
+        sizes = [s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape]
+        return [sizes[0], 1, *sizes[1:]] if len(sizes) == 3 else [1] * (4 - len(sizes)) + sizes
 
-    q, v = call.query.meta["val"], site.bind["value"].meta["val"]
-    batch, heads, q_len, dim = (
-        hint(e, s) for e, s in zip(shape_of(call.query), q.shape, strict=True)
-    )
+    (batch, heads, q_len, dim), value = hints(call.query), hints(site.bind["value"])
     return Work(
         (
             Attention(
-                batch=batch,
+                batch=max(batch, value[0]),
                 heads=heads,
-                kv_heads=int(shape_of(call.value)[1]),
+                kv_heads=hints(call.value)[1],
                 q=q_len,
-                kv=hint(shape_of(site.bind["value"])[2], v.shape[2]),
+                kv=value[2],
                 head_dim=dim,
-                value_dim=int(shape_of(call.value)[3]),
+                value_dim=value[3],
                 causal=call.diagonal is not None,
-                dtype=q.dtype,
+                dtype=call.query.meta["val"].dtype,
                 masked=call.mask is not None,
                 library="ridgeline",
             ),
@@ -281,31 +312,76 @@ def apply(
     """Put one `ridgeline::attention` where the site's output is computed."""
     call: Call = candidate.call
     out = copied[candidate.site.outs[0]]
-    graph = module.graph
+    graph, rank = module.graph, call.query.meta["val"].dim()
     with graph.inserting_before(out):
         key = copied[call.key]
         if call.transposed:
-            key = graph.call_function(aten.transpose.int, (key, 2, 3))
-            key.meta["val"] = copied[call.key].meta["val"].transpose(2, 3)
+            key = _put(graph, aten.transpose.int, key, rank - 2, rank - 1)
+        query, key, value = _one_batch(
+            graph,
+            [_four_dimensions(graph, x) for x in (copied[call.query], key, copied[call.value])],
+        )
+        mask = copied[call.mask] if call.mask is not None else None
+        if mask is not None and rank == 3 and mask.meta["val"].dim() == 3:
+            mask = _four_dimensions(graph, mask)
         diagonal = call.diagonal
         if diagonal == "Sk - Sq":
-            diagonal = _length_difference(graph, copied[call.query], key)
-        mask = copied[call.mask] if call.mask is not None else None
+            diagonal = _length_difference(graph, query, key)
         new = graph.call_function(
             ATTENTION.overload,
-            (copied[call.query], key, copied[call.value], mask),
+            (query, key, value, mask),
             {"scale": call.scale, "diagonal": diagonal},
         )
-    new.meta = dict(out.meta)
-    dtype = call.query.meta["val"].dtype
-    new.meta["val"] = out.meta["val"].to(dtype)
-    result = new
-    if out.meta["val"].dtype != dtype:  # the site ended in a cast that was seen through
-        with graph.inserting_before(out):
-            result = graph.call_function(aten.to.dtype, (new, out.meta["val"].dtype))
-        result.meta = dict(out.meta)
+        new.meta = dict(out.meta)
+        new.meta["val"] = _fake(query, value)
+        result = new
+        for _ in range(4 - rank):
+            result = _put(graph, aten.squeeze.dim, result, 1 if rank == 3 else 0)
+        if out.meta["val"].dtype != result.meta["val"].dtype:  # a final cast was seen through
+            result = _put(graph, aten.to.dtype, result, out.meta["val"].dtype)
+    result.meta = {**out.meta, "val": result.meta["val"]}
     out.replace_all_uses_with(result)
     return new
+
+
+def _put(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call at the graph's current point, with its fake value."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+    return node
+
+
+def _fake(query: fx.Node, value: fx.Node) -> Tensor:
+    shape = (*query.meta["val"].shape[:-1], value.meta["val"].shape[-1])
+    return query.meta["val"].new_empty(shape)
+
+
+def _four_dimensions(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """[B,S,D] -> [B,1,S,D], and one matrix -> [1,1,S,D]."""
+    while node.meta["val"].dim() < 4:
+        node = _put(graph, aten.unsqueeze.default, node, 1 if node.meta["val"].dim() == 3 else 0)
+    return node
+
+
+def _one_batch(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
+    """A batch of 1 beside a larger one is read again for each element; nothing is copied."""
+    sizes = [node.meta["val"].shape[0] for node in operands]
+    source = next((i for i, n in enumerate(operands) if shape_of(n)[0] != 1), 0)
+    if all(shape_of(n)[0] == shape_of(operands[source])[0] for n in operands):
+        return operands
+    size: Any = sizes[source]
+    if not isinstance(size, int):
+        size = graph.call_function(aten.sym_size.int, (operands[source], 0))
+        size.meta["val"] = sizes[source]
+    widened = []
+    for node in operands:
+        if shape_of(node)[0] == 1:
+            rest = [-1] * 3
+            wide = graph.call_function(aten.expand.default, (node, [size, *rest]))
+            wide.meta["val"] = node.meta["val"].expand(sizes[source], *rest)
+            node = wide
+        widened.append(node)
+    return widened
 
 
 def _length_difference(graph: fx.Graph, query: fx.Node, key: fx.Node) -> fx.Node:

@@ -18,17 +18,21 @@ def norm_work(
     """(before, after) of a norm of `rows` that reads the nodes `read`; the result is outs[0].
 
     Inductor makes one kernel of a norm, its casts and the addition before it, and of pointwise
-    neighbours besides: what flows between those and the norm is in memory only after the rewrite.
+    neighbours besides. After the rewrite those are kernels of their own: what flows to the norm is
+    read again, and what flowed nowhere else is now in memory.
     """
     *lengths, size = _hints(rows)
     dtype = rows.meta["val"].dtype
     before = Norm(prod(lengths), size, dtype, center, residual, library="inductor")
+    after: list[Norm | Stream] = [dataclasses.replace(before, library="ridgeline")]
     out, inside = site.outs[0], set(site.nodes)
-    passed = [node for node in read if _pointwise(node) and inside.issuperset(node.users)]
+    for node in filter(_pointwise, read):
+        alone = inside.issuperset(node.users)
+        if alone or not residual:  # a summand that others read too was there before this kernel
+            after.append(Stream(_bytes(node), _bytes(node) * alone, 0, dtype))
     if out.users and all(map(_pointwise, out.users)):
-        passed.append(out)
-    through = (Stream(_bytes(node), _bytes(node), 0, dtype) for node in passed)
-    return Work((before,)), Work((dataclasses.replace(before, library="ridgeline"), *through))
+        after.append(Stream(_bytes(out), _bytes(out), 0, dtype))
+    return Work((before,)), Work(tuple(after))
 
 
 def _pointwise(node: fx.Node) -> bool:

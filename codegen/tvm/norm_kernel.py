@@ -28,7 +28,7 @@ class Spec(NamedTuple):
 
     size: N. dtype: of the rows, "float32", "bfloat16" or "float16". weight, bias: their dtypes,
     None where absent. residual: s = x + residual, which is written as well. center: LayerNorm.
-    rank: of x, 2 or 3. parallel: rows are spread over threads.
+    rank: of x, 2 or 3. parallel: rows are spread over threads. isa: one of `isa.ISAS`.
     """
 
     size: int
@@ -39,6 +39,7 @@ class Spec(NamedTuple):
     center: bool
     rank: int
     parallel: bool
+    isa: str
 
 
 class Rows(NamedTuple):
@@ -163,7 +164,7 @@ def build(spec: Spec) -> Any:
         bias = column(bias_, spec.bias)
         y = rows(y_, batch, length)
         sum = rows(sum_, batch, length)
-        with T.attr(0, "pragma_import_llvm", helpers(tail)):
+        with T.attr(0, "pragma_import_llvm", helpers(tail, spec.isa)):
             for row in loop(batch * length if spec.rank == 3 else length):
                 r = T.meta_var(Rows(x, residual, weight, bias, y, sum, row))
                 mean = registers((1,))
@@ -183,7 +184,7 @@ def build(spec: Spec) -> Any:
 
 
 @functools.cache
-def helpers(tail: int) -> str:
+def helpers(tail: int, isa: str) -> str:
     """LLVM IR of the loads and stores of 16 and of `tail` elements, TVM having none that round as
     the CPU does and no vectors shorter than their lanes.
 
@@ -197,6 +198,7 @@ def helpers(tail: int) -> str:
     ir += "  %r = call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, <16 x float> %a)\n"
     ir += "  ret float %r\n}\n"
     for dtype, (kind, size) in _LLVM.items():
+        ir += _narrow(dtype, kind, isa)
         for n in {LANES, tail or LANES}:
             ir += _read(dtype, kind, size, n) + _write(dtype, kind, size, n)
         wide = f"  %y = fpext <16 x {kind}> %t to <16 x float>\n  ret <16 x float> %y\n}}\n"
@@ -204,12 +206,39 @@ def helpers(tail: int) -> str:
         if kind == "float":
             ir += "  ret <16 x float> %x\n}\n"
         else:
-            ir += f"  %t = fptrunc <16 x float> %x to <16 x {kind}>\n{wide}"
+            ir += f"  %t = call <16 x {kind}> @rl_narrow_{dtype}(<16 x float> %x)\n{wide}"
     if tail:
         ir += f"define <16 x float> @rl_keep_{tail}(<16 x float> %x) alwaysinline {{\n"
         ir += _shuffle("y", "<16 x float> %x, <16 x float> zeroinitializer", range(tail), LANES)
         ir += "  ret <16 x float> %y\n}\n"
     return ir
+
+
+def _narrow(dtype: str, kind: str, isa: str) -> str:
+    """fp32 to nearest, even; without the instruction for bf16, LLVM calls a function that is not
+    there, so the bits are rounded as integers (a NaN stays one, and quiet)."""
+    ir = f"define <16 x {kind}> @rl_narrow_{dtype}(<16 x float> %x) alwaysinline {{\n"
+    if kind == "float":
+        return ir + "  ret <16 x float> %x\n}\n"
+    if kind == "half" or isa == "avx512_bf16":
+        return ir + f"  %y = fptrunc <16 x float> %x to <16 x {kind}>\n  ret <16 x {kind}> %y\n}}\n"
+    return (
+        ir
+        + """  %b = bitcast <16 x float> %x to <16 x i32>
+  %h = lshr <16 x i32> %b, splat (i32 16)
+  %odd = and <16 x i32> %h, splat (i32 1)
+  %half = add <16 x i32> %odd, splat (i32 32767)
+  %sum = add <16 x i32> %b, %half
+  %near = lshr <16 x i32> %sum, splat (i32 16)
+  %quiet = or <16 x i32> %h, splat (i32 64)
+  %nan = fcmp uno <16 x float> %x, zeroinitializer
+  %bits = select <16 x i1> %nan, <16 x i32> %quiet, <16 x i32> %near
+  %short = trunc <16 x i32> %bits to <16 x i16>
+  %y = bitcast <16 x i16> %short to <16 x bfloat>
+  ret <16 x bfloat> %y
+}
+"""
+    )
 
 
 def _shuffle(name: str, operands: str, kept: range, lanes: int, absent: int = LANES) -> str:
@@ -232,7 +261,7 @@ def _write(dtype: str, kind: str, size: int, n: int) -> str:
     ir = f"define i32 @rl_write_{dtype}_{n}(ptr %a, <16 x float> %x) alwaysinline {{\n"
     value = "%x"
     if kind != "float":
-        ir += f"  %t = fptrunc <16 x float> %x to <16 x {kind}>\n"
+        ir += f"  %t = call <16 x {kind}> @rl_narrow_{dtype}(<16 x float> %x)\n"
         value = "%t"
     ir += _shuffle("short", f"<16 x {kind}> {value}, <16 x {kind}> poison", range(n), n)
     return ir + f"  store <{n} x {kind}> %short, ptr %a, align {size}\n  ret i32 0\n}}\n"

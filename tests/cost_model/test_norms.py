@@ -42,6 +42,7 @@ def test_gpus_gain_where_inductor_reads_a_row_twice(name):
     target = load_target(name)
     assert gain(target, 4096, 1024, residual=True) == 1
     assert gain(target, 1, 576) == 1
+    assert gain(target, 1, 8192, residual=True) == 1
     assert 1 < gain(target, 4096, 4096, residual=True) < 1.5
     assert 1 < gain(target, 4096, 8192, center=True) < 1.5
 

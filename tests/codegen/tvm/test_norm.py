@@ -10,9 +10,21 @@ import ridgeline.ir.rms_norm  # noqa: F401 - registers the operations
 from ridgeline.codegen.errors import UnsupportedProblem
 from ridgeline.codegen.inductor import compile_graph
 from ridgeline.codegen.tvm import norm as cpu
+from ridgeline.codegen.tvm.isa import ISAS, best_isa
 
 LIMIT = {torch.float32: 5e-7, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 ops = torch.ops.ridgeline
+
+
+HOST_ISAS = ISAS[: ISAS.index(best_isa()) + 1]
+
+
+@pytest.fixture(params=HOST_ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("RIDGELINE_ISA", request.param)
+    cpu._kernel.cache_clear()
+    yield request.param
+    cpu._kernel.cache_clear()
 
 
 def drawn(*shapes, dtype=torch.float32, scale=1.0):
@@ -66,6 +78,17 @@ def test_the_kernel_follows_the_law(size, center, dtype):
     x, residual, weight, bias = drawn((5, size), (5, size), (size,), (size,), dtype=dtype)
     check(x, weight, bias if center else None, center=center)
     check(x, weight, bias if center else None, center=center, residual=residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_instruction_set(isa, dtype):
+    x, residual, weight = drawn((5, 45), (5, 45), (45,), dtype=dtype)
+    check(x, weight, residual=residual)
+    x[1, 3], x[2, 7], x[3, 9] = torch.nan, torch.inf, -torch.inf
+    _, total = ops.tvm_add_norm(
+        x, residual, weight, None, 1e-5, 0.0, kernel_of(x, weight, residual=True)
+    )
+    torch.testing.assert_close(total, x + residual, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [1, 7, 33, 64, 576])

@@ -1,6 +1,6 @@
 """Rules of the normal form that look at one call alone: another name for the same function.
 
-No bit of any result changes. `ridgeline.ir.normalize` applies them.
+No bit of any result changes.
 """
 
 import torch
