@@ -1,10 +1,10 @@
 """Reads a quotient in a graph as a rational function with coefficients from two matrices.
 
 A node is read as a polynomial in one tensor x, a sum of terms c x^i |x|^j, whatever spells it:
-Horner's rule, chained or explicit powers, powers stacked and multiplied with `bmm`. A coefficient c
-is a number or one column of a coefficient matrix, perhaps without its sign. Reading decides the
-form of `ridgeline.ir.group_rational` and never takes one form for another: where a denominator is
-none of them, there is a sentence that says what it is.
+Horner's rule, chained or explicit powers, powers stacked and multiplied with `matmul` (as the
+normal form spells `bmm`). A coefficient c is a number or one column of a coefficient matrix,
+perhaps without its sign. Reading decides the form of `ridgeline.ir.group_rational` and never takes
+one form for another: where a denominator is none of them, there is a sentence that says what it is.
 """
 
 from collections.abc import Iterable
@@ -49,7 +49,7 @@ class Rational:
     form: str
 
 
-_ARITHMETIC = (aten.mul, aten.add, aten.abs, aten.pow, aten.squeeze, aten.bmm, aten.stack)
+_ARITHMETIC = (aten.mul, aten.add, aten.abs, aten.pow, aten.squeeze, aten.matmul, aten.stack)
 _MOST_LEVELS = 64
 """Operations between a tensor and the division: two for each degree by Horner's rule."""
 
@@ -144,7 +144,7 @@ class Reader:
                 result = self._product(result, self.read(node.args[0]))
         elif packet in _FILLS:
             result = Polynomial({(0, 0): _FILLS[packet]})
-        elif packet is aten.squeeze and node.args[0].target is aten.bmm.default:
+        elif packet is aten.squeeze and node.args[0].target is aten.matmul.default:
             result = self._stacked(node)
         else:
             raise _Unreadable(f"{node.name} ({node.target}) is no power of {self.x.name}")
@@ -191,7 +191,7 @@ class Reader:
         return found
 
     def _stacked(self, node: fx.Node) -> Polynomial:
-        """squeeze(bmm(matrix[:, None, :], stack(powers, 1)), 1)."""
+        """squeeze(matmul(matrix[:, None, :], stack(powers, 1)), 1)."""
         row, powers = node.args[0].args
         fits = row.target is aten.unsqueeze.default and row.args[1] in (1, -2)
         if not fits or powers.target is not aten.stack.default or powers.args[1:] != (1,):
