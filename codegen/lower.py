@@ -40,10 +40,10 @@ def lower(
     """Lower `module` for `target`; it must own its graph (the kernels are put in place in it).
 
     inputs: the program's example inputs. lowering: "inductor" or "eager", for what is not ours.
-    training: gradients must flow, so every op keeps its reference and autograd formula.
+    training: gradients must flow, so every op keeps its autograd formula.
     """
     if training:
-        note = "training: ops run by their references, which have gradients"
+        note = "training: ops without a backward kernel run by their references"
         return Lowered(module, (), (note,))
     nodes, reports, notes = compiled(module, target)
     elsewhere = _elsewhere(target, module, inputs)

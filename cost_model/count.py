@@ -284,6 +284,16 @@ def _quantized_linear(node: fx.Node) -> Kernel:
     )
 
 
+def _group_rational(node: fx.Node) -> Kernel:
+    """One pass over memory either way; the backward evaluates about three times as much."""
+    operands, results = _tensors(node.args), _tensors([node.meta["val"]])
+    x, numerator, denominator = operands[-3:]
+    times = 1 if len(results) == 1 else 3
+    flops = 2 * times * (_shape(numerator)[1] + _shape(denominator)[1]) * prod(_shape(x))
+    read, written = (float(sum(map(_size_bytes, tensors))) for tensors in (operands, results))
+    return Stream(read, written, flops, x.dtype)
+
+
 def _norm(node: fx.Node) -> Kernel:
     x = _val(node, 0)
     *rows, size = _shape(x)
@@ -334,5 +344,7 @@ _LAWS: dict[Any, Callable[[fx.Node], Kernel]] = {
 _RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
     "attention": _ridgeline_attention,
     "quantized_linear": _quantized_linear,
+    "group_rational": _group_rational,
+    "group_rational_backward": _group_rational,
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), _norm),
 }

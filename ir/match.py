@@ -50,7 +50,11 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A traced pattern. Build one with `trace`."""
+    """A traced pattern. Build one with `trace`.
+
+    near: the depth from which a miss is reported; more than 0 where the anchor is a common
+    operation, of which most are not nearly a site.
+    """
 
     name: str
     anchor: Any
@@ -58,6 +62,7 @@ class Pattern:
     literals: dict[float, str]
     outs: tuple[fx.Node, ...]
     graph: fx.Graph = field(repr=False)
+    near: int = 0
 
 
 def trace(function: Callable[..., Any], anchor: Any, **examples: Any) -> Pattern:
@@ -95,7 +100,7 @@ def find(pattern: Pattern, graph: fx.Graph) -> tuple[list[Site], list[tuple[fx.N
         answer = _Attempt(pattern).run(start, node)
         if isinstance(answer, Site):
             sites.append(answer)
-        else:
+        elif answer.depth >= pattern.near:
             misses.append((node, answer))
     return sites, misses
 

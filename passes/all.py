@@ -3,8 +3,16 @@
 from ridgeline.passes.base import Pass
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
 from ridgeline.passes.gated import GATED
+from ridgeline.passes.group_rational import GROUP_RATIONAL_PASS
 from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
 from ridgeline.passes.rotary import ROTARY_EMBEDDING
 
-PASSES: tuple[Pass, ...] = (FLASH_ATTENTION, ROTARY_EMBEDDING, GATED, NORMS, QUANTIZED)
+PASSES: tuple[Pass, ...] = (
+    FLASH_ATTENTION,
+    ROTARY_EMBEDDING,
+    GATED,
+    GROUP_RATIONAL_PASS,
+    NORMS,
+    QUANTIZED,
+)

@@ -4,13 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ridgeline import nn
     from ridgeline.cost_model import load_target, target_names
     from ridgeline.ir.errors import RidgelineError
     from ridgeline.passes import PASSES, optimize
 
 __version__ = "0.1.0"
 
-__all__ = ["PASSES", "RidgelineError", "__version__", "load_target", "optimize", "target_names"]
+__all__ = [
+    "PASSES",
+    "RidgelineError",
+    "__version__",
+    "load_target",
+    "nn",
+    "optimize",
+    "target_names",
+]
 
 _HOMES = {
     "PASSES": "ridgeline.passes",
@@ -23,6 +32,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Public names are imported at first use: what they need (sympy, scipy) takes a second."""
+    if name == "nn":
+        return importlib.import_module("ridgeline.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'ridgeline' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)

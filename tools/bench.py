@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ridgeline.cost_model import load_target
-from ridgeline.tools import bench_attention, bench_linear, bench_norm
+from ridgeline.tools import bench_attention, bench_group_rational, bench_linear, bench_norm
 from ridgeline.tools.timing import dram_read_bandwidth
 
 PROMPT, NEW, TOLERANCE = 256, 64, 0.02
@@ -25,6 +25,14 @@ def attention(rounds: int, console: Console) -> None:
     with torch.inference_mode():
         for title, timings in bench_attention.cases(rounds):
             console.print(timings.table(title))
+
+
+def group_rational(rounds: int, console: Console) -> None:
+    """The rational function of KAT against eager PyTorch and Inductor, with gradient errors."""
+    for title, timings in bench_group_rational.cases(rounds):
+        console.print(timings.table(title))
+    for name, (dx, da, db) in bench_group_rational.errors().items():
+        console.print(Text(f"{name:16s} error of dx {dx:.1e}, da {da:.1e}, db {db:.1e}"))
 
 
 def norm(rounds: int, console: Console) -> None:

@@ -58,6 +58,7 @@ class Objective(StrEnum):
 class Bench(StrEnum):
     linear = "linear"
     attention = "attention"
+    group_rational = "group-rational"
     norm = "norm"
     decode = "decode"
     perplexity = "perplexity"
@@ -198,7 +199,7 @@ def bench(
     with _clear_errors(traceback):
         from ridgeline.tools import bench as benches
 
-        getattr(benches, what.value)(rounds, out)
+        getattr(benches, what.name)(rounds, out)
 
 
 @app.command()

@@ -14,6 +14,7 @@ _DEFAULTS = {
     "gated": Config((("BLOCK", 2048),), num_warps=4, num_stages=1),
     "rotary": Config((("BLOCK_H", 8),), num_warps=4, num_stages=1),
     "quantized_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=4),
+    "group_rational": Config((("BLOCK_M", 128), ("BLOCK_C", 8)), num_warps=4, num_stages=1),
     "norm": Config((("BLOCK_M", 2), ("BLOCK_N", 1024)), num_warps=4, num_stages=1),
 }
 

@@ -20,11 +20,13 @@ from ridgeline.codegen.triton import ops as ops  # registers the kernels' own op
 from ridgeline.codegen.triton import pointwise
 from ridgeline.codegen.triton.cross_compile import Compiled
 from ridgeline.codegen.triton.emit import standalone_source
+from ridgeline.codegen.triton.group_rational_launch import compile_group_rational
 from ridgeline.codegen.triton.norm_ops import compile_norm
 from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
+from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
@@ -55,6 +57,10 @@ def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
         words = attribute(module, name, packed)
     node.target = torch.ops.ridgeline.triton_quantized_linear.default
     node.args = (x, words, scale, *node.args[3:])
+
+
+def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
+    """Nothing to place: the kernel is registered for the operation itself."""
 
 
 def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
@@ -102,6 +108,25 @@ def _compile_linear(node: fx.Node, target: Target) -> KernelReport:
     return _report(QUANTIZED_LINEAR.qualified, compiled, target)
 
 
+def _compile_group_rational(node: fx.Node, target: Target) -> KernelReport:
+    x, numerator, denominator = (hints(argument(node, i)) for i in range(3))
+    groups = max(numerator[0], denominator[0])
+    compiled = compile_group_rational(
+        x[-1] // groups,
+        groups=groups,
+        m=numerator[1] - 1,
+        n=max(denominator[1], 1),
+        dtype=node.meta["val"].dtype,
+        arch=target.arch,
+        form=node.kwargs.get("form", FORMS[0]),
+        numerators=numerator[0],
+        denominators=denominator[0],
+        coefficient_dtype=argument(node, 1).meta["val"].dtype,
+        stride_aligned=x[-1] % 16 == 0,
+    )
+    return _report(GROUP_RATIONAL.qualified, compiled, target)
+
+
 def _place_norm(node: fx.Node, module: fx.GraphModule) -> None:
     rows, parameters, center = norm_arguments(node)
     ops = torch.ops.ridgeline
@@ -147,7 +172,10 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
     audit["code_bytes"] = len(compiled.binary)
     file = next(
         f
-        for f in ("attention_decode", "attention", "quantized_linear", "norm", "gated", "rotary")
+        for f in (
+            *("attention_decode", "attention", "quantized_linear", "norm", "gated", "rotary"),
+            "group_rational",
+        )
         if compiled.kernel.startswith(f)
     )
     return KernelReport(
@@ -163,6 +191,13 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
 KERNELS = (
     Kernel(ATTENTION.qualified, "triton", _KINDS, _place_attention, _compile_attention),
     Kernel(QUANTIZED_LINEAR.qualified, "triton", _KINDS, _place_linear, _compile_linear),
+    Kernel(
+        GROUP_RATIONAL.qualified,
+        "triton",
+        _KINDS,
+        _place_group_rational,
+        _compile_group_rational,
+    ),
     *(
         Kernel(op.qualified, "triton", _KINDS, _place_norm, _compile_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)

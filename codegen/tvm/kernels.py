@@ -17,11 +17,19 @@ from ridgeline.codegen.kernel import (
     norm_arguments,
     scheme_of,
 )
-from ridgeline.codegen.tvm import attention, gated, norm, quantized_linear, rotary
+from ridgeline.codegen.tvm import (
+    attention,
+    gated,
+    group_rational,
+    norm,
+    quantized_linear,
+    rotary,
+)
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
+from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
@@ -154,6 +162,35 @@ def _report_norm(node: fx.Node, target: Target) -> KernelReport:
     )
 
 
+def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
+    """Nothing to place: the kernel is registered for the operation itself."""
+
+
+def _report_group_rational(node: fx.Node, target: Target) -> KernelReport:
+    x, numerator, denominator = (hints(argument(node, i)) for i in range(3))
+    groups = max(numerator[0], denominator[0])
+    dtype, form = node.meta["val"].dtype, node.kwargs.get("form", FORMS[0])
+    source = functools.partial(
+        group_rational.source,
+        x[-1],
+        groups=groups,
+        m=numerator[1] - 1,
+        n=denominator[1],
+        dtype=dtype,
+        form=form,
+        numerators=numerator[0],
+        denominators=denominator[0],
+    )
+    return KernelReport(
+        GROUP_RATIONAL.qualified,
+        "tvm",
+        target.name,
+        f"{host_isa()}, {_name(dtype)}, degrees {numerator[1] - 1}/{denominator[1]}, {form},"
+        f" {groups} groups of {x[-1] // groups}",
+        source,
+    )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -207,6 +244,13 @@ def _report_rotary(node: fx.Node, target: Target) -> KernelReport:
 KERNELS = (
     Kernel(ATTENTION.qualified, "tvm", frozenset({"cpu"}), _place_attention, _report_attention),
     Kernel(QUANTIZED_LINEAR.qualified, "tvm", frozenset({"cpu"}), _place_linear, _report_linear),
+    Kernel(
+        GROUP_RATIONAL.qualified,
+        "tvm",
+        frozenset({"cpu"}),
+        _place_group_rational,
+        _report_group_rational,
+    ),
     *(
         Kernel(op.qualified, "tvm", frozenset({"cpu"}), _place_norm, _report_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)

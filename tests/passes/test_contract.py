@@ -37,6 +37,23 @@ def _linear() -> tuple[nn.Module, list[Tensor]]:
     return nn.Linear(128, 96), [torch.randn(2, 5, 128)]
 
 
+class Rational(nn.Module):
+    """Degrees 2 and 1 by Horner's rule, two groups, the denominator without signs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.rand(1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, a = x.view(2, 5, 2, 24), self.a
+        top = (a[:, 2, None] * z + a[:, 1, None]) * z + a[:, 0, None]
+        return (top / (1 + self.b[:, 0, None].abs() * z.abs())).view(2, 5, 48)
+
+
+def _rational() -> tuple[nn.Module, list[Tensor]]:
+    return Rational(), [torch.randn(2, 5, 48)]
+
+
 class Normalise(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
@@ -73,6 +90,7 @@ def _rotary() -> tuple[nn.Module, list[Tensor]]:
 
 EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "flash_attention": _attention,
+    "group_rational": _rational,
     "quantized_linear": _linear,
     "norm": _norm,
     "gated_activation": _gated,

@@ -34,7 +34,11 @@ def test_every_case_agrees_with_float64() -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["attention", "attention_decode", "quantized_linear", "norm", "gated", "rotary"]
+    "kernel",
+    [
+        *("attention", "attention_decode", "quantized_linear", "norm", "gated", "rotary"),
+        "group_rational",
+    ],
 )
 def test_emitted_file_checks_itself(kernel: str, tmp_path: Path) -> None:
     source = standalone_source(kernel)

@@ -1,0 +1,349 @@
+"""The rational function and its backward on the host CPU, as TVMScript functions.
+
+Law: `ridgeline.ir.group_rational`. x, dy, y and dx are [rows, C] in fp32, bf16 or fp16, last
+dimension contiguous; coefficients fp32 [1 or G, k]; arithmetic fp32. The backward forms, with
+z = |x| or x and c = |b| or b as the law has them,
+
+    T = sum_i c_i z^i and T' by Horner's rule together, P and P' likewise
+    u = dy / Q,  w = -P u / Q,  v = sign w          (sign of x, 1, or sign of T)
+    dx = P' u + T' v,  da_i += x^i u,  db_i += z^i w (or v)
+
+where z^i w = x^i v for odd and x^i w for even i, so that both sums share the powers of x.
+
+Sums have two stages and no atomics. Stage one: a chunk of rows keeps one accumulator vector per
+group and coefficient, in which a lane takes about `CHAIN` additions, and adds its lanes as a tree.
+Stage two adds the chunks in order in fp64. The chunks depend on the shapes alone, so that the
+result is the same bit for bit with any number of threads.
+"""
+
+from typing import Any, NamedTuple
+
+from tvm.script import tirx as T
+
+from ridgeline.codegen.tvm.attention_vectors import LANES, fma, lanes, registers, splat, vector
+from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
+
+CHAIN = 64
+"""Additions that one lane of an accumulator takes before it is flushed."""
+
+VISIT = 4
+"""Vectors, at least, for which the backward holds a group's sums in registers. As few as will do:
+memory is then read along the rows, which the processor fetches ahead."""
+
+BLOCK = 1 << 16
+"""Elements that a thread of the forward takes at once."""
+
+_KINDS = {"float32": ("float", 4), "bfloat16": ("bfloat", 2), "float16": ("half", 2)}
+
+
+class Spec(NamedTuple):
+    """What a compiled kernel is specialised on; rows and strides are not.
+
+    width: C / G. m, n: degrees, n >= 1. numerators, denominators: 1 or G. form, sign0: the law's.
+    dtype: "float32", "bfloat16" or "float16". parallel: whether the work is spread over threads.
+    """
+
+    width: int
+    groups: int
+    m: int
+    n: int
+    numerators: int
+    denominators: int
+    form: str
+    sign0: int
+    dtype: str
+    isa: str
+    parallel: bool
+
+    @property
+    def chunk(self) -> int:
+        """Rows of which one accumulator vector takes the sum."""
+        return max(1, CHAIN // -(-self.width // LANES))
+
+
+def _helpers(spec: Spec) -> str:
+    """LLVM IR: loads of whole vectors and of the group's last, shorter one, and vector |x|."""
+    kind, align = _KINDS[spec.dtype]
+    ir = LLVM_HELPERS + "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
+    ir += "define <16 x float> @rl_abs(<16 x float> %x) alwaysinline {\n"
+    ir += "  %y = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)\n"
+    ir += "  ret <16 x float> %y\n}\n"
+    for count in {LANES, spec.width % LANES} - {0}:
+        order = ", ".join(f"i32 {min(i, count)}" for i in range(LANES))
+        ir += f"define <16 x float> @rl_elements_{count}(ptr %a) alwaysinline {{\n"
+        ir += f"  %s = load <{count} x {kind}>, ptr %a, align {align}\n"
+        ir += f"  %x = shufflevector <{count} x {kind}> %s, <{count} x {kind}> zeroinitializer, "
+        ir += f"<16 x i32> <{order}>\n"
+        if kind == "float":
+            ir += "  ret <16 x float> %x\n}\n"
+        else:
+            ir += f"  %y = fpext <16 x {kind}> %x to <16 x float>\n  ret <16 x float> %y\n}}\n"
+    return ir
+
+
+def _matrix(handle: Any, shape: tuple[Any, ...], dtype: str) -> Any:
+    return T.match_buffer(handle, shape, dtype, strides=(T.int64(), 1), align=1)
+
+
+def _load(tensor: Any, row: Any, column: Any, count: int) -> Any:
+    return vector(f"rl_elements_{count}", T.address_of(tensor[row, column]))
+
+
+def _stored(spec: Spec, result: Any, count: int) -> Any:
+    """`count` lanes of a register as the tensor's dtype."""
+    if count == 1:
+        return T.Cast(spec.dtype, result[0])
+    return T.Cast(f"{spec.dtype}x{count}", result[lanes(0, count)])
+
+
+def _columns(count: int, column: Any) -> Any:
+    return column if count == 1 else lanes(column, count)
+
+
+def _magnitudes(spec: Spec) -> Any:
+    """Copies |b|, or b itself, as the form has it."""
+
+    @T.inline
+    def copy(c, b):
+        for g in T.serial(spec.denominators):
+            for i in T.serial(spec.n):
+                if spec.form == "abs_sum":
+                    c[g, i] = b[g, i]
+                else:
+                    c[g, i] = T.abs(b[g, i])
+
+    return copy
+
+
+def build_forward(spec: Spec) -> Any:
+    """main(x, a, b, y)."""
+    width, groups, m, n, form = spec.width, spec.groups, spec.m, spec.n, spec.form
+    whole, rest = divmod(width, LANES)
+    loop = T.parallel if spec.parallel else T.serial
+    block = max(1, BLOCK // (width * groups))
+    shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
+    helpers, magnitudes = _helpers(spec), _magnitudes(spec)
+
+    @T.inline
+    def evaluate(x, y, a, c, ga, gc, row, column, count):
+        v = registers((LANES,))
+        z = registers((LANES,))
+        top = registers((LANES,))
+        bottom = registers((LANES,))
+        v[lanes(0)] = _load(x, row, column, count)
+        z[lanes(0)] = v[lanes(0)]
+        if form == "abs_terms":
+            z[lanes(0)] = vector("rl_abs", v[lanes(0)])
+        top[lanes(0)] = splat(a[ga, m])
+        for i in T.unroll(m):
+            top[lanes(0)] = fma(top[lanes(0)], v[lanes(0)], splat(a[ga, m - 1 - i]))
+        bottom[lanes(0)] = splat(c[gc, n - 1])
+        for i in T.unroll(n - 1):
+            bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], splat(c[gc, n - 2 - i]))
+        if form == "abs_sum":
+            bottom[lanes(0)] = splat(T.float32(1)) + vector(
+                "rl_abs", bottom[lanes(0)] * z[lanes(0)]
+            )
+        else:
+            bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], splat(T.float32(1)))
+        top[lanes(0)] = top[lanes(0)] / bottom[lanes(0)]
+        y[row, _columns(count, column)] = _stored(spec, top, count)
+
+    @T.prim_func(s_tir=True)
+    def main(x_: T.handle, a_: T.handle, b_: T.handle, y_: T.handle):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+        rows = T.int64()
+        x = _matrix(x_, (rows, width * groups), spec.dtype)
+        given_a = T.match_buffer(a_, (spec.numerators, m + 1), "float32")
+        given_b = T.match_buffer(b_, (spec.denominators, n), "float32")
+        y = _matrix(y_, (rows, width * groups), spec.dtype)
+        with T.attr(0, "pragma_import_llvm", helpers):
+            for item in loop((rows + block - 1) // block):
+                c = T.alloc_buffer((spec.denominators, n), "float32")
+                magnitudes(c, given_b)
+                for r in T.serial(T.min(block, rows - item * block)):
+                    for g in T.serial(groups):
+                        ga = 0 if shared_a else g
+                        gc = 0 if shared_b else g
+                        for j in T.serial(whole):
+                            column = g * width + j * LANES
+                            evaluate(x, y, given_a, c, ga, gc, item * block + r, column, LANES)
+                        if rest > 0:
+                            column = g * width + whole * LANES
+                            evaluate(x, y, given_a, c, ga, gc, item * block + r, column, rest)
+
+    return main
+
+
+def build_backward(spec: Spec) -> Any:
+    """main(dy, x, a, b, dx, da, db, partial): partial fp32 [chunks, padded(spec)] is workspace."""
+    width, groups, m, n, form = spec.width, spec.groups, spec.m, spec.n, spec.form
+    terms, sign0 = m + 1 + n, spec.sign0
+    whole, rest = divmod(width, LANES)
+    loop = T.parallel if spec.parallel else T.serial
+    shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
+    chunk, vectors = spec.chunk, padded(spec) // LANES
+    tile_rows = max(1, VISIT // -(-width // LANES))
+    helpers, magnitudes = _helpers(spec), _magnitudes(spec)
+
+    @T.inline
+    def signed(into, value, of):
+        """into = sign(of) value, sign(0) = sign0."""
+        nothing = splat(T.float32(0))
+        into[lanes(0)] = T.Select(
+            of[lanes(0)] < nothing, nothing - value[lanes(0)], value[lanes(0)]
+        )
+        if sign0 == 0:
+            into[lanes(0)] = T.Select(of[lanes(0)] == nothing, nothing, into[lanes(0)])
+
+    @T.inline
+    def accumulate(dy, x, dx, a, c, acc, ga, gc, row, column, count):
+        v = registers((LANES,))
+        z = registers((LANES,))
+        p = registers((LANES,))
+        dp = registers((LANES,))
+        t = registers((LANES,))
+        dt = registers((LANES,))
+        q = registers((LANES,))
+        u = registers((LANES,))
+        w = registers((LANES,))
+        s = registers((LANES,))
+        power = registers((LANES,))
+        v[lanes(0)] = _load(x, row, column, count)
+        z[lanes(0)] = v[lanes(0)]
+        if form == "abs_terms":
+            z[lanes(0)] = vector("rl_abs", v[lanes(0)])
+        p[lanes(0)] = splat(a[ga, m])
+        dp[lanes(0)] = splat(T.float32(0))
+        for i in T.unroll(m):
+            if i == 0:
+                dp[lanes(0)] = p[lanes(0)]
+            else:
+                dp[lanes(0)] = fma(dp[lanes(0)], v[lanes(0)], p[lanes(0)])
+            p[lanes(0)] = fma(p[lanes(0)], v[lanes(0)], splat(a[ga, m - 1 - i]))
+        t[lanes(0)] = splat(c[gc, n - 1])
+        dt[lanes(0)] = t[lanes(0)]
+        for i in T.unroll(n - 1):
+            t[lanes(0)] = fma(t[lanes(0)], z[lanes(0)], splat(c[gc, n - 2 - i]))
+            dt[lanes(0)] = fma(dt[lanes(0)], z[lanes(0)], t[lanes(0)])
+        if form == "abs_sum":
+            t[lanes(0)] = t[lanes(0)] * z[lanes(0)]
+            q[lanes(0)] = splat(T.float32(1)) + vector("rl_abs", t[lanes(0)])
+        else:
+            q[lanes(0)] = fma(t[lanes(0)], z[lanes(0)], splat(T.float32(1)))
+        q[lanes(0)] = splat(T.float32(1)) / q[lanes(0)]
+        u[lanes(0)] = _load(dy, row, column, count) * q[lanes(0)]
+        w[lanes(0)] = (splat(T.float32(0)) - p[lanes(0)] * q[lanes(0)]) * u[lanes(0)]
+        if form == "abs_terms":
+            signed(s, w, v)
+        elif form == "abs_sum":
+            signed(w, w, t)
+            s[lanes(0)] = w[lanes(0)]
+        else:
+            s[lanes(0)] = w[lanes(0)]
+        acc[0, lanes(0)] = acc[0, lanes(0)] + u[lanes(0)]
+        power[lanes(0)] = v[lanes(0)]
+        for i in T.unroll(1, max(m, n) + 1):
+            if i > 1:
+                power[lanes(0)] = power[lanes(0)] * v[lanes(0)]
+            if i <= m:
+                acc[i, lanes(0)] = fma(power[lanes(0)], u[lanes(0)], acc[i, lanes(0)])
+            if i <= n:
+                if i % 2 == 1:
+                    acc[m + i, lanes(0)] = fma(power[lanes(0)], s[lanes(0)], acc[m + i, lanes(0)])
+                else:
+                    acc[m + i, lanes(0)] = fma(power[lanes(0)], w[lanes(0)], acc[m + i, lanes(0)])
+        u[lanes(0)] = fma(dp[lanes(0)], u[lanes(0)], dt[lanes(0)] * s[lanes(0)])
+        dx[row, _columns(count, column)] = _stored(spec, u, count)
+
+    @T.inline
+    def finish(sums, given_b, da, db):
+        """Sums over shared groups, and the sign of b."""
+        for g in T.serial(spec.numerators):
+            for i in T.serial(m + 1):
+                if shared_a:
+                    for other in T.serial(1, groups):
+                        sums[i] = sums[i] + sums[other * terms + i]
+                da[g, i] = T.Cast("float32", sums[g * terms + i])
+        for g in T.serial(spec.denominators):
+            for i in T.serial(n):
+                if shared_b:
+                    for other in T.serial(1, groups):
+                        sums[m + 1 + i] = sums[m + 1 + i] + sums[other * terms + m + 1 + i]
+                db[g, i] = T.Cast("float32", sums[g * terms + m + 1 + i])
+                if form != "abs_sum":
+                    if given_b[g, i] < T.float32(0):
+                        db[g, i] = T.float32(0) - db[g, i]
+                    if given_b[g, i] == T.float32(0):
+                        db[g, i] = db[g, i] * T.float32(sign0)
+
+    @T.prim_func(s_tir=True)
+    def main(
+        dy_: T.handle,
+        x_: T.handle,
+        a_: T.handle,
+        b_: T.handle,
+        dx_: T.handle,
+        da_: T.handle,
+        db_: T.handle,
+        partial_: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+        rows, chunks = T.int64(), T.int64()
+        dy = _matrix(dy_, (rows, width * groups), spec.dtype)
+        x = _matrix(x_, (rows, width * groups), spec.dtype)
+        given_a = T.match_buffer(a_, (spec.numerators, m + 1), "float32")
+        given_b = T.match_buffer(b_, (spec.denominators, n), "float32")
+        dx = _matrix(dx_, (rows, width * groups), spec.dtype)
+        da = T.match_buffer(da_, (spec.numerators, m + 1), "float32")
+        db = T.match_buffer(db_, (spec.denominators, n), "float32")
+        partial = T.match_buffer(partial_, (chunks, vectors * LANES), "float32")
+        with T.attr(0, "pragma_import_llvm", helpers):
+            for item in loop(chunks):
+                c = T.alloc_buffer((spec.denominators, n), "float32")
+                acc = T.alloc_buffer((groups, terms, LANES), "float32")
+                magnitudes(c, given_b)
+                for g in T.serial(groups):
+                    for i in T.serial(terms):
+                        acc[g, i, lanes(0)] = splat(T.float32(0))
+                first = item * chunk
+                last = T.min(first + chunk, rows)
+                for tile in T.serial((last - first + tile_rows - 1) // tile_rows):
+                    for g in T.serial(groups):
+                        ga = 0 if shared_a else g
+                        gc = 0 if shared_b else g
+                        held = registers((terms, LANES))
+                        for i in T.unroll(terms):
+                            held[i, lanes(0)] = acc[g, i, lanes(0)]
+                        for r in T.serial(T.min(tile_rows, last - first - tile * tile_rows)):
+                            row = first + tile * tile_rows + r
+                            for j in T.serial(whole):
+                                column = g * width + j * LANES
+                                accumulate(dy, x, dx, given_a, c, held, ga, gc, row, column, LANES)
+                            if rest > 0:
+                                column = g * width + whole * LANES
+                                accumulate(dy, x, dx, given_a, c, held, ga, gc, row, column, rest)
+                        for i in T.unroll(terms):
+                            acc[g, i, lanes(0)] = held[i, lanes(0)]
+                for g in T.serial(groups):
+                    for i in T.serial(terms):
+                        partial[item, g * terms + i] = T.call_extern(
+                            "float32", "rl_hsum", acc[g, i, lanes(0)]
+                        )
+            sums = T.alloc_buffer((vectors * LANES,), "float64")
+            for j in T.serial(vectors):
+                total = registers((LANES,), "float64")
+                total[lanes(0)] = T.broadcast(T.float64(0), LANES)
+                for item in T.serial(chunks):
+                    total[lanes(0)] = total[lanes(0)] + T.Cast(
+                        f"float64x{LANES}", partial[item, lanes(j * LANES)]
+                    )
+                sums[lanes(j * LANES)] = total[lanes(0)]
+            finish(sums, given_b, da, db)
+
+    return main
+
+
+def padded(spec: Spec) -> int:
+    """Sums of one chunk, G (m + 1 + n), filled to whole vectors."""
+    return -(-spec.groups * (spec.m + 1 + spec.n) // LANES) * LANES
