@@ -7,10 +7,8 @@ preconditions are proven by `ridgeline.ir.masks`.
 """
 
 import functools
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
@@ -23,6 +21,7 @@ from ridgeline.ir.masks import Mask, analyse
 from ridgeline.ir.match import Pattern, Reject, Site, trace
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.operands import four_dimensions, length_difference, one_batch, put
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 256
@@ -316,17 +315,17 @@ def apply(
     with graph.inserting_before(out):
         key = copied[call.key]
         if call.transposed:
-            key = _put(graph, aten.transpose.int, key, rank - 2, rank - 1)
-        query, key, value = _one_batch(
+            key = put(graph, aten.transpose.int, key, rank - 2, rank - 1)
+        query, key, value = one_batch(
             graph,
-            [_four_dimensions(graph, x) for x in (copied[call.query], key, copied[call.value])],
+            [four_dimensions(graph, x) for x in (copied[call.query], key, copied[call.value])],
         )
         mask = copied[call.mask] if call.mask is not None else None
         if mask is not None and rank == 3 and mask.meta["val"].dim() == 3:
-            mask = _four_dimensions(graph, mask)
+            mask = four_dimensions(graph, mask)
         diagonal = call.diagonal
         if diagonal == "Sk - Sq":
-            diagonal = _length_difference(graph, query, key)
+            diagonal = length_difference(graph, query, key)
         new = graph.call_function(
             ATTENTION.overload,
             (query, key, value, mask),
@@ -336,64 +335,17 @@ def apply(
         new.meta["val"] = _fake(query, value)
         result = new
         for _ in range(4 - rank):
-            result = _put(graph, aten.squeeze.dim, result, 1 if rank == 3 else 0)
+            result = put(graph, aten.squeeze.dim, result, 1 if rank == 3 else 0)
         if out.meta["val"].dtype != result.meta["val"].dtype:  # a final cast was seen through
-            result = _put(graph, aten.to.dtype, result, out.meta["val"].dtype)
+            result = put(graph, aten.to.dtype, result, out.meta["val"].dtype)
     result.meta = {**out.meta, "val": result.meta["val"]}
     out.replace_all_uses_with(result)
     return new
 
 
-def _put(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A call at the graph's current point, with its fake value."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
-    return node
-
-
 def _fake(query: fx.Node, value: fx.Node) -> Tensor:
     shape = (*query.meta["val"].shape[:-1], value.meta["val"].shape[-1])
     return query.meta["val"].new_empty(shape)
-
-
-def _four_dimensions(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """[B,S,D] -> [B,1,S,D], and one matrix -> [1,1,S,D]."""
-    while node.meta["val"].dim() < 4:
-        node = _put(graph, aten.unsqueeze.default, node, 1 if node.meta["val"].dim() == 3 else 0)
-    return node
-
-
-def _one_batch(graph: fx.Graph, operands: list[fx.Node]) -> list[fx.Node]:
-    """A batch of 1 beside a larger one is read again for each element; nothing is copied."""
-    sizes = [node.meta["val"].shape[0] for node in operands]
-    source = next((i for i, n in enumerate(operands) if shape_of(n)[0] != 1), 0)
-    if all(shape_of(n)[0] == shape_of(operands[source])[0] for n in operands):
-        return operands
-    size: Any = sizes[source]
-    if not isinstance(size, int):
-        size = graph.call_function(aten.sym_size.int, (operands[source], 0))
-        size.meta["val"] = sizes[source]
-    widened = []
-    for node in operands:
-        if shape_of(node)[0] == 1:
-            rest = [-1] * 3
-            wide = graph.call_function(aten.expand.default, (node, [size, *rest]))
-            wide.meta["val"] = node.meta["val"].expand(sizes[source], *rest)
-            node = wide
-        widened.append(node)
-    return widened
-
-
-def _length_difference(graph: fx.Graph, query: fx.Node, key: fx.Node) -> fx.Node:
-    """Sk - Sq as a node."""
-    sizes = []
-    for node in (key, query):
-        size = graph.call_function(aten.sym_size.int, (node, 2))
-        size.meta["val"] = node.meta["val"].shape[2]
-        sizes.append(size)
-    difference = graph.call_function(operator.sub, tuple(sizes))
-    difference.meta["val"] = sizes[0].meta["val"] - sizes[1].meta["val"]
-    return difference
 
 
 FLASH_ATTENTION = Pass(
