@@ -14,9 +14,11 @@ Caches stay in place: AOTAutograd makes ``index_copy_`` on an input functional, 
 back, so a mutated input is written and never copied.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
@@ -158,8 +160,11 @@ def _constant(outputs: list[Any]) -> Compiled:
 def _lower(module: fx.GraphModule, values: list[Any]) -> tuple[Callable[..., Any], Check]:
     """Compile, and return the compiled function and the check of what it takes for granted."""
     from torch._guards import TracingContext, detect_fake_mode, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on import
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
 
     fake_mode = detect_fake_mode(values)
     environment = fake_mode.shape_env if fake_mode is not None else None
@@ -170,9 +175,14 @@ def _lower(module: fx.GraphModule, values: list[Any]) -> tuple[Callable[..., Any
         torch.no_grad(),
         tracing(context),
         config.patch(_SETTINGS),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on first use
         run: Any = compile_fx(module, values)
-    assumed = [g.expr for g in environment.guards[known:]] if environment is not None else []
+    assumed = []
+    if environment is not None:  # a size that was fixed on the way is a number in the shapes now
+        held = (environment.simplify(g.expr) for g in environment.guards[known:])
+        assumed = [condition for condition in held if condition != sympy.true]
     return run, input_check(values, assumed)
 
 

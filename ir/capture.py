@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ridgeline.ir import caches
@@ -139,6 +140,7 @@ def capture(
     with torch.set_grad_enabled(training):
         exported = _export(wrapper, call, dynamic)
     module = _unlifted(exported, wrapper)
+    _refuse_sizes_from_values(module)
     trace = traces[-1]
     for node in module.graph.find_nodes(op="get_attr"):
         if node.target in trace.assigned and node.users:
@@ -338,6 +340,16 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
                 if path
             }
     return module
+
+
+def _refuse_sizes_from_values(module: fx.GraphModule) -> None:
+    """No cost, certificate or guard can be stated for a size that only the run will tell."""
+    for node in module.graph.nodes:
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise CaptureError(
+                f"the size of {node.name} ({node.target}) depends on the values of a tensor; keep"
+                " sizes fixed, as with torch.where or a mask in place of selecting rows"
+            )
 
 
 def _assign(root: nn.Module, path: str, tensor: Tensor) -> None:

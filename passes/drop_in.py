@@ -52,33 +52,49 @@ class DropInError(RidgelineError, TypeError):
     """Something that an optimised copy cannot do."""
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """All parameters with their place and memory, to see whether they still stand."""
+    """What captured graphs take for granted of the modules, to see whether it still stands.
 
-    owners: list[dict[str, Any]]
-    names: list[str]
-    parameters: list[Any]
+    places: the dictionaries and names of all parameters, buffers and submodules; held: what was
+    there. addresses: of the parameters. hooks: the modules' dictionaries of hooks, and their sizes.
+    """
+
+    places: tuple[list[dict[str, Any]], list[str]]
+    held: list[Any]
+    parameters: list[Tensor]
     addresses: list[int]
+    hooks: tuple[list[dict[Any, Any]], list[int]]
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> "_Weights":
-        held = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
-        parameters = [p for _, _, p in held if p is not None]
+        entries = [
+            (owner, name, value)
+            for module in modules
+            for owner in (module._parameters, module._buffers, module._modules)
+            for name, value in owner.items()
+        ]
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         return cls(
-            [owner for owner, _, p in held if p is not None],
-            [name for _, name, p in held if p is not None],
+            ([owner for owner, _, _ in entries], [name for _, name, _ in entries]),
+            [value for _, _, value in entries],
             parameters,
             list(map(Tensor.data_ptr, parameters)),
+            (hooks, list(map(len, hooks))),
         )
 
     def unchanged(self) -> bool:
-        """Is each one still the same tensor, at the same address? ``model.to(dtype)`` keeps the
-        first and changes the second."""
-        held = map(dict.get, self.owners, self.names)
-        if not all(map(operator.is_, held, self.parameters)):
+        """Is each one still the same, and each parameter at the same address? ``model.to(dtype)``
+        keeps the tensor object and changes its memory."""
+        if not all(map(operator.is_, map(dict.get, *self.places), self.held)):
             return False
-        return list(map(Tensor.data_ptr, self.parameters)) == self.addresses
+        hooks, sizes = self.hooks
+        same = list(map(Tensor.data_ptr, self.parameters)) == self.addresses
+        return same and list(map(len, hooks)) == sizes
 
 
 @dataclass(slots=True, eq=False)
@@ -136,10 +152,12 @@ class OptimizedModule(nn.Module):
     def refresh(self) -> None:
         """Drop every compiled graph; the next call captures anew.
 
-        Needed only after a weight was changed through ``weight.data`` in place, which torch does
-        not count; every other change of a weight is noticed.
+        Needed after a change that is not noticed: one in place through ``weight.data``, which torch
+        does not count, and one of a plain Python attribute of a submodule. Parameters, buffers,
+        submodules, hooks, modes, and attributes set on the model itself are noticed.
         """
         state = self._ridgeline
+        state.modules[:] = [m for m in self.modules() if m is not state.original]
         state.graphs.clear()
         state.refused.clear()
         state.fallbacks.clear()
@@ -231,6 +249,18 @@ class OptimizedModule(nn.Module):
 
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
         return self._original()(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A plain attribute may be a constant of captured graphs: they are dropped."""
+        super().__setattr__(name, value)
+        state = self.__dict__.get("_ridgeline")
+        if state is None or name == "training":
+            return
+        state.original.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("_ridgeline", "training")}
+        )
+        if name not in self._parameters and name not in self._buffers:
+            self.refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise DropInError(

@@ -19,6 +19,7 @@ from ridgeline.cost_model import Attention, Work, work_of
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.masks import Mask, analyse
 from ridgeline.ir.match import Pattern, Reject, Site, trace
+from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.operands import four_dimensions, length_difference, one_batch, put
@@ -126,7 +127,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     key, value = _without_repeat(key, transposed), _without_repeat(site.bind["value"], False)
     if refusal := _shapes_refused(site, query, key, value, transposed):
         return refusal
-    if refusal := _mask_refused(site, query):
+    if refusal := _mask_refused(site, query) or _rounding_refused(site, query):
         return refusal
     mask = analyse(site.bind.get("mask"))
     if site.pattern.startswith("sdpa_causal"):
@@ -199,7 +200,7 @@ def _shapes_refused(
             "cast query, key and value to one dtype",
         )
     heads, kv_heads, v_heads = (_sizes(n)[1] for n in operands.values())
-    if kv_heads != v_heads or not (kv_heads.is_Integer and (heads % kv_heads) == 0):
+    if kv_heads != v_heads or not (kv_heads.is_Integer and kv_heads > 0 and heads % kv_heads == 0):
         return Reject(
             f"{heads} query heads read {kv_heads} key and {v_heads} value heads",
             site.outs[0],
@@ -251,6 +252,22 @@ def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
             mask,
             "expand query, key and value to the mask's batch and heads",
         )
+    return None
+
+
+def _rounding_refused(site: Site, query: fx.Node) -> Reject | None:
+    """A cast inside to a dtype narrower than the operands' is a rounding the model asks for."""
+    dtype = query.meta["val"].dtype
+    for node in site.nodes:
+        if node in site.outs or not is_cast(node):
+            continue
+        narrow = node.meta["val"].dtype
+        if torch.promote_types(narrow, dtype) != narrow:
+            return Reject(
+                f"{node.name} rounds to {narrow} within attention of {dtype}",
+                node,
+                f"drop the cast, or compute the attention in {narrow}",
+            )
     return None
 
 

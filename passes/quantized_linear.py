@@ -75,6 +75,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             out,
             "use a parameter or buffer as weight",
         )
+    if site.bind["x"].meta["val"].dim() < 2:
+        return Reject("the input is a single vector", out, "give it a batch dimension")
     if setting.training:
         return Reject(
             "the weight is being trained", out, "call model.eval() before ridgeline.optimize"

@@ -101,8 +101,8 @@ def _drop_identity(node: fx.Node) -> bool:
     )
     if not same:
         return False
-    if packet in (aten.to, aten.type_as):
-        return not node.kwargs.get("copy", False) and forward(node)
+    if packet in (aten.to, aten.type_as) and not _asks_for_a_copy(node):
+        return forward(node)
     if packet is aten.dropout:
         return (args[1] == 0 or args[2] is False) and forward(node)
     if packet in (aten.expand, aten.alias):
@@ -112,10 +112,16 @@ def _drop_identity(node: fx.Node) -> bool:
         return start in (0, None) and step in (1, None) and forward(node)
     if packet is aten.contiguous:
         return before.is_contiguous() and forward(node)
-    copies = packet in (aten.lift_fresh_copy, aten._to_copy) or (
+    copies = packet in (aten.lift_fresh_copy, aten._to_copy, aten.to) or (
         packet is aten.mul and args[1] == 1
     )
     return copies and _copy_is_unseen(node) and forward(node)
+
+
+def _asks_for_a_copy(node: fx.Node) -> bool:
+    """Is `copy` given as true, by name or by place?"""
+    names = [a.name for a in node.target._schema.arguments]  # pyright: ignore[reportAttributeAccessIssue]
+    return bool({**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("copy"))
 
 
 def _copy_is_unseen(node: fx.Node) -> bool:

@@ -86,6 +86,8 @@ def _sum_from_baddbmm(node: fx.Node) -> bool:
         return False
     added, a, b = node.args
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    if alpha != 1 and node.meta["val"].dtype == torch.float16:
+        return False  # the product alone may be beyond fp16's range
     product = insert(node, aten.matmul.default, a, b)
     if alpha != 1:
         product = insert(node, aten.mul.Tensor, product, alpha)

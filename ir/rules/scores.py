@@ -8,10 +8,18 @@ import torch
 from torch import fx
 
 from ridgeline.ir.masks import ABSORBING, scalar_value
-from ridgeline.ir.rules.common import Rule, constant_factor, feeds_softmax, forward, insert
+from ridgeline.ir.rules.common import (
+    Rule,
+    constant_factor,
+    feeds_softmax,
+    forward,
+    insert,
+    is_cast,
+)
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 
 
 def _drop_zero(node: fx.Node) -> bool:
@@ -38,6 +46,8 @@ def _hoist_scale(node: fx.Node) -> bool:
     """(q * c) @ k -> (q @ k) * c, and the same on k's side, through its transpose."""
     if node.target is not aten.matmul.default or not feeds_softmax(node):
         return False
+    if node.meta["val"].dtype == torch.float16:
+        return False  # the scale may be what keeps the product within fp16's range
     for position, operand in enumerate(node.args):
         maker, transposed = operand, False
         if maker.target is aten.transpose.int:
@@ -151,7 +161,11 @@ def _softmax_from_logarithm(node: fx.Node) -> bool:
 
 
 def _additive_mask(node: fx.Node) -> bool:
-    """masked_fill(s, m, f) and where(m, s, f) -> s + where(...), for a fill that absorbs any s."""
+    """masked_fill(s, m, f) and where(m, s, f) -> s + where(...), for a fill that absorbs any s.
+
+    s must be a bare product: where it holds fills or masks already, two of them would add up to
+    less than one, and a row that keeps nothing would no longer be uniform.
+    """
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         scores, condition, fill = node.args
         keeps = False
@@ -167,12 +181,32 @@ def _additive_mask(node: fx.Node) -> bool:
         return False
     if not isinstance(scores, fx.Node) or scalar_value(scores) is not None:
         return False  # a constant beside the fill is a mask already, not masked scores
-    if scores.meta["val"].dtype != node.meta["val"].dtype:
+    if scores.meta["val"].dtype != node.meta["val"].dtype or not _bare(scores):
         return False
     keep = condition if keeps else insert(node, aten.logical_not.default, condition)
     zero = insert(node, aten.scalar_tensor.default, 0.0, dtype=scores.meta["val"].dtype)
     mask = insert(node, aten.where.ScalarOther, keep, zero, fill)
     node.target, node.args = aten.add.Tensor, (scores, mask)
+    return True
+
+
+def _bare(scores: fx.Node) -> bool:
+    """A product of matrices, scaled, cast or viewed, and nothing added to it."""
+    while constant_factor(scores) is not None or is_cast(scores) or scores.target in _VIEWS:
+        scores = next(a for a in scores.args if isinstance(a, fx.Node) and a.meta["val"].dim())
+    return scores.target in (aten.matmul.default, aten.einsum.default, aten.baddbmm.default)
+
+
+def _one_fill(node: fx.Node) -> bool:
+    """masked_fill(masked_fill(s, a, f), b, f) -> masked_fill(s, a | b, f)."""
+    if node.target is not aten.masked_fill.Scalar:
+        return False
+    inner, second, fill = node.args
+    if inner.target is not aten.masked_fill.Scalar or inner.args[2] != fill:
+        return False
+    scores, first, _ = inner.args
+    both = insert(node, aten.logical_or.default, first, second)
+    node.args = (scores, both, fill)
     return True
 
 
@@ -185,5 +219,6 @@ SCORES: tuple[Rule, ...] = (
     _softmax_from_exponentials,
     _softmax_from_logarithm,
     _softmax_of_shifted,
+    _one_fill,
     _additive_mask,
 )

@@ -8,10 +8,7 @@ from generate.verdict import FORBIDDEN, Verdict, examine
 
 TRAPS = {"attention": attention_traps, "linear": linear, "norm": norm_traps}
 
-KNOWN_WRONG: set[str] = {
-    # Rounding scores or weights on purpose is seen through as if it were a cast of the model's.
-    *("scores rounded", "scores rounded and widened", "weights rounded"),
-}
+KNOWN_WRONG: set[str] = set()
 """Traps that are fallen into today; one that is avoided fails its test: drop it here."""
 
 

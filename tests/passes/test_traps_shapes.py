@@ -110,6 +110,11 @@ def five_dimensions(q, k, v):
     return _attend(q[None], k[None], v[None])
 
 
+def scores_rounded_on_purpose(q, k, v):
+    scores = (q @ k.transpose(-1, -2) / 4).bfloat16()
+    return torch.softmax(scores, -1).float() @ v
+
+
 def doubles(q, k, v):
     return _attend(q.double(), k.double(), v.double())
 
@@ -133,6 +138,7 @@ def integers_added(q, k, v):
         (one_query_head, "1 query heads read 4 key and 4 value heads"),
         (one_value_head, "4 query heads read 4 key and 1 value heads"),
         (five_dimensions, "operands have ranks"),
+        (scores_rounded_on_purpose, "rounds to torch.bfloat16 within attention of torch.float32"),
         (doubles, "operands have dtypes ['float64']"),
         (values_of_another_dtype, "operands have dtypes ['bfloat16', 'float32']"),
         (wide_heads, "head dimensions are (272, 272, 272)"),
