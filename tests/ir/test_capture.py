@@ -1,4 +1,4 @@
-"""Capture: arguments, results, signatures and sizes."""
+"""Capture: what a captured call computes is what the model computes, for every call it accepts."""
 
 import itertools
 from dataclasses import dataclass
@@ -10,15 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ridgeline.ir.capture import CaptureError, capture, flatten
-from support.captures import (
-    X,
-    Y,
-    assert_same,
-    mlp,
-    module_of,
-    random_tensor,
-    run_captured,
-)
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +35,7 @@ class _Mode(Enum):
     MEAN = "mean"
 
 
+X, Y = _random(3, 4), _random(3, 4, seed=1)
 CALLS = {
     "positional": (lambda m, x, y: x - y, (X, Y), {}),
     "keywords in another order": (lambda m, *, y, x: x - y, (), {"x": X, "y": Y}),
@@ -66,8 +62,8 @@ CALLS = {
     "complex": (lambda m, x: torch.view_as_real(x * x), (torch.complex(X, Y),), {}),
     "float16": (lambda m, x: x * 2, (X.half(),), {}),
     "scalar tensor": (lambda m, x, s: x * s, (X, torch.tensor(3.0)), {}),
-    "strided": (lambda m, x: x + 1, (random_tensor(8, 6)[::2, 1::3],), {}),
-    "expanded": (lambda m, x: x + 1, (random_tensor(1, 4).expand(3, 4),), {}),
+    "strided": (lambda m, x: x + 1, (_random(8, 6)[::2, 1::3],), {}),
+    "expanded": (lambda m, x: x + 1, (_random(1, 4).expand(3, 4),), {}),
     "returns an input": (lambda m, x: x, (X,), {}),
     "returns a view": (lambda m, x: x.t(), (X,), {}),
     "returns one tensor twice": (lambda m, x: (x + 1,) * 2, (X,), {}),
@@ -83,30 +79,30 @@ CALLS = {
 
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("name", CALLS)
-def test_results_are_the_models_own(name, dynamic):
+def test_results_are_the_models_own(module_of, run, same, name, dynamic):
     function, args, kwargs = CALLS[name]
-    model = module_of(function, w=nn.Parameter(random_tensor(4, 4)))
+    model = module_of(function, w=nn.Parameter(_random(4, 4)))
     captured = capture(model, args, kwargs, dynamic=dynamic)
-    assert_same(run_captured(captured, *args, **kwargs), model(*args, **kwargs))
+    same(run(captured, *args, **kwargs), model(*args, **kwargs))
 
 
 @pytest.mark.parametrize("name", ["positional", "keywords in another order", "both", "nested"])
-def test_a_graph_serves_other_values_and_sizes(name):
+def test_a_graph_serves_other_values_and_sizes(module_of, run, same, name):
     function, args, kwargs = CALLS[name]
     model = module_of(function)
     captured = capture(model, args, kwargs)
 
     def other(x: Any) -> Any:
-        return random_tensor(7, 4, seed=9) * x.sum() if isinstance(x, Tensor) else x
+        return _random(7, 4, seed=9) * x.sum() if isinstance(x, Tensor) else x
 
     args, kwargs = torch.utils._pytree.tree_map(other, (args, kwargs))
-    assert_same(run_captured(captured, *args, **kwargs), model(*args, **kwargs))
+    same(run(captured, *args, **kwargs), model(*args, **kwargs))
 
 
-def test_a_returned_size_follows_the_call():
+def test_a_returned_size_follows_the_call(module_of, run):
     model = module_of(lambda m, x: (x + 1, x.shape[0] * 2))
     captured = capture(model, (X,))
-    assert run_captured(captured, random_tensor(9, 4))[1] == 18
+    assert run(captured, _random(9, 4))[1] == 18
 
 
 # -- what a call's signature tells apart -----------------------------------------------------------
@@ -137,7 +133,7 @@ def test_calls_that_need_graphs_of_their_own(name):
 
 
 def test_calls_that_differ_in_larger_sizes_share_a_signature():
-    assert flatten((X,), {}).key == flatten((random_tensor(9, 4),), {}).key
+    assert flatten((X,), {}).key == flatten((_random(9, 4),), {}).key
 
 
 def test_positional_and_keyword_are_apart():
@@ -159,55 +155,60 @@ def test_opaque_arguments_are_named(value):
 # -- sizes -----------------------------------------------------------------------------------------
 
 
+def _mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
+
+
 @pytest.mark.parametrize("sizes", [(3, 5), (3, 1), (1, 5), (1, 1), (0, 5), (3, 0)], ids=str)
-def test_sizes_zero_and_one(sizes):
-    model, x = mlp(), random_tensor(*sizes, 4)
+def test_sizes_zero_and_one(run, same, sizes):
+    model, x = _mlp(), _random(*sizes, 4)
     captured = capture(model, (x,))
-    assert_same(run_captured(captured, x), model(x))
+    same(run(captured, x), model(x))
     free = tuple(d for d, s in enumerate(sizes) if s > 1)
     assert captured.program.dynamic == ({} if not free else {"flat_0": free})
     for other in itertools.product((0, 1, 3, 7), (0, 1, 5, 9)):
         fits = all(o > 1 if s > 1 else o == s for o, s in zip(other, sizes, strict=True))
-        x = random_tensor(*other, 4)
+        x = _random(*other, 4)
         assert captured.guards.accept([x]) == fits
         if fits:
-            assert_same(run_captured(captured, x), model(x))
+            same(run(captured, x), model(x))
 
 
 def test_features_stay_fixed():
-    captured = capture(mlp(), (random_tensor(3, 5, 4),))
-    assert not captured.guards.accept([random_tensor(3, 5, 6)])
+    captured = capture(_mlp(), (_random(3, 5, 4),))
+    assert not captured.guards.accept([_random(3, 5, 6)])
 
 
-def test_a_dimension_the_model_fixes_is_guarded():
+def test_a_dimension_the_model_fixes_is_guarded(module_of, run, same):
     model = module_of(lambda m, x: x.view(6, -1))
-    x = random_tensor(3, 4)
+    x = _random(3, 4)
     captured = capture(model, (x,))
     for rows in (9, 15):
-        y = random_tensor(rows, 4)
-        assert_same(run_captured(captured, y), model(y))
-    assert not any(captured.guards.accept([random_tensor(rows, 4)]) for rows in (1, 2, 4, 5, 7, 8))
+        y = _random(rows, 4)
+        same(run(captured, y), model(y))
+    assert not any(captured.guards.accept([_random(rows, 4)]) for rows in (1, 2, 4, 5, 7, 8))
 
 
-def test_a_branch_on_a_size_is_guarded():
+def test_a_branch_on_a_size_is_guarded(module_of):
     model = module_of(lambda m, x: x * 2 if x.shape[0] > 4 else x - 1)
     captured = capture(model, (X,))
-    assert captured.guards.accept([random_tensor(4, 4)])
-    assert not captured.guards.accept([random_tensor(5, 4)])
+    assert captured.guards.accept([_random(4, 4)])
+    assert not captured.guards.accept([_random(5, 4)])
 
 
-def test_dimensions_that_must_agree():
+def test_dimensions_that_must_agree(module_of):
     model = module_of(lambda m, x, y: x + y)
     captured = capture(model, (X, Y))
-    assert captured.guards.accept([random_tensor(5, 4), random_tensor(5, 4)])
-    assert not captured.guards.accept([random_tensor(5, 4), random_tensor(6, 4)])
+    assert captured.guards.accept([_random(5, 4), _random(5, 4)])
+    assert not captured.guards.accept([_random(5, 4), _random(6, 4)])
 
 
 def test_nothing_is_free_when_asked():
-    captured = capture(mlp(), (X,), dynamic=False)
+    captured = capture(_mlp(), (X,), dynamic=False)
     assert captured.program.dynamic == {}
     assert captured.guards.accept([X])
-    assert not captured.guards.accept([random_tensor(5, 4)])
+    assert not captured.guards.accept([_random(5, 4)])
 
 
 def test_fixed_sizes_are_tried_where_free_ones_fail(monkeypatch):
@@ -220,6 +221,6 @@ def test_fixed_sizes_are_tried_where_free_ones_fail(monkeypatch):
         return export(*args, dynamic_shapes=dynamic_shapes, **kwargs)
 
     monkeypatch.setattr(torch.export, "export", fails_once)
-    captured = capture(mlp(), (X,))
+    captured = capture(_mlp(), (X,))
     assert captured.program.dynamic == {}
     assert [s is None for s in shapes] == [False, True]

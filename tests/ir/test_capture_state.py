@@ -1,19 +1,35 @@
-"""Capture: weights, modes and state, and what is named because it cannot be captured."""
+"""Capture: weights, modes and state are the model's own, and what cannot be captured is named."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ridgeline.ir.capture import CaptureError, capture
-from support.captures import Result, X, Y, assert_same, mlp, module_of, random_tensor, run_captured
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
 def _inference():
     with torch.no_grad():
         yield
+
+
+X, Y = _random(3, 4), _random(3, 4, seed=1)
+
+
+@dataclass
+class _Result:
+    y: Tensor
+
+
+def _mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
 
 
 # -- weights, modes and state ----------------------------------------------------------------------
@@ -31,11 +47,11 @@ class _Tied(nn.Module):
         return self.head(self.block(self.block(self.embed(ids))))
 
 
-def test_tied_weights_and_a_module_used_twice():
+def test_tied_weights_and_a_module_used_twice(same):
     torch.manual_seed(0)
     model, ids = _Tied().eval(), torch.tensor([[1, 2, 6], [0, 0, 5]])
     module = capture(model, (ids,)).program.module
-    assert_same(module(ids)[0], model(ids))
+    same(module(ids)[0], model(ids))
     weights = [n.target for n in module.graph.find_nodes(op="get_attr")]
     for name, held in module.named_parameters(remove_duplicate=False):
         assert held is model.get_parameter(name)
@@ -43,10 +59,10 @@ def test_tied_weights_and_a_module_used_twice():
         p.data_ptr() for p in model.parameters()
     }
     model.embed.weight.mul_(2)
-    assert_same(module(ids)[0], model(ids))
+    same(module(ids)[0], model(ids))
 
 
-def test_nodes_carry_the_path_of_their_module():
+def test_nodes_carry_the_path_of_their_module(module_of):
     model = nn.ModuleDict({"outer": nn.Sequential(nn.Linear(4, 4))})
     wrapped = module_of(lambda m, x: m.parts["outer"](x), parts=model)
     module = capture(wrapped, (X,)).program.module
@@ -67,29 +83,29 @@ class _Counter(nn.Module):
         return x + self.count + self.hidden
 
 
-def test_a_buffer_counts_on():
+def test_a_buffer_counts_on(run, same):
     model, other = _Counter().eval(), _Counter().eval()
     captured = capture(model, (X,))
     assert model.count.item() == 0  # capturing does not run a step
     for _ in range(3):
-        assert_same(run_captured(captured, X), other(X))
+        same(run(captured, X), other(X))
     assert (model.count.item(), model.hidden.item()) == (3, 6)
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_keeps_its_statistics(affine):
+def test_batch_norm_keeps_its_statistics(run, same, affine):
     torch.manual_seed(0)
     model, other = (nn.BatchNorm1d(4, affine=affine).train() for _ in range(2))
-    captured = capture(model, (random_tensor(3, 4),))
+    captured = capture(model, (_random(3, 4),))
     assert model.num_batches_tracked == 0
     for rows in (3, 5, 8):
-        x = random_tensor(rows, 4, seed=rows)
-        assert_same(run_captured(captured, x), other(x))
+        x = _random(rows, 4, seed=rows)
+        same(run(captured, x), other(x))
     for ours, theirs in zip(model.buffers(), other.buffers(), strict=True):
-        assert_same(ours, theirs)
+        same(ours, theirs)
 
 
-def test_an_argument_changed_in_place():
+def test_an_argument_changed_in_place(module_of, run, same):
     def change(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x.add_(y)
         return x * 2
@@ -99,38 +115,38 @@ def test_an_argument_changed_in_place():
     captured = capture(model, (kept, Y))
     assert torch.equal(kept, X)  # capturing does not run a step
     ours, theirs = X.clone(), X.clone()
-    assert_same(run_captured(captured, ours, Y), model(theirs, Y))
+    same(run(captured, ours, Y), model(theirs, Y))
     assert torch.equal(ours, theirs)
 
 
-def test_a_returned_input_is_the_callers_own_tensor():
+def test_a_returned_input_is_the_callers_own_tensor(module_of, run):
     model = module_of(lambda m, x: x)
     captured = capture(model, (X,))
-    assert run_captured(captured, X) is X
+    assert run(captured, X) is X
 
 
-def test_a_returned_view_shares_the_callers_memory():
+def test_a_returned_view_shares_the_callers_memory(module_of, run):
     model, x = module_of(lambda m, x: x.t()), X.clone()
-    out = run_captured(capture(model, (x,)), x)
+    out = run(capture(model, (x,)), x)
     x[0, 1] = 9
     assert out[1, 0] == 9
 
 
-def test_submodules_keep_their_modes():
+def test_submodules_keep_their_modes(run):
     model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)).eval()
     model[1].train()
-    out = run_captured(capture(model, (torch.ones(64, 8),)), torch.ones(64, 8))
+    out = run(capture(model, (torch.ones(64, 8),)), torch.ones(64, 8))
     assert set(out.unique().tolist()) == {0.0, 2.0}
     assert [m.training for m in model.modules()] == [False, False, True]
 
 
-def test_dropout_draws_anew_and_as_eager_does():
+def test_dropout_draws_anew_and_as_eager_does(run, same):
     model, x = nn.Dropout(0.5).train(), torch.ones(64, 8)
     captured = capture(model, (x,))
     torch.manual_seed(3)
-    first, second = run_captured(captured, x), run_captured(captured, x)
+    first, second = run(captured, x), run(captured, x)
     torch.manual_seed(3)
-    assert_same((first, second), (model(x), model(x)))
+    same((first, second), (model(x), model(x)))
     assert not torch.equal(first, second)
 
 
@@ -144,32 +160,32 @@ def test_random_state_is_left_alone():
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_phase_and_gradients(train, grad):
+def test_phase_and_gradients(run, same, train, grad):
     torch.manual_seed(0)
-    model = mlp().train(train)
+    model = _mlp().train(train)
     with torch.set_grad_enabled(grad):
         captured = capture(model, (X,))
-        out = run_captured(captured, X)
+        out = run(captured, X)
         expected = model(X)
     assert captured.program.training == (train and grad)
     assert captured.program.phase == ("training" if train and grad else "forward")
     if train and grad:
         both = [torch.autograd.grad(y, list(model.parameters()), Y[:, :2]) for y in (out, expected)]
-        assert_same(*both)
+        same(*both)
 
 
-def test_gradients_reach_an_input_in_eval_mode():
-    model, x = mlp(), X.clone().requires_grad_()
+def test_gradients_reach_an_input_in_eval_mode(run, same):
+    model, x = _mlp(), X.clone().requires_grad_()
     with torch.enable_grad():
         captured = capture(model, (x,))
-        (ours,) = torch.autograd.grad(run_captured(captured, x).sum(), x)
+        (ours,) = torch.autograd.grad(run(captured, x).sum(), x)
         (theirs,) = torch.autograd.grad(model(x).sum(), x)
     assert captured.program.training
-    assert_same(ours, theirs)
+    same(ours, theirs)
 
 
 def test_capture_leaves_the_model_and_grad_mode_as_they_were():
-    model = mlp()
+    model = _mlp()
     before = {name: set(vars(m)) for name, m in model.named_modules()}
     with torch.enable_grad():
         capture(model, (X,))
@@ -200,23 +216,23 @@ def _while(m: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [_if_positive, _item, _while, _tolist])
-def test_control_flow_on_values_names_the_line_and_the_way_out(function):
+def test_control_flow_on_values_names_the_line_and_the_way_out(module_of, function):
     with pytest.raises(CaptureError) as caught:
         capture(module_of(function), (X,))
     text = str(caught.value)
-    assert text.startswith("cannot capture Function: ")
+    assert text.startswith("cannot capture _Function: ")
     assert f"{__file__}:" in text
     assert "use torch.where instead of `if`" in text
 
 
-def test_the_way_out_works():
+def test_the_way_out_works(module_of, run, same):
     model = module_of(lambda m, x: torch.where(x.sum() > 0, x * 2, x))
     captured = capture(model, (X,))
     for x in (X, -X):
-        assert_same(run_captured(captured, x), model(x))
+        same(run(captured, x), model(x))
 
 
-def test_an_error_of_the_model_itself_keeps_its_words():
+def test_an_error_of_the_model_itself_keeps_its_words(module_of):
     def wrong(m: nn.Module, x: Tensor) -> Tensor:
         raise ValueError("the model wants an even length")
 
@@ -229,21 +245,21 @@ def test_an_error_of_the_model_itself_keeps_its_words():
 @pytest.mark.parametrize(
     ("function", "kind"),
     [
-        (lambda m, x: Result(x + 1), "Result"),
+        (lambda m, x: _Result(x + 1), "_Result"),
         (lambda m, x: {"a": [{x.sum()}]}, "set"),
         (lambda m, x: (y for y in [x]), "generator"),
     ],
 )
-def test_results_that_hide_their_tensors_are_named(function, kind):
+def test_results_that_hide_their_tensors_are_named(module_of, function, kind):
     # Taken as a plain value such a result would hold the tensors of tracing.
     with pytest.raises(CaptureError, match=f"returns a {kind},.*register_pytree_node"):
         capture(module_of(function), (X,))
 
 
-def test_a_returned_comparison_of_sizes_follows_the_call():
+def test_a_returned_comparison_of_sizes_follows_the_call(module_of, run):
     model = module_of(lambda m, x: (x + 1, x.shape[0] > 4))
     captured = capture(model, (X,))
-    assert [run_captured(captured, random_tensor(n, 4))[1] for n in (3, 9)] == [False, True]
+    assert [run(captured, _random(n, 4))[1] for n in (3, 9)] == [False, True]
 
 
 def _autocast(m: nn.Module, x: Tensor) -> Tensor:
@@ -269,7 +285,7 @@ def _cond(m: nn.Module, x: Tensor) -> Tensor:
         (_cond, "cond", False),
     ],
 )
-def test_regions_with_rules_of_their_own_are_named(function, region, grad):
+def test_regions_with_rules_of_their_own_are_named(module_of, function, region, grad):
     model = module_of(function, w=nn.Parameter(torch.ones(4))).train(grad)
     with (
         torch.set_grad_enabled(grad),
@@ -278,12 +294,12 @@ def test_regions_with_rules_of_their_own_are_named(function, region, grad):
         capture(model, (X,))
 
 
-def test_no_grad_inside_is_nothing_where_no_gradient_flows():
+def test_no_grad_inside_is_nothing_where_no_gradient_flows(module_of, run, same):
     model = module_of(_no_grad, w=nn.Parameter(torch.ones(4)))
-    assert_same(run_captured(capture(model, (X,)), X), model(X))
+    same(run(capture(model, (X,)), X), model(X))
 
 
-def test_random_state_of_the_models_own_is_named():
+def test_random_state_of_the_models_own_is_named(module_of):
     def draw(m: nn.Module, x: Tensor) -> Tensor:
         return x + torch.randn(4, generator=torch.Generator().manual_seed(1))
 
@@ -291,7 +307,7 @@ def test_random_state_of_the_models_own_is_named():
         capture(module_of(draw), (X,))
 
 
-def test_an_error_in_torch_does_not_blame_ridgelines_own_lines():
+def test_an_error_in_torch_does_not_blame_ridgelines_own_lines(module_of):
     def change(m: nn.Module, x: Tensor) -> Tensor:
         m.w.data.add_(1)
         return x * m.w
@@ -301,7 +317,7 @@ def test_an_error_in_torch_does_not_blame_ridgelines_own_lines():
     assert "capture.py" not in str(caught.value)
 
 
-def test_filling_a_container_of_the_caller_is_named():
+def test_filling_a_container_of_the_caller_is_named(module_of):
     def fill(m: nn.Module, x: Tensor, found: list[Tensor]) -> Tensor:
         found.append(x * 2)
         return x + 1
@@ -310,27 +326,26 @@ def test_filling_a_container_of_the_caller_is_named():
         capture(module_of(fill), (X, []))
 
 
-def _with_buffer(function: Any) -> nn.Module:
-    model = module_of(function)
+def _with_buffer(model: nn.Module) -> nn.Module:
     model.register_buffer("seen", torch.zeros(4))
     return model
 
 
-def test_a_buffer_assigned_anew_is_named():
+def test_a_buffer_assigned_anew_is_named(module_of):
     def count(m: nn.Module, x: Tensor) -> Tensor:
         m.seen = m.seen + 1
         return x + m.seen
 
     with pytest.raises(CaptureError, match=r"buffer 'seen'.*write self\.seen\.copy_"):
-        capture(_with_buffer(count), (X,))
+        capture(_with_buffer(module_of(count)), (X,))
 
 
-def test_a_buffer_assigned_before_it_is_read_carries_nothing():
+def test_a_buffer_assigned_before_it_is_read_carries_nothing(module_of, run, same):
     def fresh(m: nn.Module, x: Tensor) -> Tensor:
         m.seen = x.sum(0)
         return x + m.seen
 
-    model = _with_buffer(fresh)
+    model = _with_buffer(module_of(fresh))
     captured = capture(model, (X,))
     for x in (X, Y):
-        assert_same(run_captured(captured, x), model(x))
+        same(run(captured, x), model(x))

@@ -1,15 +1,16 @@
-"""What the tests of capture share: functions as modules, runs of a captured graph, equality."""
+"""What the tests of capture share."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from ridgeline.ir.capture import Captured, flatten
 
 
-class Function(nn.Module):
+class _Function(nn.Module):
     """A function of the module and its arguments, as a module."""
 
     def __init__(self, function: Any, **members: Any) -> None:
@@ -22,21 +23,13 @@ class Function(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
-def module_of(function: Any, **members: Any) -> nn.Module:
-    return Function(function, **members).eval()
-
-
-def random_tensor(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run_captured(captured: Captured, *args: Any, **kwargs: Any) -> Any:
+def _run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
     call = flatten(args, kwargs)
     assert captured.guards.accept(call.flat)
     return captured.finish(call, captured.program.module(*call.flat))
 
 
-def assert_same(got: Any, expected: Any) -> None:
+def _same(got: Any, expected: Any) -> None:
     """Equal in type, structure, dtype and every bit."""
     assert type(got) is type(expected)
     if isinstance(expected, Tensor):
@@ -44,23 +37,28 @@ def assert_same(got: Any, expected: Any) -> None:
         assert torch.equal(got, expected)
     elif isinstance(expected, dict):
         assert list(got) == list(expected)
-        assert_same(list(got.values()), list(expected.values()))
+        _same(list(got.values()), list(expected.values()))
     elif isinstance(expected, list | tuple):
         assert len(got) == len(expected)
         for a, b in zip(got, expected, strict=True):
-            assert_same(a, b)
+            _same(a, b)
     else:
         assert got == expected
 
 
-@dataclass
-class Result:
-    y: Tensor
+@pytest.fixture(scope="session")
+def module_of() -> Callable[..., nn.Module]:
+    """(function, **members) -> a module in eval mode whose forward is function(module, ...)."""
+    return lambda function, **members: _Function(function, **members).eval()
 
 
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Any]:
+    """(captured, *args, **kwargs) -> what the captured program gives for a call it accepts."""
+    return _run
 
 
-X, Y = random_tensor(3, 4), random_tensor(3, 4, seed=1)
+@pytest.fixture(scope="session")
+def same() -> Callable[[Any, Any], None]:
+    """(got, expected): equal in type, structure, dtype and every bit."""
+    return _same
