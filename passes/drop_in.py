@@ -259,7 +259,8 @@ class OptimizedModule(nn.Module):
         state.original.__dict__.update(
             {k: v for k, v in self.__dict__.items() if k not in ("_ridgeline", "training")}
         )
-        if name not in self._parameters and name not in self._buffers:
+        plain = name not in self._parameters and name not in self._buffers
+        if plain and not name.startswith("_"):  # such are a library's own notes, as generate's
             self.refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

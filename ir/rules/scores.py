@@ -183,6 +183,8 @@ def _additive_mask(node: fx.Node) -> bool:
         return False  # a constant beside the fill is a mask already, not masked scores
     if scores.meta["val"].dtype != node.meta["val"].dtype or not _bare(scores):
         return False
+    if any(user.target is node.target is aten.masked_fill.Scalar for user in node.users):
+        return False  # two fills become one first
     keep = condition if keeps else insert(node, aten.logical_not.default, condition)
     zero = insert(node, aten.scalar_tensor.default, 0.0, dtype=scores.meta["val"].dtype)
     mask = insert(node, aten.where.ScalarOther, keep, zero, fill)

@@ -97,6 +97,48 @@ def test_weights_that_move_are_noticed(change: str) -> None:
     assert fast._ridgeline.compile_program.forgotten == 1
 
 
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 2.0
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("shift", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.factor + self.shift
+
+
+@torch.no_grad()
+def test_what_is_replaced_in_the_copy_is_noticed() -> None:
+    fast, x = _copy(_Scaled().eval()), torch.randn(2, 3)
+
+    def holds() -> bool:
+        return torch.equal(fast(x), fast.layer(x) * fast.factor + fast.shift)
+
+    assert holds()
+    fast.factor = 5.0
+    assert holds()
+    fast.shift = fast.shift * 3
+    assert holds()
+    fast.layer = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    assert holds()
+    fast.layer[0].register_forward_hook(lambda module, args, output: output * 2)
+    assert holds()
+    assert fast.captures == 5
+
+
+class _Selects(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x[:, 0] > 0] * 2
+
+
+@torch.no_grad()
+def test_sizes_that_depend_on_values_run_the_original_code() -> None:
+    fast, x = _copy(_Selects().eval()), torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
+    assert torch.equal(fast(x), torch.tensor([[2.0, 4.0]]))
+    assert "depends on the values of a tensor" in "".join(fast.fallbacks.values())
+
+
 @torch.no_grad()
 def test_graphs_beyond_the_limit_are_released_oldest_first() -> None:
     fast = _copy(_Keyed().eval(), max_graphs=2)

@@ -135,7 +135,9 @@ class _Copies(nn.Module):
         constant += x
         kept = self.state * 1
         kept[0] = 7.0
-        return doubled, constant, kept, self.state + 0, x
+        asked = x.to(x.dtype, copy=True)
+        asked.add_(1)
+        return doubled, constant, kept, asked, self.state + 0, x
 
 
 def test_copies_that_are_written_stay_copies(assert_equal):

@@ -163,3 +163,11 @@ def test_four_bits_win_at_one_row_and_lose_at_many():
         count = len(graph.find_nodes(op="call_function", target=QUANTIZED_LINEAR.overload))
         decisions[rows] = (count, [d.refused_by for d in compiler.plan.refused])
     assert decisions == {1: (1, []), 8192: (0, ["cost"])}
+
+
+def test_a_single_vector_is_left_alone():
+    model, x = nn.Linear(512, 512).eval(), torch.randn(512)
+    fast = optimize(model, (x,), target="cpu", tolerance=0.5, lowering="eager")
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+    assert [d.reason for d in fast.plan.refused] == ["the input is a single vector"]

@@ -235,3 +235,40 @@ def test_extreme_scores(rewrite, assert_equal, magnitude):
     assert len(result.attentions) == 1
     assert_equal(result(*inputs), _attend(*inputs), factor=100 if magnitude > 1 else 1)
     assert math.isfinite(result(*inputs).sum().item())
+
+
+# -- what a refused or unusual site still computes -------------------------------------------------
+
+
+def two_fills(q, k, v):
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    padded = torch.arange(k.shape[2]) >= 3
+    lowest = torch.finfo(torch.float32).min
+    scores = (q @ k.mT / 4).masked_fill(~keep, lowest).masked_fill(padded, lowest)
+    return torch.softmax(scores, -1) @ v
+
+
+def two_fills_after_a_bias(q, k, v):
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.where(keep, 0.0, lowest)
+    return torch.softmax((q @ k.mT / 4 + bias).masked_fill(keep, lowest), -1) @ v
+
+
+@pytest.mark.parametrize("function", [two_fills, two_fills_after_a_bias])
+def test_rows_that_keep_nothing_stay_uniform(rewrite, assert_equal, function):
+    inputs = _qkv()
+    assert_equal(rewrite(function, inputs)(*inputs), function(*inputs), factor=2)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_scale_that_guards_the_range_of_fp16(rewrite, kept):
+    def guarded(q, k, v):
+        weights = torch.softmax((q / 8) @ k.mT, -1)
+        return (weights @ v,) if kept else (weights @ v, weights)
+
+    inputs = [torch.full((1, 2, 4, 64), 40.0).half() for _ in range(3)]
+    result = rewrite(guarded, inputs)
+    for got, expected in zip(result(*inputs), guarded(*inputs), strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(got, expected)
