@@ -69,6 +69,8 @@ def _arguments(node: fx.Node, effect: int) -> Iterator[fx.Node]:
 
 def _views(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments whose memory the result of `node` may share."""
+    if node.target is aten.einsum.default and len(node.args[1]) > 1:
+        return  # of one operand it may be a view; of several it is a product
     if node.op == "call_function" and _holds_tensors(node.meta.get("val")):
         yield from (a for a in _arguments(node, 1) if _holds_tensors(a.meta.get("val")))
 

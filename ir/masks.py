@@ -92,7 +92,7 @@ def _constant(node: fx.Node) -> float | None:
     packet = getattr(node.target, "overloadpacket", None)
     if packet in (aten.full, aten.scalar_tensor, aten.full_like, aten.new_full):
         number = node.args[-1]
-        return float(number) if isinstance(number, int | float) else None
+        return _as_held(number, node) if isinstance(number, int | float) else None
     if node.meta["val"].numel() != 1 or node.meta["val"].dim() > 1:
         return None
     if node.op == "get_attr":
@@ -101,13 +101,19 @@ def _constant(node: fx.Node) -> float | None:
             return None
         return float(operator.attrgetter(str(node.target))(node.graph.owning_module).item())
     if packet in _SAME_NUMBER:
-        return _constant(node.args[0])
+        number = _constant(node.args[0])
+        return None if number is None else _as_held(number, node)
     if packet is None or packet not in _SCALAR_ARITHMETIC or node.kwargs:
         return None
     operands = [_constant(a) if isinstance(a, fx.Node) else a for a in node.args]
     if not all(isinstance(o, int | float) for o in operands):
         return None
     return float(packet(*(torch.tensor(o, dtype=torch.float64) for o in operands)))
+
+
+def _as_held(number: float, node: fx.Node) -> float:
+    """The number as a tensor of the node's dtype holds it."""
+    return float(torch.tensor(number).to(node.meta["val"].dtype).item())
 
 
 def through_views(node: fx.Node) -> fx.Node:

@@ -46,7 +46,7 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _out_of_place(node: fx.Node) -> bool:
-    """x.masked_fill_(...) -> x.masked_fill(...), where x is a new value that nothing views."""
+    """x.masked_fill_(...) -> x.masked_fill(...), where x is a new value that nobody else reads."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.name.endswith("_"):
         return False
@@ -56,7 +56,7 @@ def _out_of_place(node: fx.Node) -> bool:
         return False
     random = torch.Tag.nondeterministic_seeded in target.tags
     overload = getattr(plain, target._overloadname, None)
-    if overload is None or random or sharing(x) != {x, node} | set(writes(x)):
+    if overload is None or random or not _is_alone(x, node):
         return False
     new = insert(node, overload, *node.args, **node.kwargs)
     before, after = x.meta["val"], new.meta["val"]
@@ -67,3 +67,10 @@ def _out_of_place(node: fx.Node) -> bool:
     x.replace_all_uses_with(new, delete_user_cb=lambda user: user > node)
     node.graph.erase_node(node)
     return True
+
+
+def _is_alone(x: fx.Node, write: fx.Node) -> bool:
+    """Nothing but writes of x, and the new values that x is the only view of, shares its memory."""
+    others = sharing(x) - {x, write} - set(writes(x))
+    passed_on = all(v.op == "call_function" and len(v.users) == 1 for v in others)
+    return passed_on and others.isdisjoint(x.users)

@@ -28,6 +28,13 @@ _NAMES = {
 }
 
 
+_SIZED_LIKE = {
+    aten.expand_as.default: aten.expand.default,
+    aten.view_as.default: aten.view.default,
+    aten.reshape_as.default: aten.reshape.default,
+}
+
+
 def _plain_name(node: fx.Node) -> bool:
     """One name for one operation: x.true_divide(y) -> x.div(y), bmm -> matmul."""
     if node.target not in _NAMES:
@@ -180,6 +187,26 @@ def _plain_fill(node: fx.Node) -> bool:
     return True
 
 
+def _plain_likeness(node: fx.Node) -> bool:
+    """x.type_as(y), x.to(y), x.expand_as(y): y lends dtype or sizes alone, and is read no more."""
+    x, like = (*node.args[:2], None, None)[:2]
+    if not isinstance(x, fx.Node) or not isinstance(like, fx.Node):
+        return False
+    if node.target in (aten.type_as.default, aten.to.other):
+        before, after = x.meta["val"], node.meta["val"]
+        if node.args[2:] or node.kwargs or before.device != after.device:
+            return False
+        node.target, node.args = aten.to.dtype, (x, after.dtype)
+        return True
+    if node.target not in _SIZED_LIKE:
+        return False
+    sizes = list(node.meta["val"].shape)
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    node.target, node.args = _SIZED_LIKE[node.target], (x, sizes)
+    return True
+
+
 def _plain_softmax(node: fx.Node) -> bool:
     """softmax(x, dim, dtype) -> softmax(to(x, dtype), dim)."""
     if node.target is not aten.softmax.int or len(node.args) < 3:
@@ -224,6 +251,7 @@ EXACT: tuple[Rule, ...] = (
     _plain_dims,
     _transposed_twice,
     _plain_fill,
+    _plain_likeness,
     _plain_softmax,
     _explicit_attention,
     plain_power,

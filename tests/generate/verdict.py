@@ -224,6 +224,9 @@ def _in_float64(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         torch.set_default_dtype(default)
 
 
+_FILLS = (torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default)
+
+
 class _Float64(fx.Interpreter):
     """Runs a graph in float64: inputs are given so, weights and floating casts are widened."""
 
@@ -240,5 +243,8 @@ class _Float64(fx.Interpreter):
             narrow = isinstance(value, torch.dtype) and value.is_floating_point
             return torch.float64 if narrow else value
 
+        if target in _FILLS:  # the number that the captured dtype holds
+            value = super().call_function(target, args, kwargs)
+            return value.double() if value.is_floating_point() else value
         kwargs = {k: widen(v) for k, v in kwargs.items()}
         return super().call_function(target, tuple(widen(a) for a in args), kwargs)

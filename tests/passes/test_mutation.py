@@ -59,9 +59,22 @@ def mask_filled_in_place(q, k, v):
     return torch.softmax(scores, -1) @ v
 
 
+def product_scaled_in_place_through_a_view(q, k, v):
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(B, H, S, S)
+    scores *= 0.25
+    return torch.softmax(scores, -1) @ v
+
+
+def einsum_scaled_in_place(q, k, v):
+    scores = torch.einsum("bhid,bhjd->bhij", q, k)
+    scores *= 0.25
+    return torch.softmax(scores, -1) @ v
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        *(product_scaled_in_place_through_a_view, einsum_scaled_in_place),
         *(mask_with_a_visible_prefix, mask_changed_through_a_view_of_a_view),
         *(additive_mask_changed_afterwards, zero_fill_changed_afterwards),
         *(key_changed_before, mask_filled_in_place),
@@ -102,9 +115,24 @@ def repeated_heads_changed_after_the_repeat(q, k, v):
     return F.scaled_dot_product_attention(q, many, v), few
 
 
+def scores_read_through_the_view_below(q, k, v):
+    flat = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)
+    scores = flat.view(B, H, S, S)
+    scores *= 0.25
+    return torch.softmax(scores, -1) @ v, flat + 1
+
+
+def scores_read_through_a_view_above(q, k, v):
+    scores = q @ k.transpose(2, 3)
+    flat = scores.view(-1)
+    scores *= 0.25
+    return torch.softmax(scores, -1) @ v, flat + 1
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        *(scores_read_through_the_view_below, scores_read_through_a_view_above),
         *(key_changed_before_the_values_are_read, query_changed_after_the_scores),
         *(query_changed_between_scale_and_scores, repeated_heads_changed_after_the_repeat),
     ],
