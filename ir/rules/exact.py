@@ -22,6 +22,10 @@ _NAMES = {
     aten.divide.Tensor: aten.div.Tensor,
     aten.multiply.Tensor: aten.mul.Tensor,
     aten.subtract.Tensor: aten.sub.Tensor,
+    aten.swapaxes.default: aten.transpose.int,
+    aten.swapdims.default: aten.transpose.int,
+    aten.moveaxis.int: aten.movedim.int,
+    aten.moveaxis.intlist: aten.movedim.intlist,
     aten.bmm.default: aten.matmul.default,
     aten.mm.default: aten.matmul.default,
     aten.absolute.default: aten.abs.default,
@@ -70,6 +74,18 @@ def _plain_transpose(node: fx.Node) -> bool:
     if len(moved) != 2:
         return False
     node.target, node.args = aten.transpose.int, (node.args[0], *moved)
+    return True
+
+
+def _permute_from_movedim(node: fx.Node) -> bool:
+    """movedim(x, from, to) -> permute, its dimensions told apart by their strides."""
+    if node.target not in (aten.movedim.int, aten.movedim.intlist):
+        return False
+    x, *move = node.args
+    before = torch.empty([2] * x.meta["val"].dim())
+    strides = before.movedim(*move).stride()
+    node.target = aten.permute.default
+    node.args = (x, [before.stride().index(stride) for stride in strides])
     return True
 
 
@@ -247,6 +263,7 @@ EXACT: tuple[Rule, ...] = (
     _drop_identity,
     _plain_name,
     _where_scalar_first,
+    _permute_from_movedim,
     _plain_transpose,
     _plain_dims,
     _transposed_twice,

@@ -85,7 +85,7 @@ class Case:
         """Does the module run? A spoilt stage need not fit every spelling of the others."""
         try:
             self.module()(*self.arguments())
-        except (RuntimeError, IndexError, NameError):
+        except (RuntimeError, IndexError, NameError, AttributeError):
             return False
         return True
 

@@ -123,6 +123,9 @@ NO_DIAGONAL = {
 }
 """The mask is no triangle: attention may be rewritten, with the mask as it is."""
 
+SOFTMAX = "p = torch.softmax(z, -1)"
+"""A first row of large finite scores: x - logsumexp(x) would lose what is left of them."""
+
 OTHER_DIAGONALS = {
     "one more": ({"keep": "keep = torch.ones({Sq}, {Sk}, dtype=torch.bool).tril(1)"}, CAUSAL),
     "triu, one more": ({"keep": "keep = torch.ones({Sq}, {Sk}).triu(2) == 0"}, CAUSAL),
@@ -130,6 +133,7 @@ OTHER_DIAGONALS = {
         {
             "keep": "keep = torch.ones({Sq}, {Sk}, dtype=torch.bool).tril(-1)",
             "exclusion": "z = z.masked_fill(~keep, -1e30)",
+            "softmax": SOFTMAX,
         },
         CAUSAL,
     ),
@@ -137,6 +141,7 @@ OTHER_DIAGONALS = {
         {
             "keep": "keep = torch.arange({Sk})[None] < torch.arange({Sq})[:, None]",
             "exclusion": "z = torch.where(keep, z, torch.finfo(z.dtype).min)",
+            "softmax": SOFTMAX,
         },
         CAUSAL,
     ),
