@@ -23,6 +23,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from ridgeline.codegen.code_version import code_version
 from ridgeline.codegen.errors import BackendMissing
 from ridgeline.codegen.inductor_inputs import Check, InputMismatch, input_check
 
@@ -175,6 +176,7 @@ def _lower(module: fx.GraphModule, values: list[Any]) -> tuple[Callable[..., Any
         torch.no_grad(),
         tracing(context),
         config.patch(_SETTINGS),
+        torch.compiler.config.patch(cache_key_tag=code_version()),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on first use

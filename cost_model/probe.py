@@ -7,7 +7,8 @@
                is what a parallel region costs
 
 Kept as JSON under `$RIDGELINE_CACHE_DIR`, or ~/.cache/ridgeline, by CPU model, torch version and
-threads. A probe whose repeats spread by more than 15 % serves this process and isn't stored.
+threads. A probe whose repeats spread by more than 15 %, or whose threads were kept off the cores by
+other work for more than 15 % of the time, serves this process and isn't stored.
 """
 
 import functools
@@ -66,8 +67,8 @@ def probe_host() -> Target:
     described = probe(ProbeSizes())
     if described["spread"] > MAX_SPREAD:
         log.warning(
-            "the probe of this CPU isn't stored: its repeats spread by %.0f %% (at most %.0f %%"
-            " expected); estimates are as uncertain. Run again on an idle machine",
+            "the probe of this CPU isn't stored: other work disturbed it by %.0f %%, at most %.0f %%"
+            " is expected; estimates are as uncertain. Run again on an idle machine",
             100 * described["spread"],
             100 * MAX_SPREAD,
         )
@@ -120,7 +121,7 @@ def probe(sizes: ProbeSizes) -> dict[str, Any]:
         "fork_us": fork * 1e6,
         "gemm_efficiency": 0.9,
         "bandwidth_efficiency": 1.0,
-        "attention_efficiency": 0.5,
+        "attention_efficiency": 0.9,
         "spread": clock.spread(),
         "peaks_tflops": peaks,
     }
@@ -142,6 +143,7 @@ class _Clock:
 
     def __init__(self, sizes: ProbeSizes) -> None:
         self.sizes, self.spreads = sizes, list[float]()
+        self.waiting = 0.0  # the largest part of its time in which a thread had no core
 
     def __call__(self, call: Callable[[], Any]) -> float:
         call()
@@ -159,19 +161,28 @@ class _Clock:
         self.spreads.append(statistics.median(times) / best - 1)
         return best
 
+    def on_all_threads(self, call: Callable[[], Any]) -> float:
+        """The same for a call that keeps every thread busy, which tells whether each has a core: a
+        neighbour that is always there makes steady times, and slow ones."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        best = self(call)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.waiting = max(self.waiting, 1 - cpu / (wall * torch.get_num_threads()))
+        return best
+
     def spread(self) -> float:
-        """The typical (median/minimum - 1) of what was timed."""
-        return statistics.median(self.spreads)
+        """The doubt: the typical (median/minimum - 1) of what was timed, or the time waited."""
+        return max(statistics.median(self.spreads), self.waiting)
 
 
 def _gemm_tflops(clock: _Clock, dtype: torch.dtype, n: int) -> float:
     if dtype == torch.int8:
         a, b = (torch.randint(-128, 127, (n, n), dtype=torch.int8) for _ in range(2))
-        seconds = clock(lambda: torch._int_mm(a, b))
+        seconds = clock.on_all_threads(lambda: torch._int_mm(a, b))
     else:
         a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
         out = torch.empty(n, n, dtype=dtype)
-        seconds = clock(lambda: torch.mm(a, b, out=out))
+        seconds = clock.on_all_threads(lambda: torch.mm(a, b, out=out))
     return 2 * n**3 / seconds / 1e12
 
 

@@ -67,7 +67,7 @@ def _arguments(node: fx.Node, effect: int) -> Iterator[fx.Node]:
                 yield each
 
 
-def _views(node: fx.Node) -> Iterator[fx.Node]:
+def views(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments whose memory the result of `node` may share."""
     if node.target is aten.einsum.default and len(node.args[1]) > 1:
         return  # of one operand it may be a view; of several it is a product
@@ -90,8 +90,8 @@ def sharing(node: fx.Node) -> set[fx.Node]:
         if at in found:
             continue
         found.add(at)
-        stack.extend(_views(at))
-        stack.extend(u for u in at.users if at in _views(u))
+        stack.extend(views(at))
+        stack.extend(u for u in at.users if at in views(u))
         if at.op == "get_attr":
             stack.extend(at.graph.find_nodes(op="get_attr", target=at.target))
     return found

@@ -15,6 +15,7 @@ Source: Dao, FlashAttention-2, sections 3.1-3.2.
 import torch
 from torch import Tensor
 
+from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.op import Op
 
 
@@ -54,15 +55,17 @@ def reference(
     """The law above in plain torch.
 
     query [B,H,Sq,D], key [B,Hk,Sk,D], value [B,Hk,Sk,Dv] with H % Hk == 0, one dtype, any strides;
-    mask boolean or floating, broadcastable to [B,H,Sq,Sk]. Returns [B,H,Sq,Dv], query's dtype.
+    mask boolean or floating, broadcastable to [B,H,Sq,Sk]. Returns [B,H,Sq,Dv], query's dtype, in
+    memory [B,Sq,H,Dv].
     """
     p = _probabilities(_scores(query, key, mask, scale, diagonal))
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return (p @ value.to(p.dtype)).to(query.dtype)
+    out = _fake(query, key, value, mask, scale=scale, diagonal=diagonal)
+    return out.copy_(p @ value.to(p.dtype))
 
 
 def _fake(query, key, value, mask=None, *, scale, diagonal=None):
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return heads_side_by_side(query, (*query.shape[:-1], value.shape[-1]))
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):

@@ -40,11 +40,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Why not: a sentence a user can act on, the node, and the smallest change that would help."""
+    """Why not: a sentence a user can act on, the node, and the smallest change that would help,
+    "" where nothing would."""
 
     reason: str
     node: fx.Node
-    needed: str
+    needed: str = ""
     depth: int = 0
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import fx
 
 from ridgeline.ir.aliases import mutates, sharing, writes
-from ridgeline.ir.rules.common import insert, is_cast, reads_changed_memory
+from ridgeline.ir.rules.common import can_hold, insert, is_cast, reads_changed_memory
 from ridgeline.ir.rules.exact import EXACT
 from ridgeline.ir.rules.linear import LINEAR
 from ridgeline.ir.rules.products import PRODUCTS
 from ridgeline.ir.rules.scores import SCORES
 from ridgeline.ir.symbolic import shape_of
 
-__all__ = ["is_cast", "normalize"]
+__all__ = ["can_hold", "is_cast", "normalize"]
 
 aten = torch.ops.aten
 REASSOCIATING = (*EXACT, *PRODUCTS, *LINEAR, *SCORES)

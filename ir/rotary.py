@@ -14,6 +14,7 @@ form is GPT-NeoX's, the interleaved one GPT-J's.
 import torch
 from torch import Tensor
 
+from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.op import Op
 
 
@@ -29,7 +30,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     c, s = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
     part = x[..., : cos.shape[-1]].to(wide)
-    out = torch.empty_like(x)
+    out = heads_side_by_side(x, x.shape)
     out[..., : cos.shape[-1]] = part * c + rotate(part, interleaved) * s
     out[..., cos.shape[-1] :] = x[..., cos.shape[-1] :]
     return out
@@ -41,14 +42,13 @@ def reference(
     """The law above in plain torch.
 
     q [B,H,S,D], k [B,Hk,S,D] (Hk may be 0), one dtype, any strides; cos, sin [1|B,S,R], any
-    floating dtypes, R <= D even. Returns tensors like q and k, in the order of their dimensions in
-    memory.
+    floating dtypes, R <= D even. Returns tensors like q and k, in memory [B,S,heads,D].
     """
     return _turned(q, cos, sin, interleaved), _turned(k, cos, sin, interleaved)
 
 
 def _fake(q, k, cos, sin, *, interleaved):
-    return torch.empty_like(q), torch.empty_like(k)
+    return heads_side_by_side(q, q.shape), heads_side_by_side(k, k.shape)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):

@@ -35,6 +35,13 @@ def shape_of(node: fx.Node) -> list[sympy.Expr]:
     return [size_expression(s) for s in node.meta["val"].shape]
 
 
+def strides_of(node: fx.Node) -> list[sympy.Expr]:
+    """The strides of a node's tensor as expressions; 0 where a size of 1 makes them meaningless."""
+    strides = map(size_expression, node.meta["val"].stride())
+    pairs = zip(shape_of(node), strides, strict=True)
+    return [sympy.Integer(0) if size == 1 else sympy.expand(stride) for size, stride in pairs]
+
+
 def element(node: Any) -> Expression | None:
     """The element of `node` at index (i0, i1, ...), or None where it isn't known for certain.
 
@@ -157,8 +164,12 @@ def _filled(value: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Expression |
     """The same number everywhere; of a boolean tensor, true or false."""
 
     def handler(node: fx.Node) -> Expression | None:
-        known = element(value(node))
-        if known is None or node.meta["val"].dtype != torch.bool or _is_condition(known):
+        known, dtype = element(value(node)), node.meta["val"].dtype
+        if known is None or _is_condition(known):
+            return known
+        if dtype != torch.bool:
+            if known.is_number and not dtype.is_floating_point:
+                return sympy.Integer(int(known))  # 1.7 in a tensor of integers is 1
             return known
         return sympy.Ne(known, 0) if known.is_number else None
 

@@ -58,4 +58,5 @@ def _masked_rows(x: Tensor) -> Tensor:
 
 
 def _reversed_memory(x: Tensor) -> Tensor:
-    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)

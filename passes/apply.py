@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import fx
 
+from ridgeline.ir.layout import keep_layout
 from ridgeline.passes.base import Candidate
 
 
@@ -37,7 +38,8 @@ def replace(
     for node in reversed(candidate.site.nodes):
         if not copied[node].users:
             module.graph.erase_node(copied[node])
-    copied.update(zip(outs, results, strict=True))
+    for out, result in zip(outs, results, strict=True):
+        copied[out] = keep_layout(result, out)
 
 
 def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -6,6 +6,7 @@ nothing. Entries where the site itself gives NaN (a softmax over nothing) promis
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from ridgeline.passes.base import Candidate
 from ridgeline.passes.plan import Certificate
 from ridgeline.passes.region import frontier_of, region_of, structure_of
 from ridgeline.passes.reproducer import write_reproducer
+
+log = logging.getLogger(__name__)
 
 EQUIVALENCE_LIMIT = 1e-9
 """Relative error allowed between two float64 evaluations of the same real function."""
@@ -40,13 +43,13 @@ class Mismatch(CertificateError):
 def relative_error(got: Iterable[Any], expected: Iterable[Any]) -> float:
     """The largest ‖got - expected‖ / ‖expected‖ of the floating tensors.
 
-    inf where one of the two alone is finite, or a tensor is missing.
+    inf where one of the two alone is finite, or a tensor is missing or of another shape.
     """
     worst = 0.0
     for a, b in zip(got, expected, strict=True):
         if not isinstance(b, Tensor) or not b.is_floating_point():
             continue
-        if not isinstance(a, Tensor):
+        if not isinstance(a, Tensor) or a.shape != b.shape:
             return math.inf
         a, b = a.detach().double(), b.detach().double()
         both = torch.isfinite(b)
@@ -96,7 +99,7 @@ def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
                 expected = site(*inputs)
             except (RuntimeError, ValueError):  # not sizes or strides that the program takes
                 continue
-            error = relative_error(*_promised(replacement(*inputs), expected))
+            error = _difference(replacement, inputs, expected)
             if error > EQUIVALENCE_LIMIT:
                 title = (
                     f"{candidate.rewrite.name} at {candidate.at}: the replacement differs from what"
@@ -109,6 +112,20 @@ def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
         if names:
             return Certificate("equivalence", worst, EQUIVALENCE_LIMIT, tuple(names))
     raise CertificateError(f"{candidate.at}: the site by itself runs on none of the inputs tried")
+
+
+def _difference(
+    replacement: fx.GraphModule, inputs: list[Tensor], expected: Sequence[Tensor]
+) -> float:
+    """Relative error of what the replacement makes of the inputs; inf where it cannot run."""
+    try:
+        got = replacement(*inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        log.exception("a replacement raises where the site does not")
+        return math.inf
+    if any(g.shape != e.shape for g, e in zip(got, expected, strict=True)):
+        return math.inf
+    return relative_error(*_promised(got, expected))
 
 
 def _drawn(candidate: Candidate, shapes: Sequence[Any], dtypes: Sequence[torch.dtype]) -> Any:

@@ -185,6 +185,9 @@ class Compiler:
                 log.warning("refused: %s", error)
             except CertificateError as error:
                 unsound[candidate] = str(error)
+            except Exception as error:  # a defect of one pass must not cost the user the model
+                unsound[candidate] = f"no certificate could be made ({error}); please report it"
+                log.exception("refused: %s at %s", candidate.rewrite.name, candidate.at)
         return evidence, unsound
 
     def _drift(self, candidate: Candidate, model_error: float) -> Certificate:

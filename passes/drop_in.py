@@ -22,6 +22,7 @@ from ridgeline.ir.caches import CacheError
 from ridgeline.ir.capture import Call, Captured, CaptureError, capture, flatten
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
+from ridgeline.passes.copy_model import copy_model, rebound
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,24 @@ class CompileProgram(Protocol):
         ...
 
 
+class CompileError(RidgelineError, RuntimeError):
+    """A captured graph that could not be rewritten or compiled."""
+
+
 class DropInError(RidgelineError, TypeError):
     """Something that an optimised copy cannot do."""
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_RUN_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
+"""A module's dictionaries of hooks."""
+_OWN = {"_ridgeline", "training", *_HOOKS}
+"""Attributes that an optimised copy and the original code on its modules each have."""
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _RUN_HOOKS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +74,15 @@ class _Weights:
     """What captured graphs take for granted of the modules, to see whether it still stands.
 
     places: the dictionaries and names of all parameters, buffers and submodules; held: what was
-    there. addresses: of the parameters. hooks: the modules' dictionaries of hooks, and their sizes.
+    there. addresses: of the parameters. hooks: dictionaries of hooks, and their keys, which torch
+    never gives twice.
     """
 
     places: tuple[list[dict[str, Any]], list[str]]
     held: list[Any]
     parameters: list[Tensor]
     addresses: list[int]
-    hooks: tuple[list[dict[Any, Any]], list[int]]
+    hooks: tuple[list[dict[Any, Any]], list[tuple[int, ...]]]
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> "_Weights":
@@ -78,13 +93,13 @@ class _Weights:
             for name, value in owner.items()
         ]
         parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-        hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+        hooks = _GLOBAL_HOOKS + [getattr(m, name) for m in modules for name in _RUN_HOOKS]
         return cls(
             ([owner for owner, _, _ in entries], [name for _, name, _ in entries]),
             [value for _, _, value in entries],
             parameters,
             list(map(Tensor.data_ptr, parameters)),
-            (hooks, list(map(len, hooks))),
+            (hooks, list(map(tuple, hooks))),
         )
 
     def unchanged(self) -> bool:
@@ -92,9 +107,9 @@ class _Weights:
         keeps the tensor object and changes its memory."""
         if not all(map(operator.is_, map(dict.get, *self.places), self.held)):
             return False
-        hooks, sizes = self.hooks
+        hooks, keys = self.hooks
         same = list(map(Tensor.data_ptr, self.parameters)) == self.addresses
-        return same and list(map(len, hooks)) == sizes
+        return same and list(map(tuple, hooks)) == keys
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +159,7 @@ class OptimizedModule(nn.Module):
             key = self._key(call)
             if next(self._accepting(key, call), None) is None:
                 self._compile(key, call, args, kwargs)
-        except (CaptureError, CacheError) as error:
+        except (CaptureError, CacheError, CompileError) as error:
             if self._ridgeline.strict:
                 raise
             self._refuse(args, kwargs, key, error)
@@ -182,7 +197,7 @@ class OptimizedModule(nn.Module):
                 return captured.finish(call, outputs)
             captured, run = self._compile(key, call, args, kwargs)
             outputs = run(*call.flat)
-        except (CaptureError, CacheError) as error:
+        except (CaptureError, CacheError, CompileError) as error:
             if state.strict:
                 raise
             self._refuse(args, kwargs, key, error)
@@ -214,8 +229,18 @@ class OptimizedModule(nn.Module):
         self, key: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Captured, Callable[..., Any]]:
         state = self._ridgeline
+        _refuse_hooks(state.modules[1:])
         captured = capture(self._original(), args, kwargs)
-        run = state.compile_program(captured.program)
+        try:
+            run = state.compile_program(captured.program)
+        except RidgelineError:
+            raise
+        except Exception as error:
+            log.exception("a defect of ridgeline, please report it")
+            raise CompileError(
+                f"compiling failed ({type(error).__name__}: {error}), which is a defect of"
+                " ridgeline; please report it"
+            ) from error
         if len(state.graphs) >= state.max_graphs:
             _, (_, oldest, _) = state.graphs.popitem(last=False)
             state.compile_program.release(oldest.program)
@@ -256,12 +281,20 @@ class OptimizedModule(nn.Module):
         state = self.__dict__.get("_ridgeline")
         if state is None or name == "training":
             return
-        state.original.__dict__.update(
-            {k: v for k, v in self.__dict__.items() if k not in ("_ridgeline", "training")}
-        )
+        state.original.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN})
         plain = name not in self._parameters and name not in self._buffers
         if plain and not name.startswith("_"):  # such are a library's own notes, as generate's
             self.refresh()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OptimizedModule":
+        """`to`, `half`, `cuda`: parameters that change are the copy's own from then on."""
+        fresh: dict[nn.Parameter, nn.Parameter] = {}
+        for module in self._ridgeline.modules:
+            for name, p in module._parameters.items():
+                if p is not None and _moves(fn, p):
+                    fresh.setdefault(p, nn.Parameter(p.detach(), p.requires_grad))
+                    module._parameters[name] = fresh[p]
+        return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise DropInError(
@@ -276,12 +309,44 @@ class OptimizedModule(nn.Module):
         )
 
 
+def _moves(fn: Callable[[Tensor], Tensor], p: nn.Parameter) -> bool:
+    """Does `fn` change dtype or device of such a tensor?"""
+    probe = torch.empty(0, dtype=p.dtype, device=p.device)
+    moved = fn(probe)
+    return (moved.dtype, moved.device) != (probe.dtype, probe.device)
+
+
 def _refuse_autocast() -> None:
     if torch._C._is_any_autocast_enabled():
         raise CaptureError(
             "the call is made under torch.autocast, whose casts no captured graph holds; convert"
             " the model instead, as model.to(torch.bfloat16), or leave the autocast block"
         )
+
+
+def _refuse_hooks(modules: Sequence[nn.Module]) -> None:
+    """torch's own hooks on parts, as weight_norm's, compute what a graph holds; others may do
+    anything, and would do it while the graph is captured and never again."""
+    for module in modules:
+        for hook in (h for name in _RUN_HOOKS for h in getattr(module, name).values()):
+            if not (type(hook).__module__ or "").startswith("torch."):
+                said = getattr(hook, "__qualname__", type(hook).__name__)
+                raise CaptureError(
+                    f"a forward hook ({said}) of a {type(module).__name__} inside the model runs"
+                    " Python code in every call, which no graph holds; remove it to have the model"
+                    " rewritten"
+                )
+
+
+def _own_forward(model: nn.Module, original: nn.Module) -> Callable[..., Any]:
+    function = rebound(model.__dict__["forward"], model, original)
+    if function is None:
+        raise DropInError(
+            f"forward of this {type(model).__name__} is a {type(model.forward).__name__} set on the"
+            " object, which may hold the object itself; define forward in the class, or set a"
+            " method bound to the object (types.MethodType) or a functools.partial"
+        )
+    return function
 
 
 def optimized_copy(
@@ -298,12 +363,13 @@ def optimized_copy(
     """
     if isinstance(model, OptimizedModule):
         raise DropInError("the model is optimised already; pass the original to ridgeline.optimize")
-    copied = _shallow(model, {})
-    original = object.__new__(type(model))
-    original.__dict__ = (
-        copied.__dict__.copy()
-    )  # shares modules, parameters and buffers with `copied`
     kind = type(model)
+    copied = copy_model(model)
+    original = object.__new__(kind)  # shares modules, parameters and buffers with `copied`
+    original.__dict__ = copied.__dict__ | {name: OrderedDict() for name in _HOOKS}
+    if "forward" in model.__dict__:  # it would hide the class's forward, which is ours
+        del copied.__dict__["forward"]
+        original.__dict__["forward"] = _own_forward(model, original)
 
     @functools.wraps(kind.forward)
     def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
@@ -320,24 +386,3 @@ def optimized_copy(
     )
     assert isinstance(copied, OptimizedModule)
     return copied
-
-
-def _shallow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of the module tree with tensors shared; a module used twice stays one module."""
-    if id(module) in made:
-        return made[id(module)]
-    new = object.__new__(type(module))
-    made[id(module)] = new
-    new.__dict__ = module.__dict__.copy()
-    for name, value in module.__dict__.items():
-        if type(value) in (dict, OrderedDict):  # a subclass may hold more than its entries
-            new.__dict__[name] = value.copy()
-    # Buffers are state that a forward may update (batch norm): the copy keeps its own.
-    new.__dict__["_buffers"] = {
-        name: None if buffer is None else buffer.detach().clone()
-        for name, buffer in module._buffers.items()
-    }
-    new.__dict__["_modules"] = {
-        name: child and _shallow(child, made) for name, child in module._modules.items()
-    }
-    return new

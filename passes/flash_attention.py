@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from ridgeline.cost_model import Attention, Work, work_of
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.masks import Mask, analyse
 from ridgeline.ir.match import Pattern, Reject, Site, trace
-from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.operands import four_dimensions, length_difference, one_batch, put
@@ -127,7 +127,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     key, value = _without_repeat(key, transposed), _without_repeat(site.bind["value"], False)
     if refusal := _shapes_refused(site, query, key, value, transposed):
         return refusal
-    if refusal := _mask_refused(site, query) or _rounding_refused(site, query):
+    if refusal := _mask_refused(site, query):
         return refusal
     mask = analyse(site.bind.get("mask"))
     if site.pattern.startswith("sdpa_causal"):
@@ -255,22 +255,6 @@ def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
     return None
 
 
-def _rounding_refused(site: Site, query: fx.Node) -> Reject | None:
-    """A cast inside to a dtype narrower than the operands' is a rounding the model asks for."""
-    dtype = query.meta["val"].dtype
-    for node in site.nodes:
-        if node in site.outs or not is_cast(node):
-            continue
-        narrow = node.meta["val"].dtype
-        if torch.promote_types(narrow, dtype) != narrow:
-            return Reject(
-                f"{node.name} rounds to {narrow} within attention of {dtype}",
-                node,
-                f"drop the cast, or compute the attention in {narrow}",
-            )
-    return None
-
-
 def _must_be_equal(size: sympy.Expr, own: int | torch.SymInt, full: sympy.Expr) -> bool:
     """Two free sizes, such as those of a cache and of the padding mask beside it, of which the
     first is never 1: the fused call itself raises unless they are equal.
@@ -362,7 +346,7 @@ def apply(
 
 def _fake(query: fx.Node, value: fx.Node) -> Tensor:
     shape = (*query.meta["val"].shape[:-1], value.meta["val"].shape[-1])
-    return query.meta["val"].new_empty(shape)
+    return heads_side_by_side(query.meta["val"], shape)
 
 
 FLASH_ATTENTION = Pass(

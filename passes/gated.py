@@ -109,9 +109,14 @@ def _factors(value: object, seen: set[fx.Node]) -> list[object]:
     return [value]
 
 
+def _plain_sum(node: fx.Node) -> bool:
+    """A sum without alpha."""
+    return node.target is aten.add.Tensor and not node.kwargs
+
+
 def _cdf(node: fx.Node, x: fx.Node, seen: set[fx.Node]) -> str | None:
     """1 + erf(x / √2): "gelu"; 1 + tanh(√(2/π) (x + 0.044715 x³)): "gelu_tanh"."""
-    if node.target is not aten.add.Tensor:
+    if not _plain_sum(node):
         return None
     for one, term in orders(node):
         term = through_casts(term, seen)
@@ -154,7 +159,7 @@ def _times(factors: list[object], x: fx.Node, power: int = 1) -> float | None:
 def _is_tanh_argument(value: object, x: fx.Node, seen: set[fx.Node]) -> bool:
     """√(2/π) (x + 0.044715 x³), or √(2/π) x (1 + 0.044715 x²)."""
     factors = _inner_factors(value, seen)
-    sums = [f for f in factors if isinstance(f, fx.Node) and f.target is aten.add.Tensor]
+    sums = [f for f in factors if isinstance(f, fx.Node) and _plain_sum(f)]
     if len(sums) != 1:
         return False
     rest = [f for f in factors if f is not sums[0]]
@@ -179,7 +184,7 @@ def _logistic(node: fx.Node, seen: set[fx.Node]) -> Found | None:
     if not isinstance(x, fx.Node) or not isinstance(below, fx.Node):
         return None
     x = through_casts(x, seen)
-    if below.target is not aten.add.Tensor:
+    if not _plain_sum(below):
         return None
     seen.add(below)
     for one, term in orders(below):
@@ -277,7 +282,8 @@ def apply(
         new = module.graph.call_function(
             GATED_ACTIVATION.overload, (gate, up), {"activation": call.activation}
         )
-    new.meta = dict(out.meta)
+    shape = out.meta["val"].shape
+    new.meta = {**out.meta, "val": gate.meta["val"].new_empty(shape)}
     out.replace_all_uses_with(new)
     return new
 

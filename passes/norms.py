@@ -20,7 +20,7 @@ from torch import fx
 
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.match import Pattern, Reject, Site
-from ridgeline.ir.normalize import is_cast
+from ridgeline.ir.normalize import can_hold, is_cast
 from ridgeline.ir.op import Op
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.symbolic import shape_of, size_expression
@@ -128,6 +128,8 @@ def _with_final_cast(site: Site) -> Site:
     users = list(out.users)
     if len(users) != 1 or not is_cast(users[0]) or _widens(users[0]):
         return site
+    if users[0].meta["val"].dtype not in DTYPES:
+        return site
     return dataclasses.replace(site, nodes=(*site.nodes, users[0]), outs=(users[0],))
 
 
@@ -142,7 +144,7 @@ def _widens(node: fx.Node) -> bool:
     if not is_cast(node):
         return False
     before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # pyright: ignore
-    return torch.promote_types(before, after) == after
+    return can_hold(after, before)
 
 
 def _in_dtype(x: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -201,7 +203,7 @@ def _refused(site: Site, setting: Setting) -> Reject | None:
             "use one of these dtypes",
         )
     before, after = _in_dtype(x, out.meta["val"].dtype).meta["val"].dtype, out.meta["val"].dtype
-    if before != after and torch.promote_types(before, after) == after:
+    if before != after and can_hold(after, before):
         return Reject(
             f"{out.name} is {after} and what it normalises {before}; the kernels do not widen",
             out,

@@ -1,10 +1,12 @@
 """What flows through a program on its example inputs: evidence for approximate rewrites."""
 
-from collections.abc import Sequence
+import contextlib
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ridgeline.ir.program import Program
 from ridgeline.passes.certify import relative_error
@@ -14,19 +16,40 @@ ROWS = 256
 """Rows of each observed activation that are kept."""
 
 
-def clone_inputs(inputs: Sequence[Any]) -> list[Any]:
-    """Copies, so that a program which updates its caches in place can be run again."""
-    return [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+@contextlib.contextmanager
+def rehearsal(program: Program) -> Iterator[list[Any]]:
+    """Copies of the example inputs, for a run that must leave no trace.
+
+    Caches are updated in the copies. Buffers, which batch norm updates and models count in, get
+    their values back afterwards, and so do the random generators; each rehearsal draws the same
+    numbers.
+    """
+    module = program.module
+    targets = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    held = [operator.attrgetter(target)(module) for target in targets]
+    buffers = [t for t in held if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    tensors = [x for x in (*program.inputs, *buffers) if isinstance(x, Tensor)]
+    devices = {x.device.index for x in tensors if x.is_cuda}
+    before = [buffer.clone() for buffer in buffers]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(0)
+        try:
+            yield [x.clone() if isinstance(x, Tensor) else x for x in program.inputs]
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                if not torch.equal(buffer, value):  # else its version would count up
+                    buffer.copy_(value)
 
 
-@torch.no_grad()
 def outputs_of(module: fx.GraphModule, program: Program) -> list[Any]:
     """What `module` gives back on copies of the program's example inputs, caches aside.
 
     Of a program that gives nothing back, the inputs that it updated, None for the others.
     """
-    copies = clone_inputs(program.inputs)
-    result = module(*copies)
+    with rehearsal(program) as copies:
+        result = module(*copies)
     returned = list(result)[: program.results or None]
     if any(isinstance(x, Tensor) for x in returned):
         return returned
@@ -47,7 +70,8 @@ class Observation:
         """Up to `ROWS` rows of the value of `node`, which must be read by a linear layer."""
         if self._rows is None:
             run = _Recorder(self._module, self._module.graph)
-            run.run(*clone_inputs(self._program.inputs))
+            with rehearsal(self._program) as inputs:
+                run.run(*inputs)
             self._rows = run.rows
         return self._rows[node]
 
@@ -59,8 +83,10 @@ class Observation:
         """
         exact = _Recorder(self._module, self._module.graph)
         probe = _Recorder(self._module, self._module.graph, round_inputs=True)
-        expected = exact.run(*clone_inputs(self._program.inputs))
-        got = probe.run(*clone_inputs(self._program.inputs))
+        with rehearsal(self._program) as inputs:
+            expected = exact.run(*inputs)
+        with rehearsal(self._program) as inputs:
+            got = probe.run(*inputs)
         local = sum(e * e for e in probe.errors) ** 0.5
         results = slice(self._program.results or None)
         return max(relative_error(got[results], expected[results]) / local, 1e-3) if local else 1.0
@@ -77,7 +103,6 @@ class _Recorder(fx.Interpreter):
         self.errors: list[float] = []
         self._round = round_inputs
 
-    @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> Any:
         result = super().run(*args, **kwargs)
         return list(result) if isinstance(result, tuple | list) else [result]

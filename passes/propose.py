@@ -9,7 +9,7 @@ from torch import fx
 from ridgeline.ir.aliases import mutates
 from ridgeline.ir.match import Reject, Site, find
 from ridgeline.passes.base import Candidate, Pass, Setting
-from ridgeline.passes.region import changed_inside
+from ridgeline.passes.region import changed_inside, rounds_inside
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +32,8 @@ def propose(
         sites, misses = _sites(rewrite, module.graph)
         refusals += [Refusal(rewrite, miss, "pattern") for miss in misses]
         for site in sites:
-            answer = rewrite.accepts(site, setting)
+            exact = rewrite.exactness != "approximate"
+            answer = (exact and rounds_inside(site)) or rewrite.accepts(site, setting)
             if in_place and not isinstance(answer, Reject) and answer:
                 answer = changed_inside(answer[0]) or answer
             if isinstance(answer, Reject):

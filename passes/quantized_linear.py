@@ -69,6 +69,10 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     """Check that the weight is a constant worth quantising; propose each form of it."""
     weight_node, transposed = _constant(site.bind["weight"])
     out = site.outs[0]
+    if setting.tolerance <= 0:
+        return Reject(
+            "approximate, and tolerance is 0", out, "pass tolerance > 0, such as tolerance=0.02"
+        )
     if weight_node is None:
         return Reject(
             f"the weight is {site.bind['weight'].name}, computed at run time",
@@ -94,13 +98,15 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         return Reject(f"the weight is {weight.dtype}", out, "use float32, bfloat16 or float16")
     if min(out_features, in_features) < SMALLEST:
         return Reject(
-            f"the weight is {out_features}x{in_features}; below {SMALLEST} nothing is won",
+            f"the weight is {out_features}x{in_features}, too small to be worth it: layers with"
+            f" fewer than {SMALLEST} inputs or outputs stay as they are",
             out,
-            f"nothing: layers with fewer than {SMALLEST} inputs or outputs stay as they are",
         )
-    if setting.tolerance <= 0:
+    if broken := int((~torch.isfinite(weight)).sum()):
         return Reject(
-            "approximate, and tolerance is 0", out, "pass tolerance > 0, such as tolerance=0.02"
+            f"{broken} of the {weight.numel()} weights are infinite or NaN",
+            out,
+            "repair the checkpoint",
         )
     return _forms(site, setting, name, weight)
 
@@ -114,8 +120,14 @@ def _constant(node: fx.Node) -> tuple[fx.Node | None, bool]:
     return None, False
 
 
-def _forms(site: Site, setting: Setting, name: str, weight: Tensor) -> list[Candidate]:
+def _forms(site: Site, setting: Setting, name: str, weight: Tensor) -> list[Candidate] | Reject:
     x = setting.observed(site.bind["x"])
+    if not torch.isfinite(x).all():
+        return Reject(
+            f"{site.bind['x'].name} is infinite or NaN on the example inputs",
+            site.bind["x"],
+            "capture with inputs on which the model is finite",
+        )
     before = sum((work_of(n) for n in site.nodes), Work())
     candidates = []
     for codec in CODECS:

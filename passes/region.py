@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ridgeline.ir.aliases import written_between
-from ridgeline.ir.match import Reject
+from ridgeline.ir.match import Reject, Site
+from ridgeline.ir.normalize import can_hold, is_cast
 from ridgeline.passes.base import Candidate
 
 
@@ -51,6 +52,25 @@ def structure_of(region: Sequence[fx.Node]) -> str:
         f" {fx.node.map_arg((n.args, n.kwargs), spelled)}"
         for n in region
     )
+
+
+def rounds_inside(site: Site) -> Reject | None:
+    """A refusal where the site casts a value of its own to a dtype that cannot hold its result, or
+    not the range of what it reads: a rounding, or an overflow, that the model asks for."""
+    out = site.outs[0].meta["val"].dtype
+    reads = [n.meta["val"] for n in site.bind.values() if isinstance(n.meta.get("val"), Tensor)]
+    small = any(t.is_floating_point() and not can_hold(torch.float16, t.dtype) for t in reads)
+    for node in site.nodes:
+        if node in site.outs or not is_cast(node):
+            continue
+        narrow = node.meta["val"].dtype
+        if not can_hold(narrow, out) or (small and narrow == torch.float16):
+            return Reject(
+                f"{node.name} rounds to {narrow} inside, where the result is {out}",
+                node,
+                f"drop the cast to {narrow}",
+            )
+    return None
 
 
 def changed_inside(candidate: Candidate) -> Reject | None:

@@ -189,6 +189,8 @@ def find_turns(graph: fx.Graph) -> tuple[list[Turn], list[Reject]]:
 
 
 def _turn(node: fx.Node) -> Turn | Reject | None:
+    if node.kwargs:  # a sum with alpha
+        return None
     near: Reject | None = None
     for first, second in orders(node):
         inside = {node}
@@ -230,6 +232,8 @@ def _finish(
     assert isinstance(sin, fx.Node)
     x, out = _whole(node, place, inside)
     out = _cast_back(out, x, inside)
+    if shape_of(out) != shape_of(x):  # cos or sin has a dimension that x has not
+        return None
     if x.meta["val"].dim() != 4:
         return Reject(
             f"{x.name} has {x.meta['val'].dim()} dimensions; the kernel reads"
@@ -254,8 +258,12 @@ def _whole(node: fx.Node, place: _Place, inside: set[fx.Node]) -> tuple[fx.Node,
     users = list(node.users)
     if len(users) == 1 and users[0].target is aten.cat.default:
         joined = users[0]
-        parts = joined.args[0]
-        rest = _place(parts[1]) if len(parts) == 2 and parts[0] is node else None
+        parts, dim = (*joined.args, 0)[:2]
+        rest = (
+            _place(parts[1])
+            if len(parts) == 2 and parts[0] is node and last_dim(joined, dim)
+            else None
+        )
         if rest is not None and rest.root is place.root and rest.start == place.end:
             for candidate in rest.chain[1:]:
                 whole = _place(candidate)

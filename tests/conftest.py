@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import fx, nn
 
+from ridgeline.cost_model import probe
+from ridgeline.cost_model.target import parse_target
 from ridgeline.ir.normalize import normalize
 
 
@@ -22,6 +25,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="N random spellings and N random traps of each meaning, other ones at each run",
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def steady_cpu() -> Iterator[None]:
+    """The host's instruction sets with the figures of a quiet machine: what the tests decide for
+    "cpu" must not hang on who else is using it."""
+    figures = {
+        "cores": 2,
+        "threads": 2,
+        "bandwidth_gb_per_s": 50.0,
+        "cache_bandwidth_gb_per_s": [350.0, 350.0, 350.0],
+        "cache_kib": [64, 2048, 32768],
+        "launch_us": 2.5,
+        "fork_us": 0.7,
+        "spread": 0.02,
+        "peaks_tflops": {"float32": 0.2, "bfloat16": 0.44, "int8": 0.87},
+    }
+    light = probe.ProbeSizes(gemm=64, dram_bytes=2**16, repeats=2, seconds=1e-4)
+    host = parse_target(probe.probe(light) | figures, "the tests")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "probe_host", functools.wraps(probe.probe_host)(lambda: host))
+        yield
 
 
 @pytest.fixture

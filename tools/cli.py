@@ -93,9 +93,10 @@ def optimize(
         with _status(f"compiling for {compiler.target.name}"):
             run = compiler.lower(rewritten, program)
         with _status("running once"):
-            from ridgeline.passes.observe import clone_inputs
+            from ridgeline.passes.observe import rehearsal
 
-            run(*clone_inputs(program.inputs))
+            with rehearsal(program) as inputs:
+                run(*inputs)
         compiler.plan.print()
         if output is not None:
             saved = {"model": model, **compiler.plan.to_dict()}

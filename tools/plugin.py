@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ridgeline.codegen.code_version import code_version
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class PluginError(RidgelineError, ValueError):
-    """An option of the backend that cannot be used, or weights changed after they were folded."""
+    """An option of the backend that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,25 @@ def backend(
     training = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in example_inputs
     )
+    fold = chosen.tolerance > 0 and not training  # only a quantised weight need be a constant
     try:
-        program, feed = _program(gm, example_inputs, training)
+        program, free, folded = _program(gm, example_inputs, training, fold)
     except Exception as error:  # whatever tracing meets, the user's model must still run
         log.warning("ridgeline leaves this graph to Inductor: it could not be traced: %s", error)
         return _inductor(gm, example_inputs)
+    run, versions = _compiled(program, chosen), _versions(folded)
+
+    def call(*inputs: Any) -> Any:
+        nonlocal run, versions
+        if versions != _versions(folded):
+            log.info("weights changed: the graph that holds them is compiled anew")
+            run, versions = _compiled(program, chosen), _versions(folded)
+        return run(*(inputs[i] for i in free))
+
+    return call
+
+
+def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
     compiler = Compiler(
         chosen.target,
         tolerance=chosen.tolerance,
@@ -74,10 +89,17 @@ def backend(
     rewritten = compiler.rewrite(program)
     counters["ridgeline"]["applied"] += len(compiler.plan.applied)
     counters["ridgeline"]["refused"] += len(compiler.plan.refused)
-    run = _inductor(rewritten, example_inputs) if training else compiler.lower(rewritten, program)
+    if program.training:
+        run = _inductor(rewritten, program.inputs)
+    else:
+        run = compiler.lower(rewritten, program)
     if chosen.on_plan is not None:
         chosen.on_plan(compiler.plan)
-    return feed(run)
+    return run
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [t._version for t in tensors]
 
 
 def _options(options: dict[str, Any] | None, mode: str | None) -> Options:
@@ -91,12 +113,12 @@ def _options(options: dict[str, Any] | None, mode: str | None) -> Options:
 
 
 def _program(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool
-) -> tuple[Program, Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """Dynamo's graph as a `Program`, and a wrapper that feeds its inputs to the compiled code.
+    gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool, fold: bool
+) -> tuple[Program, list[int], list[Tensor]]:
+    """Dynamo's graph as a `Program`, which of the inputs are its own, and the folded parameters.
 
-    For inference the parameters among the inputs become constants of the program, so that they
-    can be quantised and packed; in training they stay inputs.
+    fold: the parameters among the inputs become constants of the program, so that they can be
+    quantised and packed; else they stay inputs.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta.get("example_value") for n in placeholders]
@@ -110,8 +132,8 @@ def _program(
         traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
             *given
         )
-    constants = [not training and isinstance(x, nn.Parameter) for x in example_inputs]
-    frozen = _freeze(traced, example_inputs, constants)
+    constants = [fold and isinstance(x, nn.Parameter) for x in example_inputs]
+    _fold(traced, example_inputs, constants)
     free = [i for i, constant in enumerate(constants) if not constant]
     program = Program.from_graph(
         traced,
@@ -119,20 +141,7 @@ def _program(
         phase="training" if training else "forward",
         training=training,
     )
-
-    def feed(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*inputs: Any) -> Any:
-            for name, parameter, version in frozen:
-                if parameter._version != version:
-                    raise PluginError(
-                        f"{name} changed after ridgeline compiled it as a constant;"
-                        " call torch.compiler.reset() after changing weights"
-                    )
-            return run(*(inputs[i] for i in free))
-
-        return call
-
-    return program, feed
+    return program, free, [x for x, yes in zip(example_inputs, constants, strict=True) if yes]
 
 
 def _concrete(value: Any) -> Any:
@@ -140,11 +149,8 @@ def _concrete(value: Any) -> Any:
     return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
-def _freeze(
-    traced: fx.GraphModule, example_inputs: Sequence[Any], constants: Sequence[bool]
-) -> list[tuple[str, Tensor, int]]:
-    """Turn placeholders of parameters into attributes; returns (name, parameter, version)."""
-    frozen = []
+def _fold(traced: fx.GraphModule, example_inputs: Sequence[Any], constants: Sequence[bool]) -> None:
+    """Turn placeholders of parameters into attributes."""
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for node, parameter, constant in zip(placeholders, example_inputs, constants, strict=True):
         if not constant:
@@ -156,12 +162,11 @@ def _freeze(
         attribute.meta = dict(node.meta)
         node.replace_all_uses_with(attribute)
         traced.graph.erase_node(node)
-        frozen.append((name, parameter, parameter._version))
     traced.recompile()
-    return frozen
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs))
+    with torch.compiler.config.patch(cache_key_tag=code_version()):
+        return compile_fx(gm, list(example_inputs))

@@ -270,14 +270,15 @@ def attention(
     """Launches `attention_forward`. Shapes and dtypes as in the law; any strides.
 
     mask: boolean or floating, broadcastable to [B,H,Sq,Sk]; out: where to write, any strides.
-    Returns (out [B,H,Sq,Dv] in the query's dtype, lse [B,H,Sq] fp32).
+    Returns (out [B,H,Sq,Dv] in the query's dtype, its memory [B,Sq,H,Dv] if it is made here, and
+    lse [B,H,Sq] fp32).
     """
     batch, heads, query_length, head_dim = query.shape
     key_length, value_dim = value.shape[-2:]
     if scale < 0:  # the kernel compares raw scores, which needs a scale that keeps their order
         query, scale = -query, -scale
     if out is None:
-        out = query.new_empty(batch, heads, query_length, value_dim)
+        out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, query_length, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse

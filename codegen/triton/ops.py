@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
 from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
+from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.op import LIBRARY
 
 
@@ -58,7 +59,8 @@ def _launch_attention(query, key, value, mask=None, *, scale, diagonal=None):
                 attention_decode, splits=config.config.splits, **config.config.launch()
             )
         out, _ = launch(query, key, value, mask, scale=scale, diagonal=diagonal)
-    return out
+    # The decoding kernel writes rows in the order of [B,H,Sq], the same memory where Sq is 1.
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _launch_quantized_linear(
@@ -108,7 +110,7 @@ def _elsewhere(first: Tensor, *_arguments, **_options):
 
 
 def _fake_attention(query, key, value, mask=None, *, scale, diagonal=None):
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return heads_side_by_side(query, (*query.shape[:-1], value.shape[-1]))
 
 
 def _fake_quantized_linear(

@@ -31,6 +31,7 @@ from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from ridgeline.ir.layout import keep_layout
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.rotary import ROTARY
@@ -224,6 +225,7 @@ def _place_rotary(node: fx.Node, module: fx.GraphModule) -> None:
             view = node.graph.call_function(aten.transpose.int, (part, 1, 2))
             view.meta["val"] = packed[:, :, start:end].transpose(1, 2)
         item.replace_all_uses_with(view)
+        keep_layout(view, item)
         node.graph.erase_node(item)
     node.target, node.meta["val"] = rotary.OP, packed
 

@@ -39,6 +39,13 @@ def is_cast(node: fx.Node) -> bool:
     )
 
 
+def can_hold(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Is every value of the floating dtype `other` one of `dtype` too?"""
+    if 1 in (dtype.itemsize, other.itemsize):  # torch promotes no float8
+        return dtype == other or (other.itemsize == 1 and dtype not in (torch.float16, other))
+    return torch.promote_types(dtype, other) == dtype
+
+
 def forward(node: fx.Node) -> bool:
     """The node equals its first argument: let its users read that."""
     node.replace_all_uses_with(node.args[0])

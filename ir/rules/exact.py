@@ -8,7 +8,7 @@ from torch import fx
 from ridgeline.ir.aliases import sharing, writes
 from ridgeline.ir.rules.calls import explicit_layer_norm, plain_power
 from ridgeline.ir.rules.common import Rule, forward, insert, packet_of
-from ridgeline.ir.symbolic import shape_of
+from ridgeline.ir.symbolic import shape_of, strides_of
 
 aten = torch.ops.aten
 
@@ -121,6 +121,7 @@ def _drop_identity(node: fx.Node) -> bool:
         shape_of(args[0]) == shape_of(node)
         and before.dtype == after.dtype
         and before.device == after.device
+        and strides_of(args[0]) == strides_of(node)
     )
     if not same:
         return False
@@ -134,7 +135,7 @@ def _drop_identity(node: fx.Node) -> bool:
         start, step = (args[i] if len(args) > i else None for i in (2, 4))
         return start in (0, None) and step in (1, None) and forward(node)
     if packet is aten.contiguous:
-        return before.is_contiguous() and forward(node)
+        return forward(node)
     copies = packet in (aten.lift_fresh_copy, aten._to_copy, aten.to) or (
         packet is aten.mul and args[1] == 1
     )

@@ -1,5 +1,6 @@
 """The probe yields a usable description, keeps it, and doesn't keep what it can't trust."""
 
+import inspect
 import logging
 
 import pytest
@@ -15,9 +16,14 @@ def described():
     return probe.probe(LIGHT)
 
 
+def _is_cached(function):
+    return hasattr(function, "cache_clear")
+
+
 @pytest.fixture
 def clean(tmp_path, monkeypatch):
     monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "probe_host", inspect.unwrap(probe.probe_host, stop=_is_cached))
     probe.probe_host.cache_clear()
     yield tmp_path / "cache"
     probe.probe_host.cache_clear()

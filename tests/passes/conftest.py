@@ -59,6 +59,12 @@ class Rewritten:
 
 
 @pytest.fixture(scope="session")
+def as_module() -> Callable[[Callable[..., Any]], nn.Module]:
+    """A function -> a module in eval mode that calls it."""
+    return lambda function: Function(function).eval()
+
+
+@pytest.fixture(scope="session")
 def rewrite() -> Callable[..., Rewritten]:
     """(function or module, args, kwargs) -> its graph with every attention rewritten."""
 
