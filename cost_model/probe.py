@@ -67,8 +67,8 @@ def probe_host() -> Target:
     described = probe(ProbeSizes())
     if described["spread"] > MAX_SPREAD:
         log.warning(
-            "the probe of this CPU isn't stored: other work disturbed it by %.0f %%, at most %.0f %%"
-            " is expected; estimates are as uncertain. Run again on an idle machine",
+            "the probe of this CPU isn't stored: other work disturbed it by %.0f %%, where at most"
+            " %.0f %% is expected; estimates are as uncertain. Run again on an idle machine",
             100 * described["spread"],
             100 * MAX_SPREAD,
         )
