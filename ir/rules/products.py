@@ -6,7 +6,7 @@ Equal in real arithmetic: the terms of each sum stay, their order is the library
 import torch
 from torch import fx
 
-from ridgeline.ir.rules.common import Rule, feeds_softmax, insert
+from ridgeline.ir.rules.common import Rule, feeds_softmax, insert, is_cast
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
@@ -144,6 +144,8 @@ def _product_in_order(node: fx.Node) -> bool:
     if node.args[1:] != (rank - 2, rank - 1) or len(product.users) != 1 or not whole:
         return False
     last = b.args[0] if b.target is aten.transpose.int else b
+    while is_cast(last):
+        last = last.args[0]
     if not (feeds_softmax(node) or last.target is aten.softmax.int):
         return False
     dims = (rank - 2, rank - 1)
