@@ -94,9 +94,9 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         return Reject(f"the weight is {weight.dtype}", out, "use float32, bfloat16 or float16")
     if min(out_features, in_features) < SMALLEST:
         return Reject(
-            f"the weight is {out_features}x{in_features}; below {SMALLEST} nothing is won",
+            f"the weight is {out_features}x{in_features}; too small to gain from fewer bits",
             out,
-            f"nothing: layers with fewer than {SMALLEST} inputs or outputs stay as they are",
+            f"nothing to do: it takes {SMALLEST} inputs and outputs",
         )
     if setting.tolerance <= 0:
         return Reject(

@@ -8,6 +8,7 @@ from torch import fx
 
 from ridgeline.ir.aliases import written_between
 from ridgeline.ir.match import Reject
+from ridgeline.ir.provenance import operation, said
 from ridgeline.passes.base import Candidate
 
 
@@ -63,8 +64,7 @@ def changed_inside(candidate: Candidate) -> Reject | None:
         return None
     value, write = found
     return Reject(
-        f"{write.name} ({write.target}) changes {value.name} in place between its use here and"
-        f" {last.name}",
+        f"{said(write)} changes {said(value)} in place between its use here and {said(last)}",
         write,
-        f"compute a new tensor in place of {write.target}",
+        f"compute a new tensor in place of '{operation(write)}'",
     )
