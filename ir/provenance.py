@@ -37,12 +37,11 @@ def operation(node: fx.Node) -> str:
     """The function or method as the user wrote it, such as masked_fill; else the ATen operator."""
     if node.op != "call_function":
         return {"output": "return", "placeholder": "input"}.get(node.op, node.name)
-    written = node.meta.get("torch_fn")
-    if written:
-        name = written[1].rpartition(".")[2]
-        # Operators written as such are captured under their reflected or in-place names.
-        return name.strip("_") if name not in ("default", "int", "Tensor", "Scalar") else written[0]
-    return operator(node.target)
+    kind, _, name = node.meta.get("torch_fn", ("", ""))[1].rpartition(".")
+    # `a + b` may be captured as __radd__, and calls of an overload under the overload's name.
+    if not name or name.startswith("__") or kind.startswith("OpOverload"):
+        return operator(node.target)
+    return name.strip("_")
 
 
 def operator(target: object) -> str:
