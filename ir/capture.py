@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ridgeline.ir import caches
-from ridgeline.ir.capture_errors import CaptureError, explain
+from ridgeline.ir.capture_errors import CaptureError, explain, quiet
 from ridgeline.ir.guards import ShapeGuards
 from ridgeline.ir.program import Phase, Program
 
@@ -265,7 +265,10 @@ class _Trace:
 def _export(wrapper: _Flat, call: Call, dynamic: bool) -> torch.export.ExportedProgram:
     shapes = {"flat": tuple(_free(call))} if dynamic and call.flat else None
     try:
-        return torch.export.export(wrapper, tuple(call.flat), dynamic_shapes=shapes, strict=False)
+        with quiet():
+            return torch.export.export(
+                wrapper, tuple(call.flat), dynamic_shapes=shapes, strict=False
+            )
     except (caches.CacheError, CaptureError):
         raise
     except Exception as error:  # whatever the model's code meets under tracing

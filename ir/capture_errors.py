@@ -1,13 +1,21 @@
 """What could not be captured, where it stands in the model's code, and the way out."""
 
+import contextlib
+import io
 import linecache
+import logging
+import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.fx.experimental import symbolic_shapes
 
 from ridgeline.ir.errors import RidgelineError
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = tuple(str(Path(m.__file__).parent) for m in (torch,) if m.__file__)
 _HERE = str(Path(__file__).parent)
@@ -41,9 +49,34 @@ def explain(error: BaseException, model: nn.Module) -> CaptureError:
     way_out = next((way for words, way in _WAYS_OUT if any(w in text for w in words)), _DEFAULT)
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     return CaptureError(
-        f"cannot capture {type(model).__name__}: {_place(error)}{first.strip()}\n"
-        f"  way out: {way_out}"
+        f"cannot capture {type(model).__name__}: {_place(error)}{first.strip().rstrip('.:')}.\n"
+        f"  Way out: {way_out}."
     )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """If the block fails, what torch printed meanwhile (whole graphs) goes to debug logging."""
+    printed, hints = io.StringIO(), logging.getLogger(symbolic_shapes.__name__)
+
+    def to_debug(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR or not record.msg.startswith("Unable to find user code"):
+            return True
+        log.debug("torch: %s", record.getMessage())
+        return False
+
+    hints.addFilter(to_debug)
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except Exception:
+        if printed.getvalue():
+            log.debug("torch.export printed:\n%s", printed.getvalue())
+        raise
+    else:
+        sys.stderr.write(printed.getvalue())
+    finally:
+        hints.removeFilter(to_debug)
 
 
 def _place(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ridgeline.ir.normalize import is_cast, normalize
+from ridgeline.ir.provenance import operation, operator, said
 
 aten = torch.ops.aten
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
@@ -130,12 +131,12 @@ class _Attempt:
         if self.miss is None or miss.depth > self.miss.depth:
             self.miss = miss
 
-    def _differs(self, difference: str, state: dict) -> None:
+    def _differs(self, difference: str, needed: str, state: dict) -> None:
         """Note that the call matched last has another argument than the pattern."""
         last = next(g for p, g in reversed(state.items()) if isinstance(p, fx.Node))
         depth = 2 + sum(isinstance(k, fx.Node) for k in state)
         self._note(
-            Reject(f"an argument of {last.name} is {difference}", last, "change it", depth=depth)
+            Reject(f"an argument of {said(last)} is {difference}", last, needed, depth=depth)
         )
 
     def _downstream(self, start: fx.Node, anchor: fx.Node, out: fx.Node) -> Iterator[fx.Node]:
@@ -153,12 +154,18 @@ class _Attempt:
                 reached = True
                 yield from self._downstream(step, user, out)
         if not reached:
-            found = ", ".join(sorted({str(u.target) for u in anchor.users})) or "nothing"
+            wanted = operator(step.target)
+            users = sorted(anchor.users)
+            found = " and ".join(said(u) for u in users) or "nothing"
+            blocking = next((u for u in users if u.op == "call_function"), anchor)
+            needed = f"let '{wanted}' read '{operation(anchor)}' directly"
+            if blocking is not anchor:
+                needed += f", with '{operation(blocking)}' before or after both, or left out"
             self._note(
                 Reject(
-                    f"{anchor.name} is read by {found}; {self.pattern.name} has {step.target}",
-                    anchor,
-                    f"let {step.target} read {anchor.name}",
+                    f"{said(anchor)} is read by {found}, where '{wanted}' is needed",
+                    blocking,
+                    needed,
                     depth=1,
                 )
             )
@@ -175,11 +182,12 @@ class _Attempt:
             elif isinstance(p, list | tuple) and isinstance(g, list | tuple) and len(p) == len(g):
                 yield from self._unify_all(list(zip(p, g, strict=True)), state)
             else:
-                expected = "a number" if name is not None else p
-                self._differs(f"{g}, where {self.pattern.name} has {expected}", state)
+                expected = "a number known before the run" if name is not None else f"{p}"
+                found = said(g) if isinstance(g, fx.Node) else f"{g}"
+                self._differs(f"{found}, where {expected} is needed", f"pass {expected}", state)
             return
         if not isinstance(g, fx.Node):
-            self._differs(f"{g}, where {self.pattern.name} has a tensor", state)
+            self._differs(f"{g}, where a tensor is needed", "pass a tensor", state)
             return
         if p.op == "placeholder":
             if state.get(p, g) is g:
@@ -197,16 +205,18 @@ class _Attempt:
         if g.target is not p.target:
             self._note(
                 Reject(
-                    f"{g.name} is {_spell(g)}; {self.pattern.name} has {p.target}",
+                    f"{said(g)} stands where '{operator(p.target)}' is needed",
                     g,
-                    f"compute {g.name} with {p.target}",
+                    _way_past(g, operator(p.target)),
                     depth=2 + sum(isinstance(k, fx.Node) for k in state),
                 )
             )
             return
         state = {**state, p: g}
         if p.kwargs.keys() != g.kwargs.keys() or len(p.args) != len(g.args):
-            self._differs(f"missing or more than {self.pattern.name} has", state)
+            self._differs(
+                "missing or too many", f"call '{operation(g)}' with {len(p.args)} arguments", state
+            )
             return
         rest = [(p.kwargs[k], g.kwargs[k]) for k in p.kwargs]
         orders = [list(zip(p.args, g.args, strict=False))]
@@ -237,9 +247,9 @@ class _Attempt:
             stranger = next((u for u in node.users if u not in interior), None)
             if stranger is not None:
                 return Reject(
-                    f"{node.name}, inside the site, is also read by {stranger.name}",
+                    f"{said(node)}, inside the site, is also read by {said(stranger)}",
                     node,
-                    f"drop the other use of {node.name} ({stranger.name})",
+                    f"drop that other use of '{operation(node)}'",
                     depth=100,
                 )
         ordered = tuple(n for n in outs[0].graph.nodes if n in interior)
@@ -248,5 +258,19 @@ class _Attempt:
         return Site(bind, literals, ordered, outs, pattern.name)
 
 
-def _spell(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_function" else f"a {node.op}"
+_SOFT_CAP = (
+    "leave the soft-cap (tanh) out if the model was trained without one; else it stays eager"
+)
+_DROPOUT = "call model.eval(), or set its probability to 0"
+
+
+def _way_past(node: fx.Node, wanted: str) -> str:
+    """The smallest change that would put `wanted` where `node` stands."""
+    name = operator(node.target) if node.op == "call_function" else node.op
+    if node.op != "call_function":
+        return f"compute it inside forward with '{wanted}'"
+    if name == "tanh" and wanted == "matmul":
+        return _SOFT_CAP
+    if "dropout" in name:
+        return _DROPOUT
+    return f"move '{operation(node)}' out from between, or compute it with '{wanted}'"

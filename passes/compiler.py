@@ -21,6 +21,7 @@ from ridgeline.passes.decide import Objective, choose, decision, refusal_decisio
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.plan import Certificate, Decision, Plan, cost_to_dict
 from ridgeline.passes.propose import propose
+from ridgeline.passes.record import record
 from ridgeline.passes.settle import settle
 from ridgeline.passes.weights import WeightStore
 
@@ -146,6 +147,7 @@ class Compiler:
             )
             for side, m in (("before", module), ("after", rewritten))
         }
+        record(plan, label)
         return rewritten
 
     def _without_ignored(

@@ -10,6 +10,7 @@ from torch import fx
 
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import is_cast
+from ridgeline.ir.provenance import operation, said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate
 
@@ -98,9 +99,9 @@ def stranger(interior: Collection[fx.Node], outs: Sequence[fx.Node]) -> Reject |
         other = next((u for u in node.users if u not in interior), None)
         if other is not None:
             return Reject(
-                f"{node.name}, inside the site, is also read by {other.name}",
+                f"{said(node)}, inside the site, is also read by {said(other)}",
                 node,
-                f"drop the other use of {node.name} ({other.name})",
+                f"drop that other use of '{operation(node)}'",
                 depth=100,
             )
     return None

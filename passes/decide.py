@@ -7,6 +7,7 @@ from typing import Literal
 from torch import fx
 
 from ridgeline.cost_model import Cost, Option, Target, estimate, solve
+from ridgeline.ir.provenance import source_of
 from ridgeline.passes.base import Candidate, location
 from ridgeline.passes.plan import Certificate, Decision, RefusedBy
 from ridgeline.passes.propose import Refusal
@@ -193,4 +194,5 @@ def refusal_decision(refusal: Refusal, phase: str) -> Decision:
         reason=refusal.reject.reason,
         phase=phase,
         needed=refusal.reject.needed,
+        source=source_of(refusal.reject.node),
     )

@@ -20,6 +20,7 @@ from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.masks import Mask, analyse
 from ridgeline.ir.match import Pattern, Reject, Site, trace
+from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.operands import four_dimensions, length_difference, one_batch, put
@@ -232,7 +233,7 @@ def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
     boolean = dtype == torch.bool and site.pattern.startswith("sdpa_masked")
     if not (boolean or dtype.is_floating_point):
         return Reject(
-            f"the mask {mask.name} is {dtype} and is added to the scores as a number",
+            f"the mask, {said(mask)}, is {dtype} and is added to the scores as a number",
             mask,
             "add a floating mask, or exclude with masked_fill(~mask, -inf)",
         )
@@ -248,7 +249,7 @@ def _mask_refused(site: Site, query: fx.Node) -> Reject | None:
         for size, own, full in zip(sizes, mask.meta["val"].shape, scores, strict=True)
     ):
         return Reject(
-            f"the mask {mask.name} of shape {sizes} widens scores of shape {whole}",
+            f"the mask, {said(mask)}, of shape {sizes} widens scores of shape {whole}",
             mask,
             "expand query, key and value to the mask's batch and heads",
         )

@@ -36,7 +36,8 @@ class Decision:
     """One line of the account, with the fields of `Plan.to_dict` and ``dump --format json``.
 
     at: module path and node. phase: the label of the graph. refused_by: None when applied.
-    needed: the smallest change that would let a refused rewrite fire. before, after: predicted cost
+    needed: the smallest change that would let a refused rewrite fire. source: ``file:line`` of the
+    model's code that stands in the way. before, after: predicted cost
     of the site on the target.
     """
 
@@ -48,6 +49,7 @@ class Decision:
     phase: str = "forward"
     variant: str = ""
     needed: str = ""
+    source: str = ""
     before: Cost | None = None
     after: Cost | None = None
     certificate: Certificate | None = None

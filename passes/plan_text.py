@@ -1,12 +1,14 @@
 """A plan for people: what was applied (+), what was refused (-), worth, evidence, kernels."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
+
+from ridgeline.ir.provenance import short
 
 if TYPE_CHECKING:  # plan.py imports this module to print itself
     from ridgeline.cost_model import Cost
@@ -40,10 +42,18 @@ def _phase(
         f"  predicted {_interval(before)} -> {_interval(after)}: {ratio:.2f}x,"
         f" bound by {after['bound']}; eFLOPs {before['eflops']:.3g} -> {after['eflops']:.3g}"
     )
-    if phase in plan.measured:
+    if not any(d.phase == phase for d in plan.applied):
+        console.print("  nothing applied: the graph runs as it was captured")
+    elif phase in plan.measured:
         console.print(f"  measured output error {plan.measured[phase]:.2e}")
     for sign, style, decisions in (("+", "green", plan.applied), ("-", "red", plan.refused)):
         here = [d for d in decisions if d.phase == phase]
+        if sign == "-" and not detail:
+            for heading, members in summaries(here):
+                line = Text("  - ", style=style)
+                line.append(sentence(heading, members))
+                console.print(line, soft_wrap=True)
+            continue
         for heading, members in [(d.at, [d]) for d in here] if detail else grouped(here):
             first = members[0]
             line = Text(f"  {sign} ", style=style)
@@ -52,6 +62,46 @@ def _phase(
             line.append(_worth(members), style="dim")
             console.print(line)
             _entry(console, "", _why(members, detail))
+
+
+_FIRST = ("certificate", "pattern", "precondition", "overlap", "budget", "cost")
+"""What is wrong before what the user can change before what was weighed and found too light."""
+
+
+def summaries(decisions: Sequence["Decision"]) -> list[tuple[str, list["Decision"]]]:
+    """Decisions for people: sites refused alike under one heading, the most telling ones first."""
+    alike: dict[tuple[Any, ...], list[tuple[str, list[Decision]]]] = {}
+    for heading, members in grouped(decisions):
+        first = members[0]
+        key = (first.rewrite, first.variant, first.refused_by, first.reason, first.needed)
+        alike.setdefault(key, []).append((heading, members))
+    joined = [
+        (_listed([h for h, _ in groups]), [d for _, ds in groups for d in ds])
+        for groups in alike.values()
+    ]
+    rank = {by: i for i, by in enumerate(_FIRST)}
+    return sorted(joined, key=lambda g: (rank.get(g[1][0].refused_by or "", -1), -len(g[1])))
+
+
+def sentence(heading: str, members: Sequence["Decision"], *, detail: bool = False) -> str:
+    """One line: the rewrite, where, how often, and why (not) and what to do."""
+    first = members[0]
+    often = f" x{len(members)}" if len(members) > 1 else ""
+    why = _why(list(members), detail) if detail or not first.refused_by else _reason(first)
+    return f"{first.rewrite} {heading}{often}: {why}"
+
+
+def _reason(decision: "Decision") -> str:
+    return decision.reason + (f"; to do: {decision.needed}" if decision.needed else "")
+
+
+def _listed(headings: list[str]) -> str:
+    shown = ", ".join(headings[:_SHOWN])
+    return f"{shown} and {len(headings) - _SHOWN} more" if len(headings) > _SHOWN else shown
+
+
+_SHOWN = 4
+"""Places named in one line; --detail names all."""
 
 
 def _entry(console: Console, line: str, below: str) -> None:
@@ -69,8 +119,8 @@ def _worth(members: list["Decision"]) -> str:
 def _why(members: list["Decision"], detail: bool) -> str:
     first = members[0]
     if first.refused_by:
-        fix = f" ({first.needed})" if first.needed else ""
-        return f"{first.refused_by}: {first.reason}{fix}"
+        where = f" [{short(first.source)}]" if first.source else ""
+        return f"{first.refused_by}: {_reason(first)}{where}"
     words = [first.variant or first.exactness]
     worst = max(
         (d.certificate for d in members if d.certificate),

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from ridgeline.ir.aliases import written_between
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.normalize import can_hold, is_cast
+from ridgeline.ir.provenance import operation, said
 from ridgeline.passes.base import Candidate
 
 
@@ -66,7 +67,7 @@ def rounds_inside(site: Site) -> Reject | None:
         narrow = node.meta["val"].dtype
         if not can_hold(narrow, out) or (small and narrow == torch.float16):
             return Reject(
-                f"{node.name} rounds to {narrow} inside, where the result is {out}",
+                f"{said(node)} rounds to {narrow} inside, where the result is {out}",
                 node,
                 f"drop the cast to {narrow}",
             )
@@ -83,8 +84,7 @@ def changed_inside(candidate: Candidate) -> Reject | None:
         return None
     value, write = found
     return Reject(
-        f"{write.name} ({write.target}) changes {value.name} in place between its use here and"
-        f" {last.name}",
+        f"{said(write)} changes {said(value)} in place between its use here and {said(last)}",
         write,
-        f"compute a new tensor in place of {write.target}",
+        f"compute a new tensor in place of '{operation(write)}'",
     )

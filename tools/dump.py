@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ridgeline.ir.provenance import source_of
 from ridgeline.passes.base import location
 
 _DTYPES = {
@@ -68,7 +69,7 @@ def nodes(module: fx.GraphModule) -> list[dict[str, Any]]:
             "inputs": [n.name for n in node.all_input_nodes],
             "value": typed(node.meta.get("val")),
             "module": location(node).rpartition(":")[0],
-            "source": _source(node),
+            "source": source_of(node),
         }
         for node in module.graph.nodes
     ]
@@ -102,12 +103,3 @@ def _argument(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_argument, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _source(node: fx.Node) -> str:
-    """The innermost ``file:line`` of the model's code that made the node."""
-    lines = [s for s in (node.meta.get("stack_trace") or "").splitlines() if "File " in s]
-    if not lines:
-        return ""
-    file, _, rest = lines[-1].strip().removeprefix('File "').partition('", line ')
-    return f"{file}:{rest.partition(',')[0]}"

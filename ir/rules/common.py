@@ -8,6 +8,7 @@ from torch import fx
 
 from ridgeline.ir.aliases import written_between
 from ridgeline.ir.masks import scalar_value
+from ridgeline.ir.provenance import KEPT
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Node], bool]
@@ -57,7 +58,7 @@ def insert(node: fx.Node, target, *args, value: torch.Tensor | None = None, **kw
     """A new call before `node`, with its provenance; its fake `value` is computed if not given."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args, kwargs)
-    new.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    new.meta = {k: v for k, v in node.meta.items() if k in KEPT}
     if value is None:
 
         def fake(x):

@@ -133,7 +133,7 @@ def test_returned_attention_weights_are_left_alone(rewrite):
     inputs = {"input_ids": _ids(2), "use_cache": False, "output_attentions": True}
     result = rewrite(model, (), inputs)
     assert result.attentions == []
-    assert "also read by output" in result.reasons
+    assert "also read by the model's return value" in result.reasons
     got, expected = result(**inputs), model(**inputs)
     _agree(got.logits, expected.logits)
     for ours, theirs in zip(got.attentions, expected.attentions, strict=True):
