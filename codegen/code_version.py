@@ -4,8 +4,6 @@ import functools
 import hashlib
 from pathlib import Path
 
-import ridgeline
-
 
 @functools.cache
 def code_version() -> str:
@@ -16,6 +14,6 @@ def code_version() -> str:
     """
     digest = hashlib.sha256()
     for folder in ("ir", "codegen"):
-        for path in sorted(Path(ridgeline.__path__[0], folder).rglob("*.py")):
+        for path in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return f"ridgeline-{digest.hexdigest()[:16]}"

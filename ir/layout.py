@@ -5,6 +5,8 @@ a view does (``x.transpose(1, 2).view(...)`` is legal for some layouts only), an
 of the program.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -12,7 +14,6 @@ from ridgeline.ir.aliases import views
 from ridgeline.ir.symbolic import strides_of
 
 aten = torch.ops.aten
-_NEEDS_STRIDES = {aten.view, aten._unsafe_view, aten.unflatten, aten.as_strided}
 
 
 def heads_side_by_side(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -25,7 +26,7 @@ def heads_side_by_side(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def keep_layout(node: fx.Node, original: fx.Node) -> fx.Node:
     """The value of `node` laid out as that of `original`, which it stands for, where somebody can
     tell the difference; else `node`. Users of `node` then read the result."""
-    if strides_of(node) == strides_of(original) or not _is_seen(node):
+    if strides_of(node) == strides_of(original) or not _is_seen(node, node.meta["val"]):
         return node
     value = original.meta["val"]
     strides = [s if isinstance(s, int) else int(s.node.hint) for s in value.stride()]
@@ -51,10 +52,22 @@ def _call(target: torch._ops.OpOverload, x: fx.Node, *rest: list[int]) -> fx.Nod
     return node
 
 
-def _is_seen(node: fx.Node) -> bool:
+def _is_seen(node: fx.Node, value: Any) -> bool:
+    """Can a reader tell that `node` is laid out as `value`: a view that this layout forbids, or
+    the caller?"""
     for user in node.users:
-        if user.op == "output" or getattr(user.target, "overloadpacket", None) in _NEEDS_STRIDES:
+        if user.op == "output" or getattr(user.target, "overloadpacket", None) is aten.as_strided:
             return True
-        if node in views(user) and _is_seen(user):
+        if node not in views(user):
+            continue
+        args, kwargs = fx.node.map_arg(
+            (user.args, user.kwargs), lambda n: value if n is node else n.meta["val"]
+        )
+        try:
+            viewed = user.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        except (RuntimeError, ValueError):
+            return True
+        alike = isinstance(viewed, Tensor) and viewed.stride() == user.meta["val"].stride()
+        if not alike and _is_seen(user, viewed):
             return True
     return False

@@ -153,11 +153,11 @@ class Compiler:
     def _without_ignored(
         self, candidates: list[Candidate], phase: str
     ) -> tuple[list[Candidate], list[Decision]]:
-        def ignored(c: Candidate) -> bool:
-            path = location(c.site.outs[0]).partition(":")[0]
+        def ignored(node: fx.Node) -> bool:
+            path = location(node).partition(":")[0]
             return any(fnmatch.fnmatch(path, pattern) for pattern in self.ignore)
 
-        out = {c.at: c for c in candidates if ignored(c)}
+        out = {location(o): c for c in candidates for o in c.site.outs if ignored(o)}
         lines = [
             Decision(
                 c.rewrite.name,
@@ -169,7 +169,7 @@ class Compiler:
             )
             for at, c in out.items()
         ]
-        return [c for c in candidates if not ignored(c)], lines
+        return [c for c in candidates if not any(map(ignored, c.site.outs))], lines
 
     def _certified(
         self, chosen: Sequence[Candidate]

@@ -94,13 +94,30 @@ MARGIN = 1.05
 def _worthwhile(candidates: Sequence[Candidate], worth: dict[Candidate, float]) -> list[Candidate]:
     """The candidates without those whose error buys next to nothing at their site."""
     kept: set[Candidate] = set()
-    best: dict[fx.Node, float] = {}
+    best: dict[Spot, float] = {}
+    spots = _spots(candidates)
     for c in sorted(candidates, key=lambda c: c.error):
-        out = c.site.outs[0]
-        if out not in best or worth[c] > MARGIN * best[out]:
+        spot = spots[c]
+        if spot not in best or worth[c] > MARGIN * best[spot]:
             kept.add(c)
-            best[out] = worth[c]
+            best[spot] = worth[c]
     return [c for c in candidates if c in kept]
+
+
+Spot = tuple[str, tuple[fx.Node, ...]]
+"""A pass and the values that it makes: what counts as one site with several forms."""
+
+
+def _spots(candidates: Sequence[Candidate]) -> dict[Candidate, Spot]:
+    """Sites with one first output are one spot; only one made of several that each stand alone too,
+    as layers side by side, is a spot of its own."""
+    alone = {(c.rewrite.name, c.site.outs[0]) for c in candidates if len(c.site.outs) == 1}
+
+    def spot(c: Candidate) -> Spot:
+        name, outs = c.rewrite.name, c.site.outs
+        return name, outs if all((name, out) in alone for out in outs) else outs[:1]
+
+    return {c: spot(c) for c in candidates}
 
 
 def _gain(before: Cost, after: Cost, candidate: Candidate, objective: Objective) -> float:
@@ -122,15 +139,19 @@ def _others(
 ) -> list[tuple[Candidate, RefusedBy, str]]:
     """Why each site that got nothing got nothing; the forms beside a chosen one are no refusals."""
     taken = {n: c for c in chosen for n in c.site.nodes}
-    sites: dict[tuple[str, fx.Node], list[Candidate]] = {}
+    spots = _spots(candidates)
+    sites: dict[Spot, list[Candidate]] = {}
     for c in candidates:
-        sites.setdefault((c.rewrite.name, c.site.outs[0]), []).append(c)
+        sites.setdefault(spots[c], []).append(c)
     refused: list[tuple[Candidate, RefusedBy, str]] = []
-    for forms in sites.values():
+    for (name, outs), forms in sites.items():
         if any(c in forms for c in chosen):
             continue
         best = max(forms, key=lambda c: worth[c])
         owner = next((taken[n] for n in best.site.nodes if n in taken), None)
+        covered = owner is not None and owner.rewrite.name == name
+        if covered or len(outs) > 1:  # layers side by side: applied so, or each one says why not
+            continue
         if worth[best] <= 0:
             refused.append((best, "cost", _no_gain(best, *costs[best], target, objective)))
         elif owner is not None:

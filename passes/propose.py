@@ -44,19 +44,20 @@ def propose(
 
 
 def _sites(rewrite: Pass, graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
-    """One site per output, from the first pattern that fits; the deepest miss per other anchor."""
-    sites: dict[fx.Node, Site] = {}
+    """One site per output, from the first pattern that fits, and what the pass finds by itself; the
+    deepest miss per other anchor."""
+    sites: dict[tuple[fx.Node, ...], Site] = {}
     misses: dict[fx.Node, Reject] = {}
     for pattern in rewrite.patterns():
         found, missed = find(pattern, graph)
         for site in found:
-            sites.setdefault(site.outs[0], site)
+            sites.setdefault(site.outs[:1], site)
         for anchor, miss in missed:
             if anchor not in misses or miss.depth > misses[anchor].depth:
                 misses[anchor] = miss
     own, near = rewrite.search(graph)
     for site in own:
-        sites.setdefault(site.outs[0], site)
+        sites.setdefault(site.outs, site)
     covered = {node for site in sites.values() for node in site.nodes}
     unfit = [m for anchor, m in misses.items() if anchor not in covered]
     return list(sites.values()), unfit + near

@@ -1,9 +1,12 @@
-"""A linear layer with a constant weight -> `ridgeline::quantized_linear` (MARLIN-style).
+"""Linear layers with constant weights -> `ridgeline::quantized_linear` (MARLIN-style).
 
 Law: see `ridgeline.ir.quantized_linear`. Approximate: proposed only under a tolerance, in several
-forms per layer (bits, group, scheme, and for fp32 models the dtype of the products), from which
-the chooser takes one or none. A form that holds the weight without loss has error 0. Source:
-Frantar et al., MARLIN; Badri and Shaji, HQQ; Frantar et al., GPTQ.
+forms (bits, group, scheme, and for fp32 models the dtype of the products), from which the chooser
+takes one or none. A form that holds the weight without loss has error 0.
+
+Layers that read one input (query, key and value; gate and up) are proposed each for itself and side
+by side: [x W1'; x W2'] = x [W1; W2]', one product whose result is sliced. Source: Frantar et al.,
+MARLIN; Badri and Shaji, HQQ; Frantar et al., GPTQ.
 """
 
 import functools
@@ -15,25 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ridgeline.codegen.kernel import attribute
-from ridgeline.cost_model import Gemm, Work, work_of
+from ridgeline.cost_model import Work, work_of
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.match import Pattern, Reject, Site, trace
-from ridgeline.ir.quantized_linear import MANY_ROWS, QUANTIZED_LINEAR
+from ridgeline.ir.provenance import said
+from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.quantization import Codec, QuantizedWeight
+from ridgeline.passes.quantized_forms import Layer, error_of, forms
 
 aten = torch.ops.aten
 
-CODECS = (
-    Codec(bits=4, group_size=128, scheme="symmetric"),
-    Codec(bits=4, group_size=64, scheme="zero_point"),
-    Codec(bits=4, group_size=32, scheme="minimum"),
-    Codec(bits=8, group_size=32, scheme="symmetric"),
-)
-"""From the fewest bits per weight to the most."""
-
 SMALLEST = 64
 """Layers with fewer inputs or outputs than this stay: their weights are no traffic to speak of."""
+SIDE_BY_SIDE = "side_by_side"
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,51 +53,103 @@ def patterns() -> tuple[Pattern, ...]:
     )
 
 
+def search(graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
+    """The sites of several layers that read one input."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        readers.setdefault(node.args[0], []).append(node)
+    sites = [
+        Site({"x": x}, {}, tuple(layers), tuple(layers), SIDE_BY_SIDE)
+        for x, layers in readers.items()
+        if len(layers) > 1
+    ]
+    return sites, []
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """What the rewrite needs: the weight's name, its codec, and the dtype of the products."""
+    """What the rewrite needs; quantized: the weights of all layers, one upon the other, once the
+    candidate is prepared."""
 
-    weight_name: str
+    layers: tuple[Layer, ...]
     codec: Codec
-    quantized: QuantizedWeight
     multiply: torch.dtype | None
+    quantized: QuantizedWeight | None = None
 
 
 def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
-    """Check that the weight is a constant worth quantising; propose each form of it."""
-    weight_node, transposed = _constant(site.bind["weight"])
-    out = site.outs[0]
-    if setting.tolerance <= 0:
+    """Check that the weights are constants worth quantising; propose each form of them."""
+    layers: list[Layer] = []
+    for out in site.outs:
+        layer = _layer(out, setting)
+        if isinstance(layer, Reject):  # where it stands beside others, its own site says so
+            return layer if len(site.outs) == 1 else []
+        layers.append(layer)
+    if len(layers) > 1 and not _stackable(layers):
+        return []
+    x = site.outs[0].args[0]
+    assert isinstance(x, fx.Node)
+    if not torch.isfinite(setting.observed(x)).all():
+        return Reject(
+            f"{said(x)} is infinite or NaN on the example inputs",
+            x,
+            "capture with inputs on which the model is finite",
+        )
+    before = sum((work_of(n) for n in site.nodes), Work())
+    beside = f", {len(layers)} layers side by side" if len(layers) > 1 else ""
+    return [
+        Candidate(
+            rewrite=QUANTIZED,
+            site=site,
+            call=Call(tuple(layers), form.codec, form.multiply),
+            before=before,
+            after=form.work,
+            variant=form.variant + beside,
+            error=form.error,
+            memory_bytes=form.memory_bytes,
+            preconditions=tuple(
+                f"{layer.name} is a constant of shape {tuple(layer.weight.shape)}"
+                for layer in layers
+            ),
+        )
+        for form in forms(layers, setting)
+    ]
+
+
+def _layer(out: fx.Node, setting: Setting) -> Layer | Reject:
+    x, read, bias = (*out.args, None)[:3]
+    assert isinstance(x, fx.Node)
+    assert isinstance(read, fx.Node)
+    node, transposed = _constant(read)
+    if setting.tolerance <= 0 and (node is not None or read.op == "placeholder"):
         return Reject(
             "approximate, and tolerance is 0", out, "pass tolerance > 0, such as tolerance=0.02"
         )
-    if weight_node is None:
+    if node is None:
         return Reject(
-            f"the weight is {site.bind['weight'].name}, computed at run time",
+            f"the weight is {said(read)}, computed at run time",
             out,
             "use a parameter or buffer as weight",
         )
-    if site.bind["x"].meta["val"].dim() < 2:
+    if x.meta["val"].dim() < 2:
         return Reject("the input is a single vector", out, "give it a batch dimension")
     if setting.training:
         return Reject(
             "the weight is being trained", out, "call model.eval() before ridgeline.optimize"
         )
-    if changing := writes(weight_node):
+    if changing := writes(node):
         return Reject(
-            f"{changing[0].name} ({changing[0].target}) changes the weight in every call",
+            f"{said(changing[0])} changes the weight in every call",
             changing[0],
             "keep the weight constant in forward",
         )
-    name = str(weight_node.target)
-    weight = setting.weights.parameter(weight_node, transposed)
-    out_features, in_features = weight.shape
+    weight = setting.weights.parameter(node, transposed)
     if not weight.is_floating_point() or weight.dtype == torch.float64:
         return Reject(f"the weight is {weight.dtype}", out, "use float32, bfloat16 or float16")
-    if min(out_features, in_features) < SMALLEST:
+    if min(weight.shape) < SMALLEST:
         return Reject(
-            f"the weight is {out_features}x{in_features}, too small to be worth it: layers with"
-            f" fewer than {SMALLEST} inputs or outputs stay as they are",
+            f"the weight is {weight.shape[0]}x{weight.shape[1]}, too small to be worth it: layers"
+            f" with fewer than {SMALLEST} inputs or outputs stay as they are",
             out,
         )
     if broken := int((~torch.isfinite(weight)).sum()):
@@ -108,7 +158,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             out,
             "repair the checkpoint",
         )
-    return _forms(site, setting, name, weight)
+    return Layer(out, str(node.target), weight, bias)  # pyright: ignore[reportArgumentType]
 
 
 def _constant(node: fx.Node) -> tuple[fx.Node | None, bool]:
@@ -120,107 +170,23 @@ def _constant(node: fx.Node) -> tuple[fx.Node | None, bool]:
     return None, False
 
 
-def _forms(site: Site, setting: Setting, name: str, weight: Tensor) -> list[Candidate] | Reject:
-    x = setting.observed(site.bind["x"])
-    if not torch.isfinite(x).all():
-        return Reject(
-            f"{site.bind['x'].name} is infinite or NaN on the example inputs",
-            site.bind["x"],
-            "capture with inputs on which the model is finite",
-        )
-    before = sum((work_of(n) for n in site.nodes), Work())
-    candidates = []
-    for codec in CODECS:
-        quantized = setting.weights.rounded(name, weight, codec)
-        error = _output_error(x, weight, quantized.dequantize())
-        for multiply in _products(x.dtype, setting):
-            rounding = _rounding_error(x, weight) if multiply is not None else 0.0
-            candidates.append(
-                Candidate(
-                    rewrite=QUANTIZED,
-                    site=site,
-                    call=Call(name, codec, quantized, multiply),
-                    before=before,
-                    after=_work(site, weight, codec, multiply or x.dtype),
-                    variant=_variant(codec, multiply),
-                    error=(error**2 + rounding**2) ** 0.5,
-                    memory_bytes=quantized.nbytes - weight.nbytes,
-                    preconditions=(f"{name} is a constant of shape {tuple(weight.shape)}",),
-                )
-            )
-        if error == 0.0:  # codecs after this one hold more bytes and gain nothing
-            break
-    return candidates
-
-
-def _products(dtype: torch.dtype, setting: Setting) -> tuple[torch.dtype | None, ...]:
-    """The dtypes in which the products may be formed on this machine."""
-    peaks = setting.target.peaks
-    faster = peaks.get("bfloat16", 0) > 1.2 * peaks.get("float32", 0)
-    if dtype == torch.float32 and setting.target.kind == "cpu" and faster:
-        return (None, torch.bfloat16)
-    return (None,)
-
-
-def _output_error(x: Tensor, weight: Tensor, other: Tensor) -> float:
-    """‖X (W-Ŵ)ᵀ‖ / ‖X Wᵀ‖ on up to 256 observed rows; exactly 0 for equal weights."""
-    wide = weight.float()
-    if torch.equal(wide, other):
-        return 0.0
-    rows = x.detach().float().flatten(0, -2)[:256]
-    return _ratio(rows @ (wide - other).T, rows @ wide.T)
-
-
-def _rounding_error(x: Tensor, weight: Tensor) -> float:
-    """What bf16 products do to X Wᵀ: x is rounded, and for many rows W."""
-    rows, wide = x.detach().float().flatten(0, -2)[:256], weight.float()
-    rounded = wide.bfloat16().float() if len(rows) >= MANY_ROWS else wide
-    whole = rows @ wide.T
-    return _ratio(rows.bfloat16().float() @ rounded.T - whole, whole)
-
-
-def _ratio(difference: Tensor, whole: Tensor) -> float:
-    return (difference.norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-
-
-def _variant(codec: Codec, multiply: torch.dtype | None) -> str:
-    products = "" if multiply is None else ", bf16 products"
-    return f"{codec.bits}-bit {codec.scheme} g{codec.group_size}{products}"
-
-
-def _work(site: Site, weight: Tensor, codec: Codec, dtype: torch.dtype) -> Work:
-    rows = 1
-    for size in site.bind["x"].meta["val"].shape[:-1]:
-        rows *= size if isinstance(size, int) else size.node.hint
-    return Work(
-        (
-            Gemm(
-                m=rows,
-                n=weight.shape[0],
-                k=weight.shape[1],
-                dtype=dtype,
-                weight_bits=codec.bits,
-                group_size=codec.group_size,
-                scheme=codec.scheme,
-            ),
-        )
-    )
+def _stackable(layers: list[Layer]) -> bool:
+    """One dtype, and biases that are constants, if any."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    constant = all(b.op == "get_attr" and not writes(b) for b in biases)
+    return constant and len({layer.weight.dtype for layer in layers}) == 1
 
 
 def prepare(candidate: Candidate, setting: Setting) -> Candidate:
     """Refine the codes: GPTQ where calibration data were given, a search where not."""
     call: Call = candidate.call
-    weight = setting.weights.parameter(*_constant(candidate.site.bind["weight"]))
-    refined = setting.weights.refined(call.weight_name, weight, call.codec)
-    if refined is call.quantized:
-        return candidate
-    x = setting.observed(candidate.site.bind["x"])
-    rounding = _rounding_error(x, weight) if call.multiply is not None else 0.0
-    error = _output_error(x, weight, refined.dequantize())
+    for layer in call.layers:
+        setting.weights.refined(layer.name, layer.weight, call.codec)
+    names = tuple(layer.name for layer in call.layers)
     return replace(
         candidate,
-        call=replace(call, quantized=refined),
-        error=(error**2 + rounding**2) ** 0.5,
+        call=replace(call, quantized=setting.weights.stacked(names, call.codec)),
+        error=error_of(call.layers, call.codec, call.multiply, setting, refined=True),
     )
 
 
@@ -229,31 +195,60 @@ def apply(
 ) -> fx.Node:
     """Put one `ridgeline::quantized_linear`; its tensors become buffers of `module`."""
     call: Call = candidate.call
-    site, out = candidate.site, copied[candidate.site.outs[0]]
-    prefix = f"ridgeline_{call.weight_name.replace('.', '_')}"
-    tensors = {
-        "packed": call.quantized.packed,
-        "scale": call.quantized.scale,
-        "offset": call.quantized.offset,
-    }
+    first, quantized = call.layers[0], call.quantized
+    assert quantized is not None
+    outs = [copied[layer.out] for layer in call.layers]
+    stem = "_".join(["ridgeline", *first.name.split("."), *(["and_beside"] * (len(outs) > 1))])
+    tensors = {"packed": quantized.packed, "scale": quantized.scale, "offset": quantized.offset}
     graph = module.graph
-    constants: dict[str, fx.Node | None] = {}
-    with graph.inserting_before(out):
-        for part, tensor in tensors.items():
-            constants[part] = _buffer(module, f"{prefix}_{part}", tensor, out)
-        bias = copied[site.bind["bias"]] if "bias" in site.bind else None
+    with graph.inserting_before(min(outs)):
+        constants = [_buffer(module, f"{stem}_{n}", t, outs[0]) for n, t in tensors.items()]
         new = graph.call_function(
             QUANTIZED_LINEAR.overload,
-            (copied[site.bind["x"]], *constants.values(), bias),
+            (copied[first.out].args[0], *constants, _bias(call, copied, module)),
             {
                 "bits": call.codec.bits,
                 "group_size": call.codec.group_size,
                 "multiply": call.multiply,
             },
         )
-    new.meta = dict(out.meta)
-    out.replace_all_uses_with(new)
+    new.meta = dict(outs[0].meta)
+    if len(outs) == 1:
+        outs[0].replace_all_uses_with(new)
+        return new
+    sizes = [layer.weight.shape[0] for layer in call.layers]
+    value = outs[0].meta["val"]
+    new.meta["val"] = value.new_empty((*value.shape[:-1], sum(sizes)))
+    start = 0
+    for out, size in zip(outs, sizes, strict=True):
+        with graph.inserting_before(out):
+            part = graph.call_function(aten.slice.Tensor, (new, -1, start, start + size))
+        part.meta = {**out.meta, "val": new.meta["val"][..., start : start + size]}
+        out.replace_all_uses_with(part)
+        start += size
     return new
+
+
+def _bias(call: Call, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule) -> fx.Node | None:
+    """The bias of all layers, zeros where one has none."""
+    nodes = [layer.bias for layer in call.layers]
+    if not any(nodes):
+        return None
+    if len(nodes) == 1:
+        return copied[nodes[0]]  # pyright: ignore[reportArgumentType]
+    parts = []
+    for layer in call.layers:
+        like = copied[layer.out]
+        if layer.bias is not None:
+            parts.append(attribute(module, str(layer.bias.target), like))
+            continue
+        options = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+        part = module.graph.call_function(aten.zeros.default, ([layer.weight.shape[0]],), options)
+        part.meta["val"] = like.meta["val"].new_zeros(layer.weight.shape[0], **options)
+        parts.append(part)
+    whole = module.graph.call_function(aten.cat.default, (parts,))
+    whole.meta["val"] = torch.cat([part.meta["val"] for part in parts])
+    return whole
 
 
 def _buffer(
@@ -275,6 +270,7 @@ QUANTIZED = Pass(
     op=QUANTIZED_LINEAR,
     exactness="approximate",
     patterns=patterns,
+    search=search,
     accepts=accepts,
     prepare=prepare,
     apply=apply,

@@ -58,9 +58,13 @@ def structure_of(region: Sequence[fx.Node]) -> str:
 def rounds_inside(site: Site) -> Reject | None:
     """A refusal where the site casts a value of its own to a dtype that cannot hold its result, or
     not the range of what it reads: a rounding, or an overflow, that the model asks for."""
-    out = site.outs[0].meta["val"].dtype
-    reads = [n.meta["val"] for n in site.bind.values() if isinstance(n.meta.get("val"), Tensor)]
-    small = any(t.is_floating_point() and not can_hold(torch.float16, t.dtype) for t in reads)
+    result = site.outs[0]
+    while len(result.users) == 1 and is_cast(user := next(iter(result.users))):
+        result = user
+    out = result.meta["val"].dtype
+    reads = [_unwidened(n).meta.get("val") for n in site.bind.values()]
+    tensors = [t for t in reads if isinstance(t, Tensor) and t.is_floating_point()]
+    small = any(not can_hold(torch.float16, t.dtype) for t in tensors)
     for node in site.nodes:
         if node in site.outs or not is_cast(node):
             continue
@@ -72,6 +76,13 @@ def rounds_inside(site: Site) -> Reject | None:
                 f"drop the cast to {narrow}",
             )
     return None
+
+
+def _unwidened(node: fx.Node) -> fx.Node:
+    """The node behind casts that lose nothing."""
+    while is_cast(node) and can_hold(node.meta["val"].dtype, node.args[0].meta["val"].dtype):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    return node
 
 
 def changed_inside(candidate: Candidate) -> Reject | None:

@@ -1,5 +1,9 @@
 """Quantised weights, made once and shared by every graph of one `optimize`."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -19,6 +23,14 @@ class WeightStore:
         self._sources: dict[str, tuple[Tensor, int]] = {}
         self._rounded: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._refined: dict[tuple[str, Codec], QuantizedWeight] = {}
+        self._stacked: dict[tuple[tuple[str, ...], Codec], QuantizedWeight] = {}
+        self._known: dict[Any, float] = {}
+
+    def memo(self, key: Any, compute: Callable[[], float]) -> float:
+        """What was computed for `key` before, else now."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     def parameter(self, node: fx.Node, transposed: bool) -> Tensor:
         """The tensor [N,K] that a get_attr node stands for."""
@@ -48,3 +60,35 @@ class WeightStore:
                 rounded if lossless else quantize(weight, codec, self.hessians.get(name))
             )
         return self._refined[key]
+
+    def stacked(self, names: tuple[str, ...], codec: Codec) -> QuantizedWeight:
+        """The refined weights, one upon the other, in memory once: each becomes a view of it."""
+        parts = [self._refined[name, codec] for name in names]
+        if len(parts) == 1:
+            return parts[0]
+        if (names, codec) not in self._stacked:
+            dtype = max((p.scale.dtype for p in parts), key=lambda d: d.itemsize)
+            whole = QuantizedWeight(
+                torch.cat([p.packed for p in parts]),
+                torch.cat([p.scale.to(dtype) for p in parts]),
+                _stacked_offsets(parts, dtype),
+                codec.bits,
+                codec.group_size,
+                parts[0].in_features,
+            )
+            self._stacked[names, codec] = whole
+            start = 0
+            for name, part in zip(names, parts, strict=True):
+                rows = slice(start, start := start + len(part.packed))
+                offset = None if whole.offset is None else whole.offset[rows]
+                self._refined[name, codec] = dataclasses.replace(
+                    part, packed=whole.packed[rows], scale=whole.scale[rows], offset=offset
+                )
+        return self._stacked[names, codec]
+
+
+def _stacked_offsets(parts: list[QuantizedWeight], dtype: torch.dtype) -> Tensor | None:
+    offsets = [p.offset for p in parts if p.offset is not None]
+    if not offsets:
+        return None
+    return torch.cat([o.to(dtype) if o.is_floating_point() else o for o in offsets])

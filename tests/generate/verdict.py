@@ -106,7 +106,8 @@ def examine(cases: Sequence[Case], *, dynamic: bool = False) -> list[Verdict]:
     wrong = _differences(original, module, [], inputs, widths)
     for name in sorted({c.rewrite.name for c in candidates}):
         for chosen in _forms([c for c in candidates if c.rewrite.name == name]):
-            found = _differences(original, module, chosen, inputs, widths)
+            prepared = [c.rewrite.prepare(c, setting) for c in chosen]
+            found = _differences(original, module, prepared, inputs, widths)
             wrong = [a or (b and f"{name}: {b}") for a, b in zip(wrong, found, strict=True)]
     sites = {(c.rewrite.name, c.site.outs[0]): c for c in candidates}.values()
     verdicts = []

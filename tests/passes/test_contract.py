@@ -106,7 +106,8 @@ def _propose(rewrite: Pass, model: nn.Module, inputs: list[Tensor]) -> Any:
         observed = Observation(module, program)
         setting = Setting(load_target("a100"), False, 0.5, observed, WeightStore())
         candidates, refusals = propose((rewrite,), module, setting)
-    return module, candidates, refusals
+        prepared = [rewrite.prepare(c, setting) for c in candidates]
+    return module, prepared, refusals
 
 
 @pytest.fixture(params=PASSES, ids=lambda p: p.name)

@@ -106,7 +106,6 @@ SPELLINGS = {
         "square, power": squared,
         "product, division": divided,
         "power, reciprocal": reciprocal,
-        "weight in fp32": wide_weight,
         "F.rms_norm": lambda m, x: F.rms_norm(x, (SIZE,), m.w, 1e-6),
         "F.rms_norm, no weight": lambda m, x: F.rms_norm(x, (SIZE,), None, 1e-6),
         "no weight": lambda m, x: unit(x.float()).to(x.dtype),
@@ -178,6 +177,14 @@ def test_every_spelling_is_rewritten_once_and_equal(op, name, dtype):
         got, expected = after(*inputs), before(*inputs)
     assert [y.dtype for y in got] == [y.dtype for y in expected]
     assert relative_error(got, expected) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_a_rounding_before_a_wider_weight_is_kept(dtype):
+    _, after, _, refusals = rewritten(wide_weight, *drawn(1, dtype), dtype=dtype)
+    assert operations(after) == (["rms_norm"] if dtype == torch.float32 else [])
+    if dtype != torch.float32:
+        assert f"rounds to {dtype} inside, where the result is torch.float32" in str(refusals)
 
 
 def test_constants_are_those_of_the_model():

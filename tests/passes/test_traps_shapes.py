@@ -138,7 +138,10 @@ def integers_added(q, k, v):
         (one_query_head, "1 query heads read 4 key and 4 value heads"),
         (one_value_head, "4 query heads read 4 key and 1 value heads"),
         (five_dimensions, "operands have ranks"),
-        (scores_rounded_on_purpose, "rounds to torch.bfloat16 within attention of torch.float32"),
+        (
+            scores_rounded_on_purpose,
+            "rounds to torch.bfloat16 inside, where the result is torch.float32",
+        ),
         (doubles, "operands have dtypes ['float64']"),
         (values_of_another_dtype, "operands have dtypes ['bfloat16', 'float32']"),
         (wide_heads, "head dimensions are (272, 272, 272)"),
