@@ -107,9 +107,9 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             variant=form.variant + beside,
             error=form.error,
             memory_bytes=form.memory_bytes,
-            preconditions=tuple(
-                f"{layer.name} is a constant of shape {tuple(layer.weight.shape)}"
-                for layer in layers
+            preconditions=(
+                "constants of the model: "
+                + ", ".join(f"{layer.name} {tuple(layer.weight.shape)}" for layer in layers),
             ),
         )
         for form in forms(layers, setting)
