@@ -48,9 +48,9 @@ def lower(
     nodes, reports, notes = compiled(module, target)
     elsewhere = _elsewhere(target, module, inputs)
     if elsewhere:
+        listed = f", and the kernels listed are compiled for {target.arch or target.name}, not run"
         notes.append(
-            f"{elsewhere}: the model runs where it is, by the ops' references, and the kernels"
-            f" listed are compiled for {target.arch or target.name} without having run"
+            f"{elsewhere}: the model runs where it is, by the ops' references{listed if nodes else ''}"
         )
         return Lowered(run_eager(module), reports, tuple(notes))
     for node, kernel in nodes:
