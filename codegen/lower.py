@@ -48,10 +48,12 @@ def lower(
     nodes, reports, notes = compiled(module, target)
     elsewhere = _elsewhere(target, module, inputs)
     if elsewhere:
-        listed = f", and the kernels listed are compiled for {target.arch or target.name}, not run"
-        notes.append(
-            f"{elsewhere}: the model runs where it is, by the ops' references{listed if nodes else ''}"
-        )
+        note = f"{elsewhere}: the model runs where it is, by the ops' references"
+        if nodes:
+            note += (
+                f", and the kernels listed are compiled for {target.arch or target.name}, not run"
+            )
+        notes.append(note)
         return Lowered(run_eager(module), reports, tuple(notes))
     for node, kernel in nodes:
         kernel.place(node, module)
