@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from ridgeline.ir.provenance import said
+
 aten = torch.ops.aten
 _FILLS = {aten.ones_like: 1.0, aten.ones: 1.0, aten.zeros_like: 0.0, aten.zeros: 0.0}
 
@@ -120,7 +122,7 @@ class Reader:
         if not isinstance(node, fx.Node):
             return Polynomial({(0, 0): float(node)})
         if node not in self.near:
-            raise _Unreadable(f"{node.name} stands too far from the division")
+            raise _Unreadable(f"{said(node)} stands too far from the division")
         if node not in self.known:
             self.known[node] = self._read(node)
         return self.known[node]
@@ -147,7 +149,7 @@ class Reader:
         elif packet is aten.squeeze and node.args[0].target is aten.matmul.default:
             result = self._stacked(node)
         else:
-            raise _Unreadable(f"{node.name} ({node.target}) is no power of {self.x.name}")
+            raise _Unreadable(f"{said(node)} is no power of {said(self.x)}")
         self.nodes.add(node)
         return result
 
@@ -181,12 +183,12 @@ class Reader:
         elif packet in (aten.repeat, aten.expand):
             before, after = args[0].meta["val"].shape, matrix.meta["val"].shape
             if after[1:] != before[1:] or before[0] not in (1, after[0]):
-                raise _Unreadable(f"{matrix.name} repeats coefficients, and not one row of them")
+                raise _Unreadable(f"{said(matrix)} repeats coefficients, and not one row of them")
             found = self._columns(args[0])
         elif matrix.meta["val"].dim() == 2 and matrix.op in ("get_attr", "placeholder"):
             return [Column(matrix, k) for k in range(int(matrix.meta["val"].shape[1]))]
         else:
-            raise _Unreadable(f"{matrix.name} ({matrix.target}) is no matrix of coefficients")
+            raise _Unreadable(f"{said(matrix)} is no matrix of coefficients")
         self.nodes.add(matrix)
         return found
 
@@ -195,12 +197,12 @@ class Reader:
         row, powers = node.args[0].args
         fits = row.target is aten.unsqueeze.default and row.args[1] in (1, -2)
         if not fits or powers.target is not aten.stack.default or powers.args[1:] != (1,):
-            raise _Unreadable(f"{node.args[0].name} multiplies no stacked powers")
+            raise _Unreadable(f"{said(node.args[0])} multiplies no stacked powers")
         columns = self._columns(row.args[0])
         self.columns += len(columns)
         self.nodes |= {node.args[0], row, powers}
         if len(columns) != len(powers.args[0]):
-            raise _Unreadable(f"{powers.name} stacks another number of powers than coefficients")
+            raise _Unreadable(f"{said(powers)} stacks another number of powers than coefficients")
         return _sum(
             self._product(Polynomial({(0, 0): c}), self.read(power))
             for c, power in zip(columns, powers.args[0], strict=True)
@@ -230,7 +232,7 @@ class Reader:
             first + k: Column(source, k, magnitude) for k in range(source.meta["val"].shape[1])
         }
         if terms != expected:
-            raise _Unreadable(f"the {what}'s terms are not all columns of {source.name} in order")
+            raise _Unreadable(f"the {what}'s terms are not all columns of {said(source)} in order")
         return source
 
 

@@ -274,12 +274,12 @@ def _diagonal(mask: Mask, q_len: sympy.Expr, k_len: sympy.Expr) -> int | str | N
 def _proven(
     site: Site, mask: Mask, diagonal: int | str | None, rest: fx.Node | None
 ) -> tuple[str, ...]:
-    said = [f"softmax over the last dimension, scale {site.literals.get('scale', 1.0):g}"]
+    proven = [f"softmax over the last dimension, scale {site.literals.get('scale', 1.0):g}"]
     if diagonal is not None:
-        said.append(f"the mask keeps j <= i + ({diagonal}) for every size")
+        proven.append(f"the mask keeps j <= i + ({diagonal}) for every size")
     if "mask" in site.bind:
-        said.append(f"{rest.name} stays as mask" if rest else "nothing else is masked")
-    return tuple(said)
+        proven.append(f"{said(rest)} stays as mask" if rest else "nothing else is masked")
+    return tuple(proven)
 
 
 def _work(call: Call, site: Site) -> Work:

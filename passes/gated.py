@@ -17,6 +17,7 @@ from ridgeline.cost_model import Work
 from ridgeline.cost_model.pointwise import gated_work
 from ridgeline.ir.gated import GATED_ACTIVATION, TANH_CUBIC, TANH_SCALE
 from ridgeline.ir.match import Reject, Site
+from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.dataflow import (
@@ -258,7 +259,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             before=_work(site, setting, ours=False),
             after=_work(site, setting, ours=True),
             preconditions=(
-                f"{site.pattern} of {gate.name} times {up.name}, of one shape",
+                f"{site.pattern} of {said(gate)} times {said(up)}, of one shape",
                 "the activation is read by this product alone",
             ),
         )

@@ -20,6 +20,7 @@ import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels, f
 from ridgeline.cost_model import Stream, Work, work_of
 from ridgeline.ir.group_rational import GROUP_RATIONAL
 from ridgeline.ir.match import Pattern, Reject, Site, trace
+from ridgeline.ir.provenance import said
 from ridgeline.ir.rational_terms import Rational, read_quotient
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
@@ -68,7 +69,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         return []
     if isinstance(found, str):
         return Reject(
-            f"the quotient {div.name} is no rational function: {found}",
+            f"the quotient {said(div)} is no rational function: {found}",
             div,
             "write it in a form that ridgeline.ir.group_rational lists, or use"
             " ridgeline.nn.GroupRational",
@@ -81,7 +82,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     dtypes = {n.meta["val"].dtype for n in (call.x, out)}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         return Reject(
-            f"{call.x.name} and {out.name} have dtypes {sorted(map(str, dtypes))}; one of"
+            f"{said(call.x)} and {said(out)} have dtypes {sorted(map(str, dtypes))}; one of"
             " float32, bfloat16, float16 is needed",
             out,
             "cast the coefficients to the activations' dtype",
@@ -91,9 +92,9 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         stranger = next((u for u in node.users if u not in interior), None)
         if stranger is not None:
             return Reject(
-                f"{node.name}, inside the site, is also read by {stranger.name}",
+                f"{said(node)}, inside the site, is also read by {said(stranger)}",
                 node,
-                f"drop the other use of {node.name} ({stranger.name})",
+                f"drop the other use of {said(node)} ({said(stranger)})",
             )
     nodes = tuple(n for n in div.graph.nodes if n in interior)
     bind = {"x": call.x, "numerator": call.numerator, "denominator": call.denominator}
@@ -122,7 +123,7 @@ def _placed(
     sizes, rows = shape_of(base), {int(n.meta["val"].shape[0]) for n in _matrices(found)}
     call = Call(base, found.numerator, found.denominator, found.form, groups, False, False)
     unfit = Reject(
-        f"{base.name} of shape {sizes} does not split into {groups} groups of adjacent channels",
+        f"{said(base)} of shape {sizes} does not split into {groups} groups of adjacent channels",
         base,
         "view the activations as [..., groups, channels / groups]",
     )

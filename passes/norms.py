@@ -22,6 +22,7 @@ from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.match import Pattern, Reject, Site
 from ridgeline.ir.normalize import can_hold, is_cast
 from ridgeline.ir.op import Op
+from ridgeline.ir.provenance import said
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.symbolic import shape_of, size_expression
 from ridgeline.passes import norm_spellings
@@ -61,7 +62,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     """Check dtypes, shapes and layout; state the work on both sides."""
     if "eps" not in site.literals:
         return Reject(
-            f"{site.outs[0].name} takes the eps that torch chooses for its dtype",
+            f"{said(site.outs[0])} takes the eps that torch chooses for its dtype",
             site.outs[0],
             "name eps",
         )
@@ -162,20 +163,20 @@ def _refused(site: Site, setting: Setting) -> Reject | None:
     again = site.bind.get("again", x)
     if _source(again) is not _source(x):
         return Reject(
-            f"the mean is of {x.name}, and {again.name} is what is scaled by it",
+            f"the mean is of {said(x)}, and {said(again)} is what is scaled by it",
             again,
-            f"scale {x.name}",
+            f"scale {said(x)}",
         )
     size = shape_of(x)[-1] if shape_of(x) else None
     if size is None or not size.is_Integer:
         return Reject(
-            f"the rows of {x.name} have {size} elements; the kernels take a fixed number",
+            f"the rows of {said(x)} have {size} elements; the kernels take a fixed number",
             x,
             "keep the last dimension static",
         )
     if "size" in site.literals and site.literals["size"] != size:
         return Reject(
-            f"{out.name} normalises over {int(site.literals['size'])} elements of rows of {size}",
+            f"{said(out)} normalises over {int(site.literals['size'])} elements of rows of {size}",
             out,
             "normalise over the last dimension",
         )
@@ -189,7 +190,7 @@ def _refused(site: Site, setting: Setting) -> Reject | None:
         node = site.bind.get(name)
         if node is not None and not _is_parameter(node, x):
             return Reject(
-                f"the {name} {node.name} has shape {shape_of(node)}; the kernels take [{size}]",
+                f"the {name} {said(node)} has shape {shape_of(node)}; the kernels take [{size}]",
                 node,
                 "use one number per element of a row",
             )
@@ -197,7 +198,7 @@ def _refused(site: Site, setting: Setting) -> Reject | None:
     unknown = {n.meta["val"].dtype for n in tensors if n is not None} - set(DTYPES)
     if unknown:
         return Reject(
-            f"{out.name} computes in {', '.join(map(str, unknown))}; the kernels take"
+            f"{said(out)} computes in {', '.join(map(str, unknown))}; the kernels take"
             f" {', '.join(map(str, DTYPES))}",
             out,
             "use one of these dtypes",
@@ -205,13 +206,13 @@ def _refused(site: Site, setting: Setting) -> Reject | None:
     before, after = _in_dtype(x, out.meta["val"].dtype).meta["val"].dtype, out.meta["val"].dtype
     if before != after and can_hold(after, before):
         return Reject(
-            f"{out.name} is {after} and what it normalises {before}; the kernels do not widen",
+            f"{said(out)} is {after} and what it normalises {before}; the kernels do not widen",
             out,
-            f"cast {x.name} to {after}, or {out.name} to {before}",
+            f"cast {said(x)} to {after}, or {said(out)} to {before}",
         )
     if not (_in_order(x) and _in_order(out)):
         return Reject(
-            f"the rows of {x.name} or {out.name} do not lie in memory one after the other",
+            f"the rows of {said(x)} or {said(out)} do not lie in memory one after the other",
             x,
             "normalise a contiguous tensor",
         )
@@ -267,11 +268,11 @@ def _candidate(site: Site, call: Call) -> Candidate:
     before, after = norm_work(
         site, site.outs[1] if summed else call.x, read, center=call.center, residual=summed
     )
-    said = [f"mean over the last dimension, eps {call.eps:g}"]
+    proven = [f"mean over the last dimension, eps {call.eps:g}"]
     if call.weight is not None:
-        said.append(f"one weight per element of a row ({call.weight.name})")
+        proven.append(f"one weight per element of a row ({said(call.weight)})")
     if summed:
-        said.append(f"{site.outs[1].name} adds two tensors of one shape and dtype")
+        proven.append(f"{said(site.outs[1])} adds two tensors of one shape and dtype")
     return Candidate(
         rewrite=NORMS,
         site=site,
@@ -279,7 +280,7 @@ def _candidate(site: Site, call: Call) -> Candidate:
         before=before,
         after=after,
         variant=("LayerNorm" if call.center else "RMSNorm") + (" of a sum" if summed else ""),
-        preconditions=tuple(said),
+        preconditions=tuple(proven),
     )
 
 

@@ -17,6 +17,7 @@ from torch import fx
 from ridgeline.cost_model import Work
 from ridgeline.cost_model.pointwise import rotary_work
 from ridgeline.ir.match import Reject, Site
+from ridgeline.ir.provenance import said
 from ridgeline.ir.rotary import ROTARY
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
@@ -96,7 +97,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         dtypes = x.meta["val"].dtype, out.meta["val"].dtype
         if dtypes[0] != dtypes[1] or dtypes[0] not in _DTYPES:
             return Reject(
-                f"{x.name} is {dtypes[0]} and what it is turned to {dtypes[1]}; both must have one"
+                f"{said(x)} is {dtypes[0]} and what it is turned to {dtypes[1]}; both must have one"
                 " dtype out of float32, bfloat16, float16",
                 out,
                 "cast cos and sin, or the result, to the dtype of the query",

@@ -16,6 +16,7 @@ from torch import fx
 
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import is_cast
+from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.dataflow import interval, is_floating, last_dim, orders, through_casts
 
@@ -115,7 +116,7 @@ def _rotation(node: object) -> _Rotation | Reject | None:
         return None
     if isinstance(place, _Place) and not signs[0]:
         place = Reject(
-            f"{joined.name} negates its second part, a turn in the opposite sense",
+            f"{said(joined)} negates its second part, a turn in the opposite sense",
             joined,
             "rotate as cat(-x2, x1)",
         )
@@ -135,7 +136,7 @@ def _halves(pieces: list[fx.Node], inside: set[fx.Node]) -> _Place | Reject | No
     sizes = first.end - first.start, second.end - second.start
     if second.end == first.start and sizes[0] == sizes[1]:
         return Reject(
-            f"{pieces[0].name} and {pieces[1].name} are the halves in their own order; a rotation"
+            f"{said(pieces[0])} and {said(pieces[1])} are the halves in their own order; a rotation"
             " swaps them",
             pieces[0],
             "rotate as cat(-x2, x1)",
@@ -236,7 +237,7 @@ def _finish(
         return None
     if x.meta["val"].dim() != 4:
         return Reject(
-            f"{x.name} has {x.meta['val'].dim()} dimensions; the kernel reads"
+            f"{said(x)} has {x.meta['val'].dim()} dimensions; the kernel reads"
             " [batch, heads, length, features]",
             node,
             "reshape the query to four dimensions",
@@ -244,7 +245,7 @@ def _finish(
     heads = _heads(x, cos, place.end - place.start)
     if heads is None or heads != _heads(x, sin, place.end - place.start):
         return Reject(
-            f"cos {shape_of(cos)} and sin {shape_of(sin)} are no values per position of {x.name},"
+            f"cos {shape_of(cos)} and sin {shape_of(sin)} are no values per position of {said(x)},"
             f" {shape_of(x)}",
             node,
             "give cos and sin one value per position and feature, the same for all heads",

@@ -195,7 +195,7 @@ def other_groups(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (signed, "keep their signs"),
         (mixed, "mixes odd powers"),
         (constant, "constant term is not 1"),
-        (reversed_columns, "not all columns of a in order"),
+        (reversed_columns, "not all columns of 'a' in order"),
         (two_variables, "is no power of"),
         (read_inside, "is also read by"),
         (other_groups, "does not split into 4 groups"),
