@@ -7,6 +7,8 @@ inlined. bf16 vectors travel as integers because TVM widens bf16 operands before
 rl_dpbf16(c f32x16, a i32x16, b i32x16)  c[l] + a[2l] b[2l] + a[2l+1] b[2l+1], AVX512_BF16
 rl_cvtbf16(a f32x16) -> i16x16           fp32 to bf16, nearest even
 rl_i8_bf16(a i8x32) -> i32x16            signed bytes to bf16, exact
+rl_pair_f32(a i32x16) -> f32x16          bf16 pairs, equal in all lanes, to fp32 in turn
+rl_pair_sums(a f32x16, b f32x16)         sums of neighbours, those of a before those of b
 rl_cvtf32(a i16x16) -> f32x16            bf16 to fp32, exact
 rl_half_f32(a i16x16) -> f32x16          fp16 to fp32, exact
 rl_exp2(x f32x16)                        2**x, rel. error 2e-7, AVX512F; x is held above -127
@@ -14,7 +16,7 @@ rl_prefetch(address) -> i32              brings a cache line nearer; any address
 rl_max, rl_hmax, rl_hsum                 maximum of two; horizontal maximum and sum; NaN is not kept
 """
 
-LLVM_HELPERS = """
+_FIXED = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <16 x float> @llvm.roundeven.v16f32(<16 x float>)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
@@ -45,6 +47,13 @@ define <16 x i32> @rl_i8_bf16(<32 x i8> %a) alwaysinline {
   %t = fptrunc <32 x float> %f to <32 x bfloat>
   %r = bitcast <32 x bfloat> %t to <16 x i32>
   ret <16 x i32> %r
+}
+define <16 x float> @rl_pair_f32(<16 x i32> %a) alwaysinline {
+  %s = shl <16 x i32> %a, <i32 16, i32 0, i32 16, i32 0, i32 16, i32 0, i32 16, i32 0, \
+i32 16, i32 0, i32 16, i32 0, i32 16, i32 0, i32 16, i32 0>
+  %m = and <16 x i32> %s, splat (i32 -65536)
+  %r = bitcast <16 x i32> %m to <16 x float>
+  ret <16 x float> %r
 }
 define <16 x float> @rl_cvtf32(<16 x i16> %a) alwaysinline {
   %t = bitcast <16 x i16> %a to <16 x bfloat>
@@ -90,3 +99,14 @@ define <16 x float> @rl_exp2(<16 x float> %x) alwaysinline {
   ret <16 x float> %r
 }
 """
+
+
+def _pair_sums() -> str:
+    ir = "define <16 x float> @rl_pair_sums(<16 x float> %a, <16 x float> %b) alwaysinline {\n"
+    for name, start in (("even", 0), ("odd", 1)):
+        ir += f"  %{name} = shufflevector <16 x float> %a, <16 x float> %b, "
+        ir += f"<16 x i32> <{', '.join(f'i32 {start + 2 * i}' for i in range(16))}>\n"
+    return ir + "  %r = fadd <16 x float> %even, %odd\n  ret <16 x float> %r\n}\n"
+
+
+LLVM_HELPERS = _FIXED + _pair_sums()

@@ -97,6 +97,11 @@ def build(spec: Spec) -> Any:
     def prefetched(rows):
         return rows == 1 and spec.bits == 4
 
+    def widened(rows):
+        """One row of 8-bit codes is multiplied in fp32, the pairs of features in neighbouring
+        lanes: turning the codes to bf16 for one product takes longer than the product."""
+        return dot and rows == 1 and spec.bits == 8
+
     def code(table, codes, panel, step, j, i):
         """Codes of feature 8 step + i, as 16 fp32."""
         if spec.bits == 8:
@@ -109,6 +114,10 @@ def build(spec: Spec) -> Any:
             table_row = T.reinterpret(table[lanes(0)], dtype="float32x16")
             return T.call_llvm_pure_intrin(permute_32, table_row, word, dtype="float32x16")
         return T.Cast("float32x16", T.bitwise_and(word, splat(15)) - splat(centre))
+
+    def half_code(half, codes, panel, step, j, i):
+        """Codes of features 8 step + 2 i + {0, 1} in turn, of the first or last 8 columns."""
+        return T.Cast("float32x16", codes[panel, step, i, j, lanes(half * LANES)])
 
     def start(offset, xsum, row, panel, g, j):
         if spec.scheme == "symmetric":
@@ -127,7 +136,17 @@ def build(spec: Spec) -> Any:
     @T.inline
     def multiply(table, codes, xw, acc, panel, first, width, step, row, rows):
         """One step: STEP features of one panel against `rows` rows."""
-        if dot:
+        if widened(rows):
+            pair = T.alloc_buffer((LANES,), "float32")
+            for i in T.unroll(STEP // 2):
+                word = T.meta_var(splat(xw[row, step * (STEP // 2) + i]))
+                pair[lanes(0)] = T.call_extern("float32x16", "rl_pair_f32", word)
+                for j in T.unroll(width):
+                    low = T.meta_var(half_code(0, codes, panel, step, first + j, i))
+                    high = T.meta_var(half_code(1, codes, panel, step, first + j, i))
+                    acc[0, j, 0, lanes(0)] = fma(pair[lanes(0)], low, acc[0, j, 0, lanes(0)])
+                    acc[0, j, 1, lanes(0)] = fma(pair[lanes(0)], high, acc[0, j, 1, lanes(0)])
+        elif dot:
             if prefetched(rows):
                 for j in T.unroll(width):
                     ahead = T.meta_var(codes[panel, step + PREFETCH_STEPS, 0, first + j, 0])
@@ -169,9 +188,10 @@ def build(spec: Spec) -> Any:
         for g in T.serial(groups):
             for m in T.unroll(rows):
                 for j in T.unroll(width):
-                    acc[m, j, 0, lanes(0)] = start(offset, xsum, row + m, panel, g, first + j)
-                    if chains(rows) == 2:
-                        acc[m, j, 1, lanes(0)] = splat(T.float32(0))
+                    for chain in T.unroll(chains(rows)):
+                        acc[m, j, chain, lanes(0)] = splat(T.float32(0))
+                    if not widened(rows):
+                        acc[m, j, 0, lanes(0)] = start(offset, xsum, row + m, panel, g, first + j)
             for step in T.serial(trips(g)):
                 multiply(
                     table, codes, xw, acc, panel, first, width, g * per_group + step, row, rows
@@ -179,7 +199,14 @@ def build(spec: Spec) -> Any:
             for j in T.unroll(width):
                 factor[lanes(0)] = fp32(scale[panel, g, first + j, lanes(0)], spec.scale)
                 for m in T.unroll(rows):
-                    if chains(rows) == 2:
+                    if widened(rows):
+                        acc[m, j, 0, lanes(0)] = T.call_extern(
+                            "float32x16",
+                            "rl_pair_sums",
+                            acc[m, j, 0, lanes(0)],
+                            acc[m, j, 1, lanes(0)],
+                        ) + start(offset, xsum, row + m, panel, g, first + j)
+                    elif chains(rows) == 2:
                         acc[m, j, 0, lanes(0)] = acc[m, j, 0, lanes(0)] + acc[m, j, 1, lanes(0)]
                     total[m, j, lanes(0)] = fma(
                         factor[lanes(0)],
