@@ -10,6 +10,7 @@ The result lies in memory as [B,Sq,H,Dv], because what follows is nearly always
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -110,17 +111,37 @@ def attention(
     where its last dimension is not contiguous, and padded where it is no multiple of 8.
     Returns [B,H,Sq,Dv], in memory [B,Sq,H,Dv]. Raises UnsupportedProblem.
     """
-    try:
-        batch, heads, queries, head_dim = query.shape
-        _, key_heads, length, value_dim = value.shape
-    except ValueError:
-        raise _problem(query, key, value, mask) from None
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise _problem(query, key, value, mask)
+    out = _empty(query, value.shape[3])
+    present = () if mask is None else (mask,)
+    attention_out(query, key, value, *present, scale=scale, diagonal=diagonal, out=out)
+    return out
+
+
+def attention_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    diagonal: int | None,
+    out: Tensor,
+) -> None:
+    """`attention` into `out`, for compiled graphs: no dispatcher, no allocation.
+
+    out [B,H,Sq,Dv]: last dimension contiguous.
+    """
+    batch, heads, queries, head_dim = query.shape
+    _, key_heads, length, value_dim = value.shape
     if head_dim % 8 or value_dim % 8:
-        return _padded(query, key, value, mask, scale, diagonal)
-    out = _empty(query, value_dim)
+        _padded(query, key, value, mask, scale, diagonal, out)
+        return
     if not (batch and heads and queries and length):
         _check(query, key, value, mask)
-        return out.zero_()
+        out.zero_()
+        return
     if query.stride(3) != 1:
         query = query.contiguous()
     if key.stride(3) != 1:
@@ -154,7 +175,6 @@ def attention(
     except (ValueError, TypeError, RuntimeError):
         _check(query, key, value, mask)
         raise
-    return out
 
 
 def _empty(query: Tensor, value_dim: int) -> Tensor:
@@ -183,11 +203,12 @@ def _padded(
     mask: Tensor | None,
     scale: float,
     diagonal: int | None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """Head dimensions that are no multiple of 8: zeros add nothing to a product."""
     head_pad, value_dim = (0, -query.shape[3] % 8), value.shape[3]
     _check(query, key, value, mask)
-    out = attention(
+    wider = attention(
         F.pad(query, head_pad),
         F.pad(key, head_pad),
         F.pad(value, (0, -value_dim % 8)),
@@ -195,7 +216,7 @@ def _padded(
         scale=scale,
         diagonal=diagonal,
     )
-    return _empty(query, value_dim).copy_(out[..., :value_dim])
+    out.copy_(wider[..., :value_dim])
 
 
 def _problem(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> UnsupportedProblem:
@@ -236,8 +257,39 @@ LIBRARY.define(
     " float scale, SymInt? diagonal=None) -> Tensor"
 )
 LIBRARY.impl("tvm_attention", attention, "CPU")
+OP = torch.ops.ridgeline.tvm_attention.default
+OP.out = attention_out
+"""Where code that Inductor writes finds it, in this process and in one that loads the code."""
 
 
 @torch.library.register_fake("ridgeline::tvm_attention")
 def _fake(query, key, value, mask=None, *, scale, diagonal=None):
     return _empty(query, value.shape[-1])
+
+
+@functools.cache
+def register_lowering() -> None:
+    """Let Inductor call the kernel directly, without the dispatcher."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on import
+        from torch._inductor import ir, lowering
+
+    @lowering.register_lowering(OP, type_promotion_kind=None)
+    def lower(query, key, value, mask=None, *, scale, diagonal=None):
+        batch, heads, queries, _ = query.get_size()
+        dim = value.get_size()[3]
+        row = heads * dim
+        present = (query, key, value) if mask is None else (query, key, value, mask)
+        call = ir.ExternKernelOut(
+            layout=ir.FixedLayout(
+                query.get_device(),
+                query.get_dtype(),
+                [batch, heads, queries, dim],
+                [queries * row, dim, row, 1],
+            ),
+            inputs=[ir.ExternKernel.realize_input(x) for x in present],
+            kwargs={"scale": scale, "diagonal": diagonal},
+            python_kernel_name="torch.ops.ridgeline.tvm_attention.default.out",
+            op_overload=OP,
+        )
+        return ir.TensorBox.create(call)

@@ -38,7 +38,8 @@ from ridgeline.ir.rotary import ROTARY
 
 
 def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
-    node.target = torch.ops.ridgeline.tvm_attention.default
+    attention.register_lowering()
+    node.target = attention.OP
 
 
 def _report_attention(node: fx.Node, target: Target) -> KernelReport:
