@@ -140,8 +140,8 @@ def _check_plain(index: int, old: Any, new: Any) -> None:
         if str(getattr(expected, name, None)) != str(value):
             raise CacheError(
                 f"cache layer {index} ({type(new).__name__}) counts in the Python attribute"
-                f" {name!r}, which a graph cannot carry; use DynamicCache or StaticCache with"
-                " full attention layers"
+                f" {name!r}, which a graph cannot carry; caches of full attention layers"
+                " (DynamicLayer, StaticLayer) can be captured, those of sliding windows not yet"
             )
 
 

@@ -5,12 +5,10 @@
 and cache-length dimensions are free where the model allows it; a dimension of size 1 stays 1.
 """
 
-import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -21,87 +19,20 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ridgeline.ir import caches
+from ridgeline.ir.aliases import writes
+from ridgeline.ir.call import PLAIN, Call, flatten
 from ridgeline.ir.capture_errors import CaptureError, explain, quiet
 from ridgeline.ir.guards import ShapeGuards
+from ridgeline.ir.module_state import ModuleState, plain_tensors_kept
 from ridgeline.ir.program import Phase, Program
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Call", "CaptureError", "Captured", "capture", "flatten"]
+__all__ = ["CaptureError", "Captured", "OverlapError", "capture"]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one call: tensors in a flat list, everything else in a signature.
-
-    leaves: the arguments' leaves, caches whole. flat: tensors, a cache's own in its place.
-    key: structure, dtypes, devices, which sizes are 0, 1 or more, plain values.
-    """
-
-    leaves: list[Any]
-    spec: TreeSpec
-    flat: list[Tensor]
-    key: tuple[Any, ...]
-
-    def rebuild(self, flat: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
-        """(args, kwargs, caches) with `flat` in place of this call's tensors."""
-        remaining = iter(flat)
-        leaves, made = [], []
-        for leaf in self.leaves:
-            if isinstance(leaf, Tensor):
-                leaf = next(remaining)
-            elif caches.is_cache(leaf):
-                leaf = caches.with_tensors(leaf, [next(remaining) for _ in caches.tensors(leaf)])
-                made.append(leaf)
-            leaves.append(leaf)
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return args, kwargs, made
-
-    @property
-    def caches(self) -> list[Any]:
-        """The caches among the arguments."""
-        return [leaf for leaf in self.leaves if caches.is_cache(leaf)]
-
-
-# What repr tells apart completely; any other object could change without its signature changing.
-_PLAIN = (
-    *(bool, int, float, complex, str, bytes, type(None), Enum),
-    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
-)
-
-
-def flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-    """Take a call's arguments apart. Raises CacheError for caches that no graph can carry."""
-    leaves, spec = tree_flatten((tuple(args), dict(kwargs)), is_leaf=caches.is_cache)
-    flat: list[Tensor] = []
-    key: list[Any] = [repr(spec)]  # {"x": t} is not {"y": t}, nor is (t,) [t]
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            flat.append(leaf)
-            key.append(_tensor_key(leaf))
-        elif caches.is_cache(leaf):
-            caches.check(leaf)
-            inside = caches.tensors(leaf)
-            flat += inside
-            key += (caches.signature(leaf), *map(_tensor_key, inside))
-        else:
-            if not isinstance(leaf, _PLAIN):
-                raise CaptureError(
-                    f"an argument is a {type(leaf).__name__}, whose value no signature can hold;"
-                    " pass tensors, numbers, strings, caches, and containers of them"
-                )
-            key.append((type(leaf).__name__, repr(leaf)))
-    return Call(leaves, spec, flat, tuple(key))
-
-
-def _tensor_key(x: Tensor) -> tuple[Any, ...]:
-    return (x.dtype, x.device, x.requires_grad, _size_classes(x.shape))
-
-
-@functools.lru_cache(maxsize=4096)
-def _size_classes(shape: torch.Size) -> tuple[int, ...]:
-    """0, 1 or 2 (more) for each size: what a captured graph may specialise on."""
-    return tuple(min(s, 2) for s in shape)
+class OverlapError(CaptureError):
+    """A call whose arguments share memory that the model writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +40,25 @@ class Captured:
     """A program with the way from a call to its inputs and from its outputs to the result.
 
     guards: which sizes the program takes. finish: (call, flat outputs) -> what the model returns;
-    puts new tensors into the caller's caches.
+    puts new tensors into the caller's caches. written: the inputs, caches aside, that the program
+    may write.
     """
 
     program: Program
     guards: ShapeGuards
     finish: Callable[[Call, Sequence[Any]], Any]
+    written: tuple[int, ...] = ()
+
+    def refuse_overlap(self, call: Call) -> None:
+        """Raise OverlapError where an input that the program writes shares another's memory."""
+        for i in self.written:
+            memory = call.flat[i].untyped_storage().data_ptr()
+            others = (x for j, x in enumerate(call.flat) if j != i and x is not call.flat[i])
+            if any(x.untyped_storage().data_ptr() == memory for x in others):
+                raise OverlapError(
+                    f"argument {i} shares memory with another, and the model writes into it, which"
+                    " compiled code may do in another order; pass a copy"
+                )
 
 
 def capture(
@@ -131,14 +75,13 @@ def capture(
         that cannot be captured and the way out, and `CacheError` for unsupported caches.
     """
     call = flatten(args, kwargs or {})
-    training = torch.is_grad_enabled() and (
-        model.training or any(x.requires_grad for x in call.flat)
-    )
+    training = call.trains(model)
     traces: list[_Trace] = []
     wrapper = _Flat(model, call, traces.append)
     wrapper.training = model.training  # not train(): submodules keep their own modes
-    with torch.set_grad_enabled(training):
+    with torch.set_grad_enabled(training), plain_tensors_kept(model) as changed:
         exported = _export(wrapper, call, dynamic)
+    _refuse_state(changed)
     module = _unlifted(exported, wrapper)
     _refuse_sizes_from_values(module)
     trace = traces[-1]
@@ -156,7 +99,10 @@ def capture(
         results=trace.results,
     )
     log.info("captured %s: free dimensions %s", program.phase, program.dynamic)
-    return Captured(program, ShapeGuards.of(module), trace.finish)
+    own = {i for i, x in enumerate(call.flat) if any(x is leaf for leaf in call.leaves)}
+    placeholders = enumerate(module.graph.find_nodes(op="placeholder"))
+    written = tuple(i for i, node in placeholders if i in own and writes(node))
+    return Captured(program, ShapeGuards.of(module), trace.finish, written)
 
 
 class _Flat(nn.Module):
@@ -176,7 +122,12 @@ class _Flat(nn.Module):
         before = [caches.with_tensors(c, caches.tensors(c)) for c in made]
         buffers = dict(self.model.named_buffers())
         leaves = tree_flatten((args, kwargs), is_leaf=caches.is_cache)
-        result = self.model(*args, **kwargs)
+        state = ModuleState(self.model)
+        try:
+            result = self.model(*args, **kwargs)
+        finally:
+            changed = state.restore()
+        _refuse_state(changed)
         if not _same(leaves, tree_flatten((args, kwargs), is_leaf=caches.is_cache)):
             raise CaptureError(
                 "the model puts something into a container among its arguments, which no graph can"
@@ -186,6 +137,15 @@ class _Flat(nn.Module):
         trace.assigned = {n for n, b in self.model.named_buffers() if buffers.get(n) is not b}
         self.record(trace)
         return trace.outputs
+
+
+def _refuse_state(changed: Sequence[str]) -> None:
+    if changed:
+        raise CaptureError(
+            f"forward changes {', '.join(changed[:3])}, plain attributes of the model, which no"
+            " graph can carry to the next call; keep such state in buffers, changed in place, as"
+            " self.count.add_(1)"
+        )
 
 
 def _same(before: tuple[list[Any], TreeSpec], after: tuple[list[Any], TreeSpec]) -> bool:
@@ -222,7 +182,7 @@ class _Trace:
                 if not any(leaf is c for c in known):
                     known.append(leaf)
                 leaves.append(("cache", next(i for i, c in enumerate(known) if c is leaf)))
-            elif isinstance(leaf, _PLAIN):
+            elif isinstance(leaf, PLAIN):
                 leaves.append(("plain", leaf))
             else:
                 raise CaptureError(

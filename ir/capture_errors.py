@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch.fx.experimental import symbolic_shapes
 
 from ridgeline.ir.errors import RidgelineError
@@ -58,14 +59,16 @@ def explain(error: BaseException, model: nn.Module) -> CaptureError:
 def quiet() -> Iterator[None]:
     """If the block fails, what torch printed meanwhile (whole graphs) goes to debug logging."""
     printed, hints = io.StringIO(), logging.getLogger(symbolic_shapes.__name__)
+    traces = logging.getLogger(fake_tensor.__name__)  # the whole stack of a call that cannot be
 
     def to_debug(record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.ERROR or not record.msg.startswith("Unable to find user code"):
-            return True
-        log.debug("torch: %s", record.getMessage())
-        return False
+        passing = record.msg.startswith("Unable to find user code") or record.name == traces.name
+        if passing:
+            log.debug("torch: %s", record.getMessage())
+        return not passing
 
-    hints.addFilter(to_debug)
+    for logger in (hints, traces):
+        logger.addFilter(to_debug)
     try:
         with contextlib.redirect_stderr(printed):
             yield
@@ -76,7 +79,8 @@ def quiet() -> Iterator[None]:
     else:
         sys.stderr.write(printed.getvalue())
     finally:
-        hints.removeFilter(to_debug)
+        for logger in (hints, traces):
+            logger.removeFilter(to_debug)
 
 
 def _place(error: BaseException) -> str:

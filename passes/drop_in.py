@@ -9,6 +9,7 @@ phase, chosen by guards, at most `max_graphs` of them, the least recently used g
 import functools
 import logging
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,18 @@ from torch import Tensor, nn
 
 from ridgeline.codegen.inductor_inputs import InputMismatch
 from ridgeline.ir.caches import CacheError
-from ridgeline.ir.capture import Call, Captured, CaptureError, capture, flatten
+from ridgeline.ir.call import Call, flatten
+from ridgeline.ir.capture import Captured, CaptureError, OverlapError, capture
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes.copy_model import copy_model, rebound
+from ridgeline.passes.watched import RUN_HOOKS, Watched
 
 log = logging.getLogger(__name__)
 
 _MODE = operator.attrgetter("training")
+_CAPTURING = threading.RLock()
+"""Neither torch.export nor Inductor works in two threads at once."""
 
 
 class CompileProgram(Protocol):
@@ -57,7 +62,14 @@ class DropInError(RidgelineError, TypeError):
     """Something that an optimised copy cannot do."""
 
 
-_RUN_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+class _Refused(Exception):
+    """The original code runs this call: calls of this key always, and why, where that is new."""
+
+    def __init__(self, key: Any = None, error: Exception | None = None) -> None:
+        super().__init__()
+        self.key, self.error = key, error
+
+
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -66,68 +78,28 @@ _HOOKS = (
 """A module's dictionaries of hooks."""
 _OWN = {"_ridgeline", "training", *_HOOKS}
 """Attributes that an optimised copy and the original code on its modules each have."""
-_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _RUN_HOOKS]
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What captured graphs take for granted of the modules, to see whether it still stands.
-
-    places: the dictionaries and names of all parameters, buffers and submodules; held: what was
-    there. addresses: of the parameters. hooks: dictionaries of hooks, and their keys, which torch
-    never gives twice.
-    """
-
-    places: tuple[list[dict[str, Any]], list[str]]
-    held: list[Any]
-    parameters: list[Tensor]
-    addresses: list[int]
-    hooks: tuple[list[dict[Any, Any]], list[tuple[int, ...]]]
-
-    @classmethod
-    def of(cls, modules: Sequence[nn.Module]) -> "_Weights":
-        entries = [
-            (owner, name, value)
-            for module in modules
-            for owner in (module._parameters, module._buffers, module._modules)
-            for name, value in owner.items()
-        ]
-        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-        hooks = _GLOBAL_HOOKS + [getattr(m, name) for m in modules for name in _RUN_HOOKS]
-        return cls(
-            ([owner for owner, _, _ in entries], [name for _, name, _ in entries]),
-            [value for _, _, value in entries],
-            parameters,
-            list(map(Tensor.data_ptr, parameters)),
-            (hooks, list(map(tuple, hooks))),
-        )
-
-    def unchanged(self) -> bool:
-        """Is each one still the same, and each parameter at the same address? ``model.to(dtype)``
-        keeps the tensor object and changes its memory."""
-        if not all(map(operator.is_, map(dict.get, *self.places), self.held)):
-            return False
-        hooks, keys = self.hooks
-        same = list(map(Tensor.data_ptr, self.parameters)) == self.addresses
-        return same and list(map(tuple, hooks)) == keys
 
 
 @dataclass(slots=True, eq=False)
 class _State:
-    """Beside the modules: the original code on the same modules, and the compiled graphs."""
+    """Beside the modules: the original code on the same modules, and the compiled graphs.
+
+    lock: held where parameters are read from the modules, in which a capture puts stand-ins.
+    """
 
     original: nn.Module
     compile_program: CompileProgram
     strict: bool
     max_graphs: int
     modules: list[nn.Module]
-    weights: _Weights
+    weights: Watched
     graphs: OrderedDict[int, tuple[Any, Captured, Callable[..., Any]]] = field(
         default_factory=OrderedDict
     )
     captures: int = 0
     fallbacks: dict[str, str] = field(default_factory=dict)
     refused: set[Any] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class OptimizedModule(nn.Module):
@@ -157,8 +129,9 @@ class OptimizedModule(nn.Module):
             _refuse_autocast()
             call = flatten(args, kwargs)
             key = self._key(call)
-            if next(self._accepting(key, call), None) is None:
-                self._compile(key, call, args, kwargs)
+            with self._ridgeline.lock:
+                if next(self._accepting(key, call), None) is None:
+                    self._compile(key, call, args, kwargs)
         except (CaptureError, CacheError, CompileError) as error:
             if self._ridgeline.strict:
                 raise
@@ -177,31 +150,52 @@ class OptimizedModule(nn.Module):
         state.refused.clear()
         state.fallbacks.clear()
         state.compile_program.forget()
-        state.weights = _Weights.of(state.modules)
+        state.weights = Watched.of(state.modules)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with self._ridgeline.lock:
+            self._forget_changed_weights()
+        try:
+            return self._run_graph(args, kwargs)
+        except _Refused as refused:
+            why = refused
+        result = self._eager(*args, **kwargs)  # what fails here too is the caller's mistake
+        if why.error is not None:
+            self._refuse(args, kwargs, why.key, why.error)
+        return result
+
+    def _run_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call's result from a compiled graph. Raises _Refused where there can be none."""
         state = self._ridgeline
-        self._forget_changed_weights()
         key = None
         try:
             _refuse_autocast()
             call = flatten(args, kwargs)
             key = self._key(call)
-            if key in state.refused:
-                return self._eager(*args, **kwargs)
+            tried = []
             for captured, run in self._accepting(key, call):
+                captured.refuse_overlap(call)
                 try:
                     outputs = run(*call.flat)
                 except InputMismatch:  # the sizes fit, but strides differ from the captured ones
+                    tried.append(run)
                     continue
                 return captured.finish(call, outputs)
-            captured, run = self._compile(key, call, args, kwargs)
+            kind = (*key[:-1], call.kind)
+            with state.lock:
+                if key in state.refused or kind in state.refused:
+                    raise _Refused
+                # another thread may have compiled it by now
+                others = (pair for pair in self._accepting(key, call) if pair[1] not in tried)
+                captured, run = next(others, None) or self._compile(key, call, args, kwargs)
+            captured.refuse_overlap(call)
             outputs = run(*call.flat)
         except (CaptureError, CacheError, CompileError) as error:
             if state.strict:
                 raise
-            self._refuse(args, kwargs, key, error)
-            return self._eager(*args, **kwargs)
+            if isinstance(error, CacheError) and key is not None:
+                key = kind  # pyright: ignore[reportPossiblyUnboundVariable]
+            raise _Refused(None if isinstance(error, OverlapError) else key, error) from error
         return captured.finish(call, outputs)
 
     def _forget_changed_weights(self) -> None:
@@ -213,16 +207,16 @@ class OptimizedModule(nn.Module):
         self.refresh()
 
     def _key(self, call: Call) -> Any:
-        training = torch.is_grad_enabled() and self.training
         modes = tuple(map(_MODE, self._ridgeline.modules))
-        return (training, modes, call.key)
+        return (call.trains(self), modes, call.key)
 
     def _accepting(self, key: Any, call: Call) -> Iterator[tuple[Captured, Callable[..., Any]]]:
         """The graphs that take the sizes of `call`, the one used last first."""
         graphs = self._ridgeline.graphs
         for number, (known, captured, run) in reversed(list(graphs.items())):
             if known == key and captured.guards.accept(call.flat):
-                graphs.move_to_end(number)
+                if number in graphs:  # another thread may have given it up
+                    graphs.move_to_end(number)
                 yield captured, run
 
     def _compile(
@@ -230,9 +224,11 @@ class OptimizedModule(nn.Module):
     ) -> tuple[Captured, Callable[..., Any]]:
         state = self._ridgeline
         _refuse_hooks(state.modules[1:])
-        captured = capture(self._original(), args, kwargs)
+        with _CAPTURING:
+            captured = capture(self._original(), args, kwargs)
         try:
-            run = state.compile_program(captured.program)
+            with _CAPTURING:
+                run = state.compile_program(captured.program)
         except RidgelineError:
             raise
         except Exception as error:
@@ -273,7 +269,8 @@ class OptimizedModule(nn.Module):
         return self._ridgeline.original
 
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
-        return self._original()(*args, **kwargs)
+        with self._ridgeline.lock:
+            return self._original()(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A plain attribute may be a constant of captured graphs: they are dropped."""
@@ -328,11 +325,11 @@ def _refuse_hooks(modules: Sequence[nn.Module]) -> None:
     """torch's own hooks on parts, as weight_norm's, compute what a graph holds; others may do
     anything, and would do it while the graph is captured and never again."""
     for module in modules:
-        for hook in (h for name in _RUN_HOOKS for h in getattr(module, name).values()):
+        for hook in (h for name in RUN_HOOKS for h in getattr(module, name).values()):
             if not (type(hook).__module__ or "").startswith("torch."):
                 said = getattr(hook, "__qualname__", type(hook).__name__)
                 raise CaptureError(
-                    f"a forward hook ({said}) of a {type(module).__name__} inside the model runs"
+                    f"a hook ({said}) of a {type(module).__name__} inside the model runs"
                     " Python code in every call, which no graph holds; remove it to have the model"
                     " rewritten"
                 )
@@ -382,7 +379,7 @@ def optimized_copy(
     copied.__class__ = type(kind.__name__, (OptimizedModule, kind), namespace)
     modules = list(copied.modules())
     copied.__dict__["_ridgeline"] = _State(
-        original, compile_program, strict, max_graphs, modules, _Weights.of(modules)
+        original, compile_program, strict, max_graphs, modules, Watched.of(modules)
     )
     assert isinstance(copied, OptimizedModule)
     return copied

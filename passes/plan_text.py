@@ -20,7 +20,12 @@ def render(plan: "Plan", *, detail: bool = False, console: Console | None = None
     console = console or Console(highlight=False)
     console.print(Text(f"plan for {plan.target}, tolerance {plan.tolerance:g}", style="bold"))
     if not plan.predicted:
-        console.print("nothing captured yet: call the model, or pass example inputs")
+        unrun = (
+            "no graph was captured: the notes say why"
+            if plan.notes
+            else ("nothing captured yet: call the model, or pass example inputs")
+        )
+        console.print(unrun)
     for phase, figures in plan.predicted.items():
         _phase(console, plan, phase, figures, detail)
     if plan.kernels:

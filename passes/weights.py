@@ -1,6 +1,7 @@
 """Quantised weights, made once and shared by every graph of one `optimize`."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor, fx
 
 from ridgeline.codegen.kernel import constant
 from ridgeline.passes.quantization import Codec, QuantizedWeight, quantize, round_to_nearest
+
+_VERSION = operator.attrgetter("_version")
 
 
 class WeightStore:
@@ -20,7 +23,8 @@ class WeightStore:
 
     def __init__(self, hessians: dict[str, Tensor] | None = None) -> None:
         self.hessians = hessians or {}
-        self._sources: dict[str, tuple[Tensor, int]] = {}
+        self._sources: dict[str, Tensor] = {}
+        self._versions: list[int] = []
         self._rounded: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._refined: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._stacked: dict[tuple[tuple[str, ...], Codec], QuantizedWeight] = {}
@@ -39,7 +43,7 @@ class WeightStore:
 
     def stale(self) -> bool:
         """Has a weight been changed in place since it was quantised?"""
-        return any(w._version != version for w, version in self._sources.values())
+        return list(map(_VERSION, self._sources.values())) != self._versions
 
     def rounded(self, name: str, weight: Tensor, codec: Codec) -> QuantizedWeight:
         """Round to nearest: what the chooser weighs."""
@@ -52,8 +56,10 @@ class WeightStore:
         """The best that can be had: lossless as it is, GPTQ with data, a search without."""
         key = (name, codec)
         if key not in self._refined:
-            if not weight.is_inference():  # such tensors cannot be changed, nor count changes
-                self._sources[name] = (weight, weight._version)
+            # inference tensors cannot be changed, nor count changes
+            if not weight.is_inference() and name not in self._sources:
+                self._sources[name] = weight
+                self._versions.append(weight._version)
             rounded = self.rounded(name, weight, codec)
             lossless = torch.equal(rounded.dequantize(), weight.float())
             self._refined[key] = (

@@ -2,9 +2,10 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ridgeline.ir.aliases import written_between
 from ridgeline.ir.masks import scalar_value
@@ -88,7 +89,7 @@ def constant_factor(node) -> float | None:
     x, c = node.args
     if node.target is aten.mul.Tensor and isinstance(c, fx.Node) and _dimensionless(x):
         x, c = c, x
-    if not isinstance(x, fx.Node) or x.meta["val"].dtype != node.meta["val"].dtype:
+    if not is_tensor(x) or x.meta["val"].dtype != node.meta["val"].dtype:
         return None
     if isinstance(c, fx.Node):
         c = scalar_value(c) if _dimensionless(c) else None
@@ -97,8 +98,13 @@ def constant_factor(node) -> float | None:
     return float(c) if node.target is aten.mul.Tensor else 1.0 / float(c)
 
 
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
+    """Is it a node whose value is a tensor, and not a size?"""
+    return isinstance(node, fx.Node) and isinstance(node.meta["val"], Tensor)
+
+
 def _dimensionless(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.meta["val"].dim() == 0
+    return is_tensor(node) and node.meta["val"].dim() == 0
 
 
 def packet_of(node: object):

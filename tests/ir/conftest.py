@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ridgeline.ir.capture import Captured, flatten
+from ridgeline.ir.call import flatten
+from ridgeline.ir.capture import Captured
 
 
 class _Function(nn.Module):

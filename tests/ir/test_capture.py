@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ridgeline.ir.capture import CaptureError, capture, flatten
+from ridgeline.ir.call import flatten
+from ridgeline.ir.capture import CaptureError, capture
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

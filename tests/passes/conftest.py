@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from ridgeline.cost_model import load_target
 from ridgeline.ir.attention import ATTENTION
-from ridgeline.ir.capture import Captured, capture, flatten
+from ridgeline.ir.call import flatten
+from ridgeline.ir.capture import Captured, capture
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Candidate, Setting
