@@ -61,6 +61,14 @@ def check(cache: Any) -> None:
                 f"{type(part).__name__} is not a list of cache layers; use DynamicCache or"
                 " StaticCache"
             )
+        for layer in part.layers:
+            for name, value in vars(layer).items():
+                if isinstance(value, dict | list | set | tuple):
+                    raise CacheError(
+                        f"{type(layer).__name__} keeps its state in a {type(value).__name__}"
+                        f" ({name!r}), which a graph cannot carry; caches of full attention layers"
+                        " (DynamicLayer, StaticLayer) can be captured"
+                    )
 
 
 def tensors(cache: Any) -> list[Tensor]:

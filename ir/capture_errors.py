@@ -33,6 +33,10 @@ _WAYS_OUT = (
         " containers of them, or register it with torch.utils._pytree.register_pytree_node",
     ),
     (
+        ("missing a required", "unexpected keyword", "too many positional", "positional argument"),
+        "the arguments are not those of the model's forward: call it as it is declared",
+    ),
+    (
         ("leaf Variable", "in-place", "inplace"),
         "a tensor that others still need is changed in place: use the out-of-place form",
     ),

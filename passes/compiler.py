@@ -53,15 +53,20 @@ class Compiler:
         hessians: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """The arguments are `optimize`'s, checked here; hessians: weight name -> [K,K]."""
-        if not 0.0 <= tolerance < 1.0:
-            raise OptimizeError(f"tolerance is {tolerance}; choose 0 <= tolerance < 1, as 0.02")
+        if not isinstance(tolerance, int | float) or not 0.0 <= tolerance < 1.0:
+            raise OptimizeError(f"tolerance is {tolerance!r}; choose 0 <= tolerance < 1, as 0.02")
         if objective not in get_args(Objective):
             raise OptimizeError(f"objective is {objective!r}; choose one of {get_args(Objective)}")
         if lowering not in ("inductor", "eager"):
             raise OptimizeError(f"lowering is {lowering!r}; choose 'inductor' or 'eager'")
+        if isinstance(ignore, str) or not all(isinstance(p, str) for p in ignore or ()):
+            raise OptimizeError(f"ignore is {ignore!r}; pass a list of patterns, as ['lm_head']")
+        for p in passes:
+            if not isinstance(p, Pass):
+                raise OptimizeError(f"{p!r} is no pass; choose from ridgeline.passes.PASSES")
         self.target = load_target(target)
         self.tolerance, self.objective = tolerance, objective
-        self.passes, self.ignore, self.lowering = tuple(passes), tuple(ignore), lowering
+        self.passes, self.ignore, self.lowering = tuple(passes), tuple(ignore or ()), lowering
         self.plan = Plan(self.target.name, tolerance)
         self._weights = WeightStore(hessians)
         self._certificates: dict[Any, Certificate] = {}

@@ -1,5 +1,7 @@
 """`optimize`: rewrite a model for one target and account for every step."""
 
+import difflib
+import fnmatch
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -53,6 +55,10 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise OptimizeError(f"model is {type(model).__name__}; pass a torch.nn.Module")
+    if args is not None and not isinstance(args, list | tuple):
+        raise OptimizeError(f"args is {type(args).__name__}; pass a tuple, as (x,)")
+    if max_graphs < 1:
+        raise OptimizeError(f"max_graphs is {max_graphs}; keep at least 1")
     compiler = Compiler(
         target,
         tolerance=tolerance,
@@ -62,10 +68,20 @@ def optimize(
         lowering=lowering,
         hessians=_hessians(model, calibration),
     )
+    _refuse_unmatched(compiler.ignore, model)
     fast = optimized_copy(model, compiler, strict=strict, max_graphs=max_graphs)
     if args is not None or kwargs:
         fast.capture(*(args or ()), **(kwargs or {}))
     return fast
+
+
+def _refuse_unmatched(ignore: Sequence[str], model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in ignore:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, 3)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise OptimizeError(f"ignore: no module of the model matches {pattern!r}{hint}")
 
 
 def _hessians(model: nn.Module, calibration: Iterable[Any] | None) -> dict[str, torch.Tensor]:

@@ -204,6 +204,15 @@ def test_a_cache_without_layers_is_refused():
         flatten((), {"past_key_values": cache})
 
 
+def test_a_layer_that_keeps_a_dict_is_refused(llama):
+    cache = _empty("static", llama)
+    caches.layers(cache)[1].conv_states = {}
+    with pytest.raises(
+        CacheError, match=r"StaticLayer keeps its state in a dict \('conv_states'\)"
+    ):
+        flatten((), {"past_key_values": cache})
+
+
 def test_only_caches_are_caches(llama):
     assert caches.is_cache(_empty("static", llama))
     assert not any(map(caches.is_cache, (None, [], (torch.ones(1),), llama)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ridgeline.passes.compiler import OptimizeError
 from ridgeline.passes.optimize import optimize
 
 LOWERINGS = ["eager", "inductor"]
@@ -185,3 +186,19 @@ def test_backward_hooks_of_parts_run():
     fast(draw(3, 4).requires_grad_()).sum().backward()
     assert seen == [1]
     assert "a hook" in next(iter(fast.fallbacks.values()))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"args": torch.zeros(2, 4)}, "args is Tensor; pass a tuple"),
+        ({"tolerance": "0.1"}, "tolerance is '0.1'"),
+        ({"ignore": "lm_head"}, "ignore is 'lm_head'; pass a list"),
+        ({"ignore": ["1.nothing"]}, "no module of the model matches '1.nothing'"),
+        ({"passes": ["norm"]}, "'norm' is no pass"),
+        ({"max_graphs": 0}, "max_graphs is 0"),
+    ],
+)
+def test_unusable_arguments(options, said):
+    with pytest.raises(OptimizeError, match=said):
+        optimize(nn.Sequential(nn.Linear(4, 4)), **options)
