@@ -64,17 +64,21 @@ def input_check(values: Sequence[Any], assumed: Sequence[sympy.Basic] = ()) -> C
 
 
 def _bindings(values: Sequence[Any]) -> dict[sympy.Symbol, str]:
-    """Where each free size can be read: a SymInt input, or a dimension that is just that size."""
+    """Where each free size can be read: a SymInt input, a dimension that is just that size, or, as
+    of a slice of something longer, a stride."""
     bound: dict[sympy.Symbol, str] = {}
+    candidates: list[tuple[int | torch.SymInt, str]] = []
     for position, value in enumerate(values):
-        candidates: list[tuple[int | torch.SymInt, str]] = (
-            [(value, f"a{position}")]
-            if isinstance(value, torch.SymInt)
-            else [(size, f"a{position}.size({d})") for d, size in enumerate(value.shape)]
-        )
-        for size, source in candidates:
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                bound.setdefault(size.node.expr, source)
+        if isinstance(value, torch.SymInt):
+            candidates.append((value, f"a{position}"))
+        else:
+            candidates += [(n, f"a{position}.size({d})") for d, n in enumerate(value.shape)]
+    for position, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            candidates += [(n, f"a{position}.stride({d})") for d, n in enumerate(value.stride())]
+    for size, source in candidates:
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            bound.setdefault(size.node.expr, source)
     return bound
 
 

@@ -2,9 +2,11 @@
 
 A cache layer is a bag of tensors and plain attributes. A program takes the tensors as inputs; those
 that the model replaces come back as outputs, those that it updates in place are updated in place.
+Layers of sliding windows also count their tokens in a Python integer: a program takes it as the
+size of an empty tensor [count, 0], a free dimension, and returns the new count.
 A cache is a list of layers, or a pair of such lists (an encoder-decoder's own and cross attention).
-A layer whose *plain* attributes change during a step (a Python counter, say) holds state that no
-graph can carry, and is refused. transformers is never imported here: where no cache class has been
+A layer whose other plain attributes change during a step holds state that no graph can carry, and
+is refused. transformers is never imported here: where no cache class has been
 loaded, no argument is a cache.
 """
 
@@ -21,6 +23,10 @@ from ridgeline.ir.errors import RidgelineError
 
 class CacheError(RidgelineError):
     """A cache whose state cannot be carried by a graph."""
+
+
+COUNTERS = ("cumulative_length", "cumulative_length_int")
+"""Attributes in which layers count the tokens that they have seen."""
 
 
 def is_cache(value: Any) -> bool:
@@ -72,34 +78,70 @@ def check(cache: Any) -> None:
 
 
 def tensors(cache: Any) -> list[Tensor]:
-    """The cache's tensors, layer by layer, in the order in which the layer holds them."""
-    return [v for layer in layers(cache) for v in vars(layer).values() if isinstance(v, Tensor)]
+    """The cache's tensors, layer by layer, in the order in which the layer holds them; then an
+    empty one [count, 0] for each different count of tokens."""
+    held = [v for layer in layers(cache) for v in vars(layer).values() if isinstance(v, Tensor)]
+    return held + [torch.empty(count, 0) for count in _counts(cache)]
+
+
+def _counts(cache: Any) -> dict[int, int]:
+    """Each different count of the layers -> its position. 0 and 1 are no free sizes, but values."""
+    found = {}
+    for layer in layers(cache):
+        for name in COUNTERS:
+            count = vars(layer).get(name)
+            if isinstance(count, int) and count > 1:
+                found.setdefault(count, len(found))
+    return found
+
+
+def counts(cache: Any) -> int:
+    """How many of `tensors`, the last, stand for counts."""
+    return len(_counts(cache))
 
 
 def signature(cache: Any) -> tuple[Any, ...]:
     """What a program specialises on: classes, plain attributes, which tensors exist."""
+    counts = _counts(cache)
     inside = tuple(
-        (type(part).__name__, *map(_layer_signature, part.layers)) for part in _parts(cache)
+        (type(part).__name__, *(_layer_signature(layer, counts) for layer in part.layers))
+        for part in _parts(cache)
     )
     return (type(cache).__name__, *getattr(cache, "is_updated", {}).items(), *inside)
 
 
-def _layer_signature(layer: Any) -> tuple[Any, ...]:
+def _layer_signature(layer: Any, counts: dict[int, int]) -> tuple[Any, ...]:
     state = vars(layer)
     plain = [Tensor if isinstance(v, Tensor) else v for v in state.values()]
+    if counts:
+        names = zip(state, plain, strict=True)
+        plain = [("count", counts.get(v, v)) if n in COUNTERS else v for n, v in names]
     try:
         hash(key := (type(layer).__name__, *state, *plain))
-    except TypeError:  # some attribute is a list or the like
+    except TypeError:  # some attribute is an object without a hash
         return (type(layer).__name__, *state, *map(str, plain))
     return key
 
 
 def with_tensors(cache: Any, values: Sequence[Tensor]) -> Any:
-    """A copy of `cache` that holds `values` instead of its own tensors."""
+    """A copy of `cache` that holds `values` instead of its own `tensors`."""
     remaining = iter(values)
     new = _copy(cache)
     for part in _parts(new):
         part.layers = [_layer_with(layer, remaining) for layer in part.layers]
+    sizes = {count: next(remaining).shape[0] for count in _counts(cache)}
+    for layer in layers(new) if sizes else ():
+        for name in COUNTERS:
+            if name in vars(layer) and not isinstance(vars(layer)[name], Tensor):
+                setattr(layer, name, sizes.get(vars(layer)[name], vars(layer)[name]))
+    return new
+
+
+def snapshot(cache: Any) -> Any:
+    """A copy of `cache` with layers of its own, which hold the same tensors."""
+    new = _copy(cache)
+    for part in _parts(new):
+        part.layers = list(map(copy.copy, part.layers))
     return new
 
 
@@ -129,9 +171,8 @@ def replaced(before: Any | None, after: Any) -> list[tuple[Place, Tensor]]:
             if old is not None:
                 _check_plain(i, old, layer)
             for name, value in vars(layer).items():
-                if isinstance(value, Tensor) and (
-                    old is None or getattr(old, name, None) is not value
-                ):
+                carried = isinstance(value, Tensor | torch.SymInt)
+                if carried and (old is None or getattr(old, name, None) is not value):
                     changes.append(((p, i, name), value))
     return changes
 
@@ -143,7 +184,7 @@ def _check_plain(index: int, old: Any, new: Any) -> None:
         expected = copy.copy(old)
         expected.lazy_initialization(new.keys, new.values)
     for name, value in vars(new).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) or name in COUNTERS:
             continue
         if str(getattr(expected, name, None)) != str(value):
             raise CacheError(
@@ -171,6 +212,11 @@ def install(cache: Any, template: Any, changes: Sequence[Place], values: Sequenc
                     setattr(layer, other[2], tensor)
             layer.lazy_initialization(given[p, index, "keys"], given[p, index, "values"])
         setattr(layer, name, value)
+    for part, final in zip(parts, templates, strict=True):
+        for layer, traced in zip(part.layers, final.layers, strict=False):
+            for name in COUNTERS:  # those that the captured step knew as numbers
+                if isinstance(count := vars(traced).get(name), int):
+                    setattr(layer, name, count)
     if hasattr(cache, "is_updated"):
         cache.is_updated = dict(template.is_updated)
 

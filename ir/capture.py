@@ -119,7 +119,7 @@ class _Flat(nn.Module):
 
     def forward(self, *flat: Tensor) -> tuple[Any, ...]:
         args, kwargs, made = self.call.rebuild(flat)
-        before = [caches.with_tensors(c, caches.tensors(c)) for c in made]
+        before = list(map(caches.snapshot, made))
         buffers = dict(self.model.named_buffers())
         leaves = tree_flatten((args, kwargs), is_leaf=caches.is_cache)
         state = ModuleState(self.model)
@@ -257,6 +257,7 @@ def _free(call: Call) -> list[dict[int, Any] | None]:
                 for value in vars(layer).values():
                     if isinstance(value, Tensor):
                         shapes.append(_auto(value, (0, 2) if grows and value.dim() == 4 else ()))
+            shapes += [{0: Dim.AUTO}] * caches.counts(leaf)
     return shapes
 
 

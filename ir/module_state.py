@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 _OWN = set(vars(nn.Module()))
 """torch's own attributes: parameters, buffers, submodules, hooks, the mode."""
+_NOTES = {"_output_capturing_hooks_installed"}
+"""transformers' note that a module has its hooks: these stay too."""
 _VALUES = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 _OPAQUE = (*_VALUES, Tensor, nn.Module, type, type(None), torch.Generator)
 
@@ -82,7 +84,7 @@ def _contents(holder: Any) -> dict[Any, Any]:
         # torch's own hooks, as weight_norm's, compute an attribute anew in every call
         hooks = holder._forward_pre_hooks.values()
         derived = {getattr(h, "name", "") for h in hooks if type(h).__module__.startswith("torch.")}
-        kept = _OWN | derived
+        kept = _OWN | _NOTES | derived
         return {name: value for name, value in vars(holder).items() if name not in kept}
     if isinstance(holder, dict):
         return dict(holder)

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -322,11 +323,12 @@ def _refuse_autocast() -> None:
 
 
 def _refuse_hooks(modules: Sequence[nn.Module]) -> None:
-    """torch's own hooks on parts, as weight_norm's, compute what a graph holds; others may do
-    anything, and would do it while the graph is captured and never again."""
+    """The hooks of torch, as weight_norm's, and of transformers, which collects hidden states,
+    compute what a graph holds; others may do anything, and would do it once, in the capture."""
     for module in modules:
         for hook in (h for name in RUN_HOOKS for h in getattr(module, name).values()):
-            if not (type(hook).__module__ or "").startswith("torch."):
+            home = hook.__module__ if isinstance(hook, FunctionType) else type(hook).__module__
+            if not (home or "").startswith(("torch.", "transformers.")):
                 said = getattr(hook, "__qualname__", type(hook).__name__)
                 raise CaptureError(
                     f"a hook ({said}) of a {type(module).__name__} inside the model runs"

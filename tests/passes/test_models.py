@@ -208,3 +208,42 @@ def test_generate(cache):
     assert attributes == {name: set(vars(m)) for name, m in model.named_modules()}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.slow
+def test_generate_over_a_sliding_window(cache):
+    """The layers' own counters are free: a graph serves every length on one side of the window."""
+    config = transformers.Gemma2Config(
+        **_SIZES, num_attention_heads=4, num_key_value_heads=2, vocab_size=99, sliding_window=9,
+        head_dim=8, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    fast = optimize(model, target="a100", lowering="eager")
+    for length in (5, 13, 4):
+        call = {
+            "inputs": _ids(2, length), "min_new_tokens": 20, "max_new_tokens": 20,
+            "do_sample": False, "pad_token_id": 0, "cache_implementation": cache,
+        }  # fmt: skip
+        assert fast.generate(**call).tolist() == model.generate(**call).tolist()
+    assert fast.fallbacks == {}
+    assert fast.captures <= 7  # static caches hold 25, 33 and 24 tokens
+
+
+@torch.no_grad()
+def test_hidden_states_on_request():
+    """transformers puts hooks on the layers for them, at the first request, and leaves them."""
+    model = _made(llama, torch.float32)
+    fast, ids = optimize(model, target="a100", lowering="eager"), _ids(2)
+    for wanted in (False, True, False, True, True):
+        ours = fast(ids, use_cache=False, output_hidden_states=wanted)
+        theirs = model(ids, use_cache=False, output_hidden_states=wanted)
+        _agree(ours.logits, theirs.logits)
+        assert len(ours.hidden_states or ()) == (LAYERS + 1 if wanted else 0)
+        for a, b in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
+            _agree(a, b)
+    assert fast.fallbacks == {}
+    captured = fast.captures
+    fast(ids, use_cache=False)
+    assert fast.captures <= captured + 1
