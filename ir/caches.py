@@ -157,6 +157,15 @@ Place = tuple[int, int, str]
 """(part, layer, attribute) of a tensor in a cache."""
 
 
+def tie_lengths(cache: Any) -> None:
+    """While a cache is traced: the keys and values of a layer that agree in batch, heads and length
+    do so for good. Nothing else may tell, as in cross attention, which only reads them."""
+    for layer in layers(cache):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor):
+            _ = keys.shape[:-1] == values.shape[:-1]  # asking makes it a guard
+
+
 def replaced(before: Any | None, after: Any) -> list[tuple[Place, Tensor]]:
     """Where and what a step put in place of `before`'s tensors.
 

@@ -119,6 +119,8 @@ class _Flat(nn.Module):
 
     def forward(self, *flat: Tensor) -> tuple[Any, ...]:
         args, kwargs, made = self.call.rebuild(flat)
+        for cache in made:
+            caches.tie_lengths(cache)
         before = list(map(caches.snapshot, made))
         buffers = dict(self.model.named_buffers())
         leaves = tree_flatten((args, kwargs), is_leaf=caches.is_cache)

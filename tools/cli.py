@@ -6,6 +6,7 @@ exported program. Heavy imports happen inside the commands, so that --help is qu
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,8 +70,20 @@ Target = Annotated[str, typer.Option(help="A name of `ridgeline targets`, or a T
 Tolerance = Annotated[float, typer.Option(help="Output error that approximate rewrites may spend.")]
 Goal = Annotated[Objective, typer.Option(help="What to make small.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Module paths to leave alone, as lm_head.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Before any work: its folder, or the nearest one that is there, takes files."""
+    if path is not None:
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise typer.BadParameter(f"{folder} is no folder that can be written to")
+    return path
+
+
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Write here, not to the screen.")
+    Path | None,
+    typer.Option("--output", "-o", callback=_writable, help="Write here, not to the screen."),
 ]
 Trace = Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")]
 
@@ -99,8 +112,8 @@ def optimize(
                 run(*inputs)
         compiler.plan.print()
         if output is not None:
-            saved = {"model": model, **compiler.plan.to_dict()}
-            output.write_text(json.dumps(saved, indent=2))
+            saved = {"model": str(Path(model).absolute()), **compiler.plan.to_dict()}
+            _write(output, json.dumps(saved, indent=2))
 
 
 @app.command()
@@ -175,7 +188,7 @@ def dump(
         if output is None:
             typer.echo(content)
         else:
-            output.write_text(content + "\n")
+            _write(output, content + "\n")
 
 
 @app.command()
@@ -219,7 +232,7 @@ def sweep(
         dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
         rows = run(families or (), dtypes, out)
         if output is not None:
-            output.write_text(json.dumps([r.to_dict() for r in rows], indent=2))
+            _write(output, json.dumps([r.to_dict() for r in rows], indent=2))
 
 
 @app.command()
@@ -239,6 +252,8 @@ def _capture(
     from ridgeline.passes.compiler import Compiler
     from ridgeline.tools.model_file import load_model_file
 
+    with _status(f"loading {model}"):
+        example = load_model_file(model)
     with _status("reading the target"):
         compiler = Compiler(
             target,
@@ -247,14 +262,17 @@ def _capture(
             passes=PASSES,
             ignore=ignore or (),
         )
-    with _status(f"loading {model}"):
-        example = load_model_file(model)
     with _status("capturing"):
         import torch
 
         with torch.no_grad():
             captured = capture(example.model, example.args, example.kwargs)
     return compiler, captured.program
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 def _write_sources(reports: "Sequence[KernelReport]", output: Path | None) -> None:
@@ -267,8 +285,7 @@ def _write_sources(reports: "Sequence[KernelReport]", output: Path | None) -> No
         if output is None:
             typer.echo(f"# ==== {name}: {report.configuration}\n{report.source()}")
             continue
-        output.mkdir(parents=True, exist_ok=True)
-        (output / name).write_text(report.source())
+        _write(output / name, report.source())
         out.print(f"wrote {output / name}: {report.configuration}")
 
 

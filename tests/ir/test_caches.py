@@ -146,12 +146,19 @@ def test_an_encoder_decoder_keeps_its_cross_attention():
             }
             for cache in (ours, theirs)
         ]
-        got, expected = _through(capture(model, (), calls[0]))(**calls[0]), model(**calls[1])
+        captured = capture(model, (), calls[0])
+        got, expected = _through(captured)(**calls[0]), model(**calls[1])
         assert got.past_key_values is ours
         torch.testing.assert_close(got.logits, expected.logits)
         assert ours.is_updated == theirs.is_updated == {0: True, 1: True}
         for part in ("self_attention_cache", "cross_attention_cache"):
             _assert_same_cache(getattr(ours, part), getattr(theirs, part))
+    inputs = [
+        n.meta["val"].shape for n in captured.program.module.graph.find_nodes(op="placeholder")
+    ]
+    held = [shape for shape in inputs if len(shape) == 4]
+    assert len(held) == 4 * LAYERS
+    assert held[::2] == held[1::2]  # keys and values, also those that are only read
 
 
 # -- signatures and refusals -----------------------------------------------------------------------

@@ -123,3 +123,18 @@ def test_no_such_file_is_one_line():
 def test_usage_errors_exit_with_two(model: str):
     assert invoke("dump", f"{model}:good", "--stage", "nonsense").exit_code == 2
     assert invoke("explain").exit_code == 2
+
+
+def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    output = str(tmp_path / "file" / "plan.json")
+    result = invoke("optimize", "no_such.py:build", "-o", output)
+    assert result.exit_code == 2
+    assert "is no folder that can be written to" in " ".join(result.output.split())
+
+
+def test_a_missing_model_is_said_before_the_cpu_is_probed(monkeypatch):
+    monkeypatch.setattr("ridgeline.cost_model.probe.probe_host", lambda *_: pytest.fail("probed"))
+    result = invoke("explain", "no_such.py:build")
+    assert result.exit_code == 1
+    assert "no such file: no_such.py" in result.output

@@ -26,11 +26,13 @@ def build():
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model.py").write_text(MODEL.format(causal=True))
     plan = tmp_path / "plan.json"
-    arguments = ["optimize", f"{tmp_path / 'model.py'}:build", "--target", "cpu", "-o", str(plan)]
-    result = CliRunner().invoke(app, arguments)
+    arguments = ["optimize", "model.py:build", "--target", "cpu", "-o", str(plan)]
+    with monkeypatch.context() as there:  # the plan is verified from elsewhere
+        there.chdir(tmp_path)
+        result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert len(json.loads(plan.read_text())["applied"]) == 1
     return plan
