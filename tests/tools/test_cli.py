@@ -130,7 +130,8 @@ def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
     output = str(tmp_path / "file" / "plan.json")
     result = invoke("optimize", "no_such.py:build", "-o", output)
     assert result.exit_code == 2
-    assert "is no folder that can be written to" in " ".join(result.output.replace("│", " ").split())
+    said = " ".join(result.output.replace("│", " ").split())  # boxed, and broken anywhere
+    assert "is no folder that can be written to" in said
 
 
 def test_a_missing_model_is_said_before_the_cpu_is_probed(monkeypatch):
