@@ -18,15 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ridgeline.ir.errors import RidgelineError
-
-
-class CacheError(RidgelineError):
-    """A cache whose state cannot be carried by a graph."""
-
-
-COUNTERS = ("cumulative_length", "cumulative_length_int")
-"""Attributes in which layers count the tokens that they have seen."""
+from ridgeline.ir.cache_layer import COUNTERS, CacheError, layout_of
 
 
 def is_cache(value: Any) -> bool:
@@ -59,68 +51,48 @@ def _copy(cache: Any) -> Any:
     return new
 
 
-def check(cache: Any) -> None:
-    """Raise CacheError for a cache that is not simply layers."""
+def taken_apart(cache: Any) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """(what a program specialises on, its `tensors`) of a cache: classes, plain attributes, which
+    tensors exist; counts by which are equal, but for 0 and 1, which are no free sizes.
+
+    Raises CacheError for a cache that is not simply layers of tensors and plain values.
+    """
+    signature: list[Any] = [type(cache), *getattr(cache, "is_updated", {}).items()]
+    held: list[Tensor] = []
+    counts: dict[int, int] = {}
     for part in _parts(cache):
         if not isinstance(getattr(part, "layers", None), list):
             raise CacheError(
                 f"{type(part).__name__} is not a list of cache layers; use DynamicCache or"
                 " StaticCache"
             )
+        signature.append(type(part))
         for layer in part.layers:
-            for name, value in vars(layer).items():
-                if isinstance(value, dict | list | set | tuple):
-                    raise CacheError(
-                        f"{type(layer).__name__} keeps its state in a {type(value).__name__}"
-                        f" ({name!r}), which a graph cannot carry; caches of full attention layers"
-                        " (DynamicLayer, StaticLayer) can be captured"
-                    )
+            state, layout = vars(layer), layout_of(layer)
+            held += layout.tensors(state)
+            signature += (layout, *layout.plain(state))
+            for name in layout.counters:
+                count = state[name]
+                free = count > 1
+                signature.append((free, counts.setdefault(count, len(counts)) if free else count))
+    return tuple(signature), held + [torch.empty(count, 0) for count in counts]
 
 
 def tensors(cache: Any) -> list[Tensor]:
     """The cache's tensors, layer by layer, in the order in which the layer holds them; then an
     empty one [count, 0] for each different count of tokens."""
-    held = [v for layer in layers(cache) for v in vars(layer).values() if isinstance(v, Tensor)]
-    return held + [torch.empty(count, 0) for count in _counts(cache)]
+    return taken_apart(cache)[1]
 
 
-def _counts(cache: Any) -> dict[int, int]:
-    """Each different count of the layers -> its position. 0 and 1 are no free sizes, but values."""
-    found = {}
-    for layer in layers(cache):
-        for name in COUNTERS:
-            count = vars(layer).get(name)
-            if isinstance(count, int) and count > 1:
-                found.setdefault(count, len(found))
-    return found
+def _counts(cache: Any) -> list[int]:
+    """The different counts of the layers that are free sizes, in order."""
+    found = {vars(layer)[n]: None for layer in layers(cache) for n in layout_of(layer).counters}
+    return [count for count in found if count > 1]
 
 
 def counts(cache: Any) -> int:
     """How many of `tensors`, the last, stand for counts."""
     return len(_counts(cache))
-
-
-def signature(cache: Any) -> tuple[Any, ...]:
-    """What a program specialises on: classes, plain attributes, which tensors exist."""
-    counts = _counts(cache)
-    inside = tuple(
-        (type(part).__name__, *(_layer_signature(layer, counts) for layer in part.layers))
-        for part in _parts(cache)
-    )
-    return (type(cache).__name__, *getattr(cache, "is_updated", {}).items(), *inside)
-
-
-def _layer_signature(layer: Any, counts: dict[int, int]) -> tuple[Any, ...]:
-    state = vars(layer)
-    plain = [Tensor if isinstance(v, Tensor) else v for v in state.values()]
-    if counts:
-        names = zip(state, plain, strict=True)
-        plain = [("count", counts.get(v, v)) if n in COUNTERS else v for n, v in names]
-    try:
-        hash(key := (type(layer).__name__, *state, *plain))
-    except TypeError:  # some attribute is an object without a hash
-        return (type(layer).__name__, *state, *map(str, plain))
-    return key
 
 
 def with_tensors(cache: Any, values: Sequence[Tensor]) -> Any:
@@ -131,9 +103,8 @@ def with_tensors(cache: Any, values: Sequence[Tensor]) -> Any:
         part.layers = [_layer_with(layer, remaining) for layer in part.layers]
     sizes = {count: next(remaining).shape[0] for count in _counts(cache)}
     for layer in layers(new) if sizes else ():
-        for name in COUNTERS:
-            if name in vars(layer) and not isinstance(vars(layer)[name], Tensor):
-                setattr(layer, name, sizes.get(vars(layer)[name], vars(layer)[name]))
+        for name in layout_of(layer).counters:
+            setattr(layer, name, sizes.get(vars(layer)[name], vars(layer)[name]))
     return new
 
 

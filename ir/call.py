@@ -77,10 +77,9 @@ def flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
             flat.append(leaf)
             key.append(_tensor_key(leaf))
         elif caches.is_cache(leaf):
-            caches.check(leaf)
-            inside = caches.tensors(leaf)
+            signature, inside = caches.taken_apart(leaf)
             flat += inside
-            key += (caches.signature(leaf), *map(_tensor_key, inside))
+            key += (signature, *map(_tensor_key, inside))
         else:
             if not isinstance(leaf, PLAIN):
                 raise CaptureError(
