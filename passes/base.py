@@ -1,5 +1,6 @@
 """The types that passes are made of: a pass is a value, not a subclass."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -82,10 +83,14 @@ class Pass:
     rounding: Mapping[str, float] = field(default_factory=dict)
 
 
+_DYNAMO = re.compile(r"^L\['\w+'\]\.?")
+"""How Dynamo's paths begin: with the local variable that held the model."""
+
+
 def location(node: fx.Node) -> str:
     """Module path and node name; the path is the innermost module that the node came from."""
     stack = node.meta.get("nn_module_stack") or {}
     # torch files nodes of no module under a placeholder path.
     paths = [p for p, *_ in stack.values() if p and not p.startswith("_empty_nn_module_stack")]
-    path = paths[-1].replace("L['self'].", "").removeprefix("L['self']") if paths else ""
+    path = _DYNAMO.sub("", paths[-1]) if paths else ""
     return f"{path}:{node.name}" if path else node.name

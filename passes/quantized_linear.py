@@ -125,6 +125,12 @@ def _layer(out: fx.Node, setting: Setting) -> Layer | Reject:
         return Reject(
             "approximate, and tolerance is 0", out, "pass tolerance > 0, such as tolerance=0.02"
         )
+    if read.op == "placeholder":
+        return Reject(
+            f"the weight is {said(read)}, an input of the graph",
+            out,
+            "use a parameter or buffer as weight, and call within torch.no_grad()",
+        )
     if node is None:
         return Reject(
             f"the weight is {said(read)}, computed at run time",

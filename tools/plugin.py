@@ -7,6 +7,7 @@ that cannot be traced goes to Inductor as it came, and the log says why.
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,11 +17,13 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 
 from ridgeline.codegen.code_version import code_version
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
+from ridgeline.passes.apply import copy_graph
 from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.plan import Plan
 
@@ -57,35 +60,69 @@ def backend(
     Raises PluginError for unknown options or a `mode` (ridgeline has targets instead).
     """
     chosen = _options(options, mode)
+    _compiler(chosen)  # refuses values that cannot be used before any work
     training = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in example_inputs
     )
     fold = chosen.tolerance > 0 and not training  # only a quantised weight need be a constant
     try:
-        program, free, folded = _program(gm, example_inputs, training, fold)
+        traced = _traced(gm, example_inputs)
     except Exception as error:  # whatever tracing meets, the user's model must still run
         log.warning("ridgeline leaves this graph to Inductor: it could not be traced: %s", error)
         return _inductor(gm, example_inputs)
-    run, versions = _compiled(program, chosen), _versions(folded)
+    folded = [i for i, x in enumerate(example_inputs) if fold and isinstance(x, nn.Parameter)]
+    free = [i for i in range(len(example_inputs)) if i not in folded]
+    # Dynamo gives one graph to all modules of the same code; what it folds is each one's own.
+    known: OrderedDict[tuple[int, ...], _Folded] = OrderedDict()
+
+    def compiled_for(inputs: Sequence[Any]) -> Callable[..., Any]:
+        weights = [inputs[i] for i in folded]
+        key = tuple(map(id, weights))
+        found = known.get(key)
+        if found is None or found.state != _state(weights):
+            program = _program(traced, inputs, folded, training)
+            known[key] = found = _Folded(weights, _state(weights), _compiled(program, chosen))
+            if len(known) > MOST_FOLDED:
+                known.popitem(last=False)
+        return found.run
 
     def call(*inputs: Any) -> Any:
-        nonlocal run, versions
-        if versions != _versions(folded):
-            log.info("weights changed: the graph that holds them is compiled anew")
-            run, versions = _compiled(program, chosen), _versions(folded)
-        return run(*(inputs[i] for i in free))
+        return compiled_for(inputs)(*(inputs[i] for i in free))
 
+    compiled_for(example_inputs)
     return call
 
 
-def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
-    compiler = Compiler(
+MOST_FOLDED = 256
+"""Sets of weights for which one graph is kept compiled: the layers of a large model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """A graph compiled for these weights, as they were."""
+
+    weights: list[Tensor]
+    state: list[tuple[int, int]]
+    run: Callable[..., Any]
+
+
+def _state(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where each weight lies, and how often it was changed in place."""
+    return [(w.data_ptr(), w._version) for w in weights]
+
+
+def _compiler(chosen: Options) -> Compiler:
+    return Compiler(
         chosen.target,
         tolerance=chosen.tolerance,
         objective=chosen.objective,
         passes=PASSES,
         ignore=chosen.ignore,
     )
+
+
+def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
+    compiler = _compiler(chosen)
     rewritten = compiler.rewrite(program)
     counters["ridgeline"]["applied"] += len(compiler.plan.applied)
     counters["ridgeline"]["refused"] += len(compiler.plan.refused)
@@ -93,13 +130,14 @@ def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
         run = _inductor(rewritten, program.inputs)
     else:
         run = compiler.lower(rewritten, program)
+    if program.training and chosen.tolerance > 0:
+        compiler.plan.note(
+            "gradients are recorded, so the weights count as trained and none is quantised; to"
+            " infer, call within torch.no_grad(), or freeze them with requires_grad_(False)"
+        )
     if chosen.on_plan is not None:
         chosen.on_plan(compiler.plan)
     return run
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [t._version for t in tensors]
 
 
 def _options(options: dict[str, Any] | None, mode: str | None) -> Options:
@@ -109,60 +147,52 @@ def _options(options: dict[str, Any] | None, mode: str | None) -> Options:
         raise PluginError(f"unknown options {unknown}; ridgeline takes {known}")
     if mode not in (None, "default"):
         raise PluginError(f"mode={mode!r} is Inductor's; ridgeline takes options={{'target': ...}}")
-    return Options(**(options or {}))
+    chosen = Options(**(options or {}))
+    if chosen.on_plan is not None and not callable(chosen.on_plan):
+        raise PluginError(f"on_plan is {chosen.on_plan!r}; pass a function of a plan")
+    return chosen
 
 
-def _program(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool, fold: bool
-) -> tuple[Program, list[int], list[Tensor]]:
-    """Dynamo's graph as a `Program`, which of the inputs are its own, and the folded parameters.
-
-    fold: the parameters among the inputs become constants of the program, so that they can be
-    quantised and packed; else they stay inputs.
-    """
+def _traced(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Dynamo's graph in pre-dispatch ATen, each node with the module and line it came from."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta.get("example_value") for n in placeholders]
     # The placeholders' own mode: Dynamo gives back ends another, with the same symbols.
     modes = [v.fake_mode for v in values if isinstance(v, FakeTensor)]
     if not modes:
         raise RidgelineError("the graph's placeholders carry no fake tensors")
-    fake_mode = modes[0]
     given = [x if v is None else v for x, v in zip(example_inputs, values, strict=True)]
-    with fake_mode:
-        traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
+    with modes[0], preserve_node_meta():
+        return make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
             *given
         )
-    constants = [fold and isinstance(x, nn.Parameter) for x in example_inputs]
-    _fold(traced, example_inputs, constants)
-    free = [i for i, constant in enumerate(constants) if not constant]
-    program = Program.from_graph(
-        traced,
-        [_concrete(example_inputs[i]) for i in free],
-        phase="training" if training else "forward",
-        training=training,
-    )
-    return program, free, [x for x, yes in zip(example_inputs, constants, strict=True) if yes]
+
+
+def _program(
+    traced: fx.GraphModule, inputs: Sequence[Any], folded: Sequence[int], training: bool
+) -> Program:
+    """The graph as a `Program` whose inputs at `folded` are constants, so that they can be
+    quantised and packed."""
+    module, copied = copy_graph(traced)
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    for i in folded:
+        node = copied[placeholders[i]]
+        name = f"constant_{node.name}"
+        module.register_parameter(name, inputs[i])
+        with module.graph.inserting_before(node):
+            attribute = module.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        module.graph.erase_node(node)
+    module.recompile()
+    free = [_concrete(x) for i, x in enumerate(inputs) if i not in folded]
+    phase = "training" if training else "forward"
+    return Program.from_graph(module, free, phase=phase, training=training)
 
 
 def _concrete(value: Any) -> Any:
     """A free size as the number it has in this call, so that programs can be run on it."""
     return int(value.node.hint) if isinstance(value, torch.SymInt) else value
-
-
-def _fold(traced: fx.GraphModule, example_inputs: Sequence[Any], constants: Sequence[bool]) -> None:
-    """Turn placeholders of parameters into attributes."""
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    for node, parameter, constant in zip(placeholders, example_inputs, constants, strict=True):
-        if not constant:
-            continue
-        name = f"constant_{node.name}"
-        traced.register_parameter(name, parameter)
-        with traced.graph.inserting_before(node):
-            attribute = traced.graph.get_attr(name)
-        attribute.meta = dict(node.meta)
-        node.replace_all_uses_with(attribute)
-        traced.graph.erase_node(node)
-    traced.recompile()
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -148,6 +148,41 @@ def test_a_folded_weight_that_changes_is_folded_again(compiled):
     assert 0 < error <= 0.02
 
 
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
+
+
+@torch.no_grad()
+def test_modules_of_the_same_code_keep_their_own_weights(compiled):
+    """Dynamo gives them one graph, with their weights as inputs."""
+    blocks, x = [_mlp() for _ in range(3)], torch.randn(4, 256)
+    fast, plans = compiled(lambda block, x: block(x), tolerance=0.02, objective="memory")
+    for block in (*blocks, *blocks):
+        assert 0 < (fast(block, x) - block(x)).norm() / block(x).norm() <= 0.02
+    assert len(plans) == 3
+    blocks[1][0].weight = nn.Parameter(torch.randn(512, 256))
+    blocks[2][2].weight.data = torch.randn(256, 512)
+    for block in blocks:
+        assert 0 < (fast(block, x) - block(x)).norm() / block(x).norm() <= 0.02
+    assert len(plans) == 5
+
+
+@torch.no_grad()
+def test_modules_are_named_as_in_the_model(compiled):
+    fast, plans = compiled(_mlp(), tolerance=0.02, objective="memory", ignore=["2"])
+    fast(torch.randn(4, 256))
+    assert [d.at.partition(":")[0] for d in plans[0].applied] == ["0"]
+    (refused,) = (d for d in plans[0].refused if d.rewrite == "quantized_linear")
+    assert (refused.at.partition(":")[0], refused.reason) == ("2", "listed in ignore=")
+
+
+def test_trained_weights_are_said_not_to_be_quantised(compiled):
+    fast, plans = compiled(_mlp(), tolerance=0.02, objective="memory")
+    fast(torch.randn(4, 256))
+    assert "call within torch.no_grad()" in plans[0].notes[0]
+    assert "an input of the graph" in plans[0].refused[0].reason
+
+
 @torch.no_grad()
 def test_quantised_within_the_tolerance(compiled):
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
@@ -165,6 +200,8 @@ def test_quantised_within_the_tolerance(compiled):
         ({"mode": "max-autotune"}, "mode='max-autotune' is Inductor's"),
         ({"options": {"tolerance": 2.0}}, "tolerance is 2.0; choose"),
         ({"options": {"target": "a1000"}}, "a1000"),
+        ({"options": {"tolerance": "x"}}, "tolerance is 'x'"),
+        ({"options": {"on_plan": 3}}, "on_plan is 3; pass a function"),
     ],
 )
 @torch.no_grad()
