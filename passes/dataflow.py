@@ -25,6 +25,15 @@ def through_casts(value: Any, seen: set[fx.Node]) -> Any:
     return value
 
 
+def cast_back(out: fx.Node, x: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    """The result in x's dtype, where a cast right behind it makes that."""
+    users = list(out.users)
+    if out.meta["val"].dtype != x.meta["val"].dtype and len(users) == 1 and is_cast(users[0]):
+        inside.add(users[0])
+        return users[0]
+    return out
+
+
 def is_floating(value: Any) -> bool:
     """Is it a node of a floating (not complex) tensor?"""
     tensor = value.meta.get("val") if isinstance(value, fx.Node) else None

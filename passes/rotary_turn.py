@@ -15,10 +15,16 @@ import torch
 from torch import fx
 
 from ridgeline.ir.match import Reject
-from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
-from ridgeline.passes.dataflow import interval, is_floating, last_dim, orders, through_casts
+from ridgeline.passes.dataflow import (
+    cast_back,
+    interval,
+    is_floating,
+    last_dim,
+    orders,
+    through_casts,
+)
 
 aten = torch.ops.aten
 
@@ -232,7 +238,7 @@ def _finish(
     assert isinstance(cos, fx.Node)
     assert isinstance(sin, fx.Node)
     x, out = _whole(node, place, inside)
-    out = _cast_back(out, x, inside)
+    out = cast_back(out, x, inside)
     if shape_of(out) != shape_of(x):  # cos or sin has a dimension that x has not
         return None
     if x.meta["val"].dim() != 4:
@@ -275,15 +281,6 @@ def _whole(node: fx.Node, place: _Place, inside: set[fx.Node]) -> tuple[fx.Node,
     x = next(n for n in place.chain if (p := _place(n)) is not None and p.same(place))
     inside -= set(place.chain[place.chain.index(x) :])
     return x, node
-
-
-def _cast_back(out: fx.Node, x: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    """The result in x's dtype, where a cast right behind it makes that."""
-    users = list(out.users)
-    if out.meta["val"].dtype != x.meta["val"].dtype and len(users) == 1 and is_cast(users[0]):
-        inside.add(users[0])
-        return users[0]
-    return out
 
 
 def _heads(x: fx.Node, angle: fx.Node, size: sympy.Expr) -> int | None:

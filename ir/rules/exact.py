@@ -29,6 +29,7 @@ _NAMES = {
     aten.bmm.default: aten.matmul.default,
     aten.mm.default: aten.matmul.default,
     aten.absolute.default: aten.abs.default,
+    aten.special_expit.default: aten.sigmoid.default,
 }
 
 
@@ -110,7 +111,7 @@ def _drop_assertion(node: fx.Node) -> bool:
 
 
 def _drop_identity(node: fx.Node) -> bool:
-    """x.to(x.dtype), dropout that is off, full slices, expands to the same shape, x * 1."""
+    """x.to(x.dtype), clones, dropout that is off, full slices, expands to the same shape, x * 1."""
     packet, args = packet_of(node), node.args
     if not args or not isinstance(args[0], fx.Node):
         return False
@@ -136,7 +137,7 @@ def _drop_identity(node: fx.Node) -> bool:
         return start in (0, None) and step in (1, None) and forward(node)
     if packet is aten.contiguous:
         return forward(node)
-    copies = packet in (aten.lift_fresh_copy, aten._to_copy, aten.to) or (
+    copies = packet in (aten.lift_fresh_copy, aten._to_copy, aten.to, aten.clone) or (
         packet is aten.mul and args[1] == 1
     )
     return copies and _copy_is_unseen(node) and forward(node)
