@@ -72,7 +72,7 @@ def views(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments whose memory the result of `node` may share."""
     if node.target is aten.einsum.default and len(node.args[1]) > 1:
         return  # of one operand it may be a view; of several it is a product
-    if getattr(node.target, "overloadpacket", None) is aten.to:
+    if getattr(node.target, "overloadpacket", None) in (aten.to, aten.type_as):
         before, after = node.args[0].meta.get("val"), node.meta.get("val")
         if before is not None and after is not None and before.dtype != after.dtype:
             return  # memory has one dtype
