@@ -16,7 +16,7 @@ from torch import fx
 
 from ridgeline.ir.gated import TANH_CUBIC, TANH_SCALE
 from ridgeline.ir.normalize import is_cast
-from ridgeline.passes.dataflow import orders, through_casts
+from ridgeline.passes.dataflow import negated, orders, through_casts
 
 aten = torch.ops.aten
 _CLOSE = 2e-9  # √(2/π) is written with eight digits; less exact constants are another function
@@ -182,23 +182,11 @@ def _one_more_exponential(value: object, seen: set[fx.Node]) -> fx.Node | None:
         if power.target is not aten.exp.default:
             continue
         inside.add(power)
-        x = _negated(power.args[0], inside)
+        x = negated(power.args[0], inside)
         if x is not None:
             seen |= inside
             return x
     return None
-
-
-def _negated(value: object, seen: set[fx.Node]) -> fx.Node | None:
-    """x where the value is -x."""
-    value = through_casts(value, seen)
-    if not isinstance(value, fx.Node):
-        return None
-    product = value.target is aten.mul.Tensor and value.args[1] == -1
-    if not product and value.target is not aten.neg.default:
-        return None
-    seen.add(value)
-    return through_casts(value.args[0], seen)
 
 
 def _is(value: object, number: float) -> bool:

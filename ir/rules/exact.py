@@ -30,6 +30,8 @@ _NAMES = {
     aten.mm.default: aten.matmul.default,
     aten.absolute.default: aten.abs.default,
     aten.special_expit.default: aten.sigmoid.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
 }
 
 
@@ -45,6 +47,17 @@ def _plain_name(node: fx.Node) -> bool:
     if node.target not in _NAMES:
         return False
     node.target = _NAMES[node.target]
+    return True
+
+
+def _slice_from_narrow(node: fx.Node) -> bool:
+    """narrow(x, dim, start, length) -> slice(x, dim, start, start + length)."""
+    if node.target is not aten.narrow.default:
+        return False
+    x, dim, start, length = node.args
+    if not (isinstance(start, int) and isinstance(length, int)) or start < 0:
+        return False
+    node.target, node.args = aten.slice.Tensor, (x, dim, start, start + length)
     return True
 
 
@@ -264,6 +277,7 @@ EXACT: tuple[Rule, ...] = (
     _drop_assertion,
     _drop_identity,
     _plain_name,
+    _slice_from_narrow,
     _where_scalar_first,
     _permute_from_movedim,
     _plain_transpose,

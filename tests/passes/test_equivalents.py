@@ -6,13 +6,19 @@ spelling that fails and printed as a module. `pytest --generate 5000` searches f
 
 import pytest
 
-from generate import attention, gated, linear, norm
+from generate import attention, gated, linear, norm, rotary
 from generate.case import Case
 from generate.known_misses import KNOWN_MISSES, Miss, known_miss
 from generate.search import search
 from generate.verdict import Verdict, examine
 
-SPELLINGS = {"attention": attention, "gated": gated, "linear": linear, "norm": norm}
+SPELLINGS = {
+    "attention": attention,
+    "gated": gated,
+    "linear": linear,
+    "norm": norm,
+    "rotary": rotary,
+}
 
 
 def _missed(verdict: Verdict) -> bool:
