@@ -22,6 +22,7 @@ _NEW_MEMORY = {
     *(aten.group_norm, aten.scaled_dot_product_attention, aten.conv1d, aten.conv2d, aten.conv3d),
     *(aten.embedding, aten.cross_entropy_loss, aten.one_hot, aten.cumsum, aten.where, aten.square),
     *(aten.ones_like, aten.zeros_like, aten.full_like, aten.pad, aten.silu, aten.gelu, aten.diff),
+    *(aten.multiply, aten.divide, aten.true_divide, aten.subtract, aten.special_expit),
     *(aten.cat, aten.concat, aten.stack, aten.repeat_interleave, aten.std, aten.var, aten.outer),
 }
 _READS_ONLY = (getattr, torch.sym_min, torch.sym_max, torch.sym_not, torch._C._set_grad_enabled)
@@ -71,6 +72,10 @@ def views(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments whose memory the result of `node` may share."""
     if node.target is aten.einsum.default and len(node.args[1]) > 1:
         return  # of one operand it may be a view; of several it is a product
+    if getattr(node.target, "overloadpacket", None) in (aten.to, aten.type_as):
+        before, after = node.args[0].meta.get("val"), node.meta.get("val")
+        if before is not None and after is not None and before.dtype != after.dtype:
+            return  # memory has one dtype
     if node.op == "call_function" and _holds_tensors(node.meta.get("val")):
         yield from (a for a in _arguments(node, 1) if _holds_tensors(a.meta.get("val")))
 

@@ -15,6 +15,7 @@ from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate
 
 aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int)
 
 
 def through_casts(value: Any, seen: set[fx.Node]) -> Any:
@@ -23,6 +24,31 @@ def through_casts(value: Any, seen: set[fx.Node]) -> Any:
         seen.add(value)
         value = value.args[0]
     return value
+
+
+def cast_back(out: fx.Node, x: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    """The result in x's dtype, where a cast right behind it makes that."""
+    users = list(out.users)
+    if out.meta["val"].dtype != x.meta["val"].dtype and len(users) == 1 and is_cast(users[0]):
+        inside.add(users[0])
+        return users[0]
+    return out
+
+
+def negated(value: Any, seen: set[fx.Node]) -> fx.Node | None:
+    """x where the value is -x; the nodes on the way are added to `seen`."""
+    inside: set[fx.Node] = set()
+    value = through_casts(value, inside)
+    if not isinstance(value, fx.Node):
+        return None
+    if value.target is aten.mul.Tensor and -1 in value.args:
+        x = next(a for a in value.args if a != -1)
+    elif value.target is aten.neg.default:
+        x = value.args[0]
+    else:
+        return None
+    seen |= {value, *inside}
+    return through_casts(x, seen)
 
 
 def is_floating(value: Any) -> bool:
@@ -44,7 +70,8 @@ def last_dim(node: fx.Node, dim: Any) -> bool:
 
 
 def interval(node: Any) -> tuple[fx.Node, sympy.Expr, sympy.Expr, int] | None:
-    """(x, start, end, step) where the node is x[..., start:end:step]: slice, chunk, split.
+    """(x, start, end, step) where the node is x[..., start:end:step]: slice, chunk, split, or
+    select and unbind of the last dimension viewed as two.
 
     A node that is neither is the whole of itself.
     """
@@ -60,6 +87,8 @@ def interval(node: Any) -> tuple[fx.Node, sympy.Expr, sympy.Expr, int] | None:
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         parts, index = node.args
         splits = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+        if parts.target is aten.unbind.int:
+            return _of_two(node) or (node, sympy.Integer(0), shape_of(node)[-1], 1)
         if parts.target not in (*splits, aten.split.sizes) or len(parts.args) < 3:
             return None
         x = parts.args[0]
@@ -68,7 +97,31 @@ def interval(node: Any) -> tuple[fx.Node, sympy.Expr, sympy.Expr, int] | None:
             return None
         start = sum((s[-1] for s in sizes[:index]), sympy.Integer(0))
         return x, start, start + sizes[index][-1], 1
-    return node, sympy.Integer(0), shape_of(node)[-1], 1
+    return _of_two(node) or (node, sympy.Integer(0), shape_of(node)[-1], 1)
+
+
+def _of_two(node: fx.Node) -> tuple[fx.Node, sympy.Expr, sympy.Expr, int] | None:
+    """x[..., i * m : (i + 1) * m] or x[..., i::m], taken of x viewed as [..., n, m]."""
+    if node.target is aten.select.int:
+        viewed, dim, index = node.args
+    elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        parts, index = node.args
+        if parts.target is not aten.unbind.int:
+            return None
+        viewed, dim = (*parts.args, 0)[:2]
+    else:
+        return None
+    if viewed.target not in VIEWS or not isinstance(index, int):
+        return None
+    x, sizes = viewed.args[0], shape_of(viewed)
+    if [*sizes[:-2], sizes[-2] * sizes[-1]] != shape_of(x) or not sizes[-1].is_Integer:
+        return None
+    rank, width = len(sizes), int(sizes[-1])
+    if dim % rank == rank - 1:
+        return x, sympy.Integer(index % width), shape_of(x)[-1], width
+    if dim % rank == rank - 2 and index >= 0:
+        return x, sympy.Integer(index * width), sympy.Integer((index + 1) * width), 1
+    return None
 
 
 def shape_of_value(value: torch.Tensor) -> list[sympy.Expr]:

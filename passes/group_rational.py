@@ -24,10 +24,10 @@ from ridgeline.ir.provenance import said
 from ridgeline.ir.rational_terms import Rational, read_quotient
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.dataflow import VIEWS
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int)
 _COPIES = (aten.contiguous.default, aten.clone.default)
 _NEVER = 1 << 30
 """Divisions are common: that one is no quotient of tensors is not worth a line of the account."""
@@ -135,7 +135,7 @@ def _placed(
         return _turned(call, div) or unfit
     if len(sizes) < 2 or sizes[-2] != groups or not sizes[-1].is_Integer:
         return unfit
-    inner = base.args[0] if base.target in _VIEWS else None
+    inner = base.args[0] if base.target in VIEWS else None
     whole = inner is not None and shape_of(inner) == [*sizes[:-2], groups * sizes[-1]]
     if whole:
         return dataclasses.replace(call, x=inner), {base}, div
@@ -154,20 +154,20 @@ def _has_rows(div: fx.Node) -> bool:
 def _turned(call: Call, div: fx.Node) -> tuple[Call, set[fx.Node], fx.Node] | None:
     """x [..., C] -> [..., G, C/G] -> [G, ..., C/G] -> [G, N], and the way back below `div`."""
     around = {call.x}
-    up = _through(call.x.args[0] if call.x.target in _VIEWS else None, around)
+    up = _through(call.x.args[0] if call.x.target in VIEWS else None, around)
     if up is None or up.target is not aten.permute.default:
         return None
     split = up.args[0]
     rank = len(shape_of(split))
     lead = list(range(rank - 2))
-    if list(up.args[1]) != [rank - 2, *lead, rank - 1] or split.target not in _VIEWS:
+    if list(up.args[1]) != [rank - 2, *lead, rank - 1] or split.target not in VIEWS:
         return None
     x, sizes = split.args[0], shape_of(split)
     turned = [sizes[-2], *sizes[:-2], sizes[-1]]
     if sizes[-2] != call.groups or shape_of(x) != [*sizes[:-2], sizes[-2] * sizes[-1]]:
         return None
     around |= {up, split}
-    opened = _only_user(div, _VIEWS)
+    opened = _only_user(div, VIEWS)
     if opened is None or shape_of(opened) != turned:
         return None
     back = _only_user(opened, (aten.permute.default,))
@@ -177,7 +177,7 @@ def _turned(call: Call, div: fx.Node) -> tuple[Call, set[fx.Node], fx.Node] | No
     copied = _only_user(back, _COPIES)
     if copied is not None:
         around.add(copied)
-    out = _only_user(copied or back, _VIEWS)
+    out = _only_user(copied or back, VIEWS)
     if out is None or shape_of(out) != shape_of(x):
         return None
     around.add(out)

@@ -12,6 +12,8 @@ from ridgeline.ir.normalize import can_hold, is_cast
 from ridgeline.ir.provenance import operation, said
 from ridgeline.passes.base import Candidate
 
+aten = torch.ops.aten
+
 
 def frontier_of(candidate: Candidate) -> list[fx.Node]:
     """The nodes that the rewritten site reads, in a fixed order."""
@@ -66,7 +68,7 @@ def rounds_inside(site: Site) -> Reject | None:
     tensors = [t for t in reads if isinstance(t, Tensor) and t.is_floating_point()]
     small = any(not can_hold(torch.float16, t.dtype) for t in tensors)
     for node in site.nodes:
-        if node in site.outs or not is_cast(node):
+        if node in site.outs or not is_cast(node) or _joins_a_result(node, site):
             continue
         narrow = node.meta["val"].dtype
         if not can_hold(narrow, out) or (small and narrow == torch.float16):
@@ -76,6 +78,11 @@ def rounds_inside(site: Site) -> Reject | None:
                 f"drop the cast to {narrow}",
             )
     return None
+
+
+def _joins_a_result(node: fx.Node, site: Site) -> bool:
+    """Is the value, rounded once, put beside others as a part of a result?"""
+    return all(user in site.outs and user.target is aten.cat.default for user in node.users)
 
 
 def _unwidened(node: fx.Node) -> fx.Node:

@@ -29,6 +29,9 @@ _NAMES = {
     aten.bmm.default: aten.matmul.default,
     aten.mm.default: aten.matmul.default,
     aten.absolute.default: aten.abs.default,
+    aten.special_expit.default: aten.sigmoid.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
 }
 
 
@@ -44,6 +47,17 @@ def _plain_name(node: fx.Node) -> bool:
     if node.target not in _NAMES:
         return False
     node.target = _NAMES[node.target]
+    return True
+
+
+def _slice_from_narrow(node: fx.Node) -> bool:
+    """narrow(x, dim, start, length) -> slice(x, dim, start, start + length)."""
+    if node.target is not aten.narrow.default:
+        return False
+    x, dim, start, length = node.args
+    if not (isinstance(start, int) and isinstance(length, int)) or start < 0:
+        return False
+    node.target, node.args = aten.slice.Tensor, (x, dim, start, start + length)
     return True
 
 
@@ -110,7 +124,7 @@ def _drop_assertion(node: fx.Node) -> bool:
 
 
 def _drop_identity(node: fx.Node) -> bool:
-    """x.to(x.dtype), dropout that is off, full slices, expands to the same shape, x * 1."""
+    """x.to(x.dtype), clones, dropout that is off, full slices, expands to the same shape, x * 1."""
     packet, args = packet_of(node), node.args
     if not args or not isinstance(args[0], fx.Node):
         return False
@@ -136,7 +150,7 @@ def _drop_identity(node: fx.Node) -> bool:
         return start in (0, None) and step in (1, None) and forward(node)
     if packet is aten.contiguous:
         return forward(node)
-    copies = packet in (aten.lift_fresh_copy, aten._to_copy, aten.to) or (
+    copies = packet in (aten.lift_fresh_copy, aten._to_copy, aten.to, aten.clone) or (
         packet is aten.mul and args[1] == 1
     )
     return copies and _copy_is_unseen(node) and forward(node)
@@ -263,6 +277,7 @@ EXACT: tuple[Rule, ...] = (
     _drop_assertion,
     _drop_identity,
     _plain_name,
+    _slice_from_narrow,
     _where_scalar_first,
     _permute_from_movedim,
     _plain_transpose,

@@ -1,12 +1,18 @@
-"""What nearly means attention, a norm or a layer: the result stays, and nothing illegal is done."""
+"""What nearly means one of the rewritten operations: the result stays, nothing illegal is done."""
 
 import pytest
 
-from generate import attention_traps, linear, norm_traps
+from generate import attention_traps, gated_traps, linear, norm_traps, rotary_traps
 from generate.search import search
 from generate.verdict import FORBIDDEN, Verdict, examine
 
-TRAPS = {"attention": attention_traps, "linear": linear, "norm": norm_traps}
+TRAPS = {
+    "attention": attention_traps,
+    "gated": gated_traps,
+    "linear": linear,
+    "norm": norm_traps,
+    "rotary": rotary_traps,
+}
 
 KNOWN_WRONG: set[str] = set()
 """Traps that are fallen into today; one that is avoided fails its test: drop it here."""
