@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from ridgeline.cost_model import probe
+from ridgeline.cost_model.host_times import ProbeSizes
 from ridgeline.cost_model.target import parse_target
 from ridgeline.ir.normalize import normalize
 
@@ -34,7 +35,7 @@ def steady_cpu() -> Iterator[None]:
     figures = {
         "cores": 2,
         "threads": 2,
-        "bandwidth_gb_per_s": 50.0,
+        "bandwidth_gb_per_s": 40.0,
         "cache_bandwidth_gb_per_s": [350.0, 350.0, 350.0],
         "cache_kib": [64, 2048, 32768],
         "launch_us": 2.5,
@@ -42,7 +43,7 @@ def steady_cpu() -> Iterator[None]:
         "spread": 0.02,
         "peaks_tflops": {"float32": 0.2, "bfloat16": 0.44, "int8": 0.87},
     }
-    light = probe.ProbeSizes(gemm=64, dram_bytes=2**16, repeats=2, seconds=1e-4)
+    light = ProbeSizes(gemm=64, dram_bytes=2**16, rounds=2, repeats=1, seconds=1e-4)
     host = parse_target(probe.probe(light) | figures, "the tests")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "probe_host", functools.wraps(probe.probe_host)(lambda: host))

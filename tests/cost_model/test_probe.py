@@ -5,10 +5,11 @@ import logging
 
 import pytest
 
-from ridgeline.cost_model import load_target, probe
+from ridgeline.cost_model import host_times, load_target, probe
+from ridgeline.cost_model.host_times import ProbeSizes
 from ridgeline.cost_model.target import parse_target
 
-LIGHT = probe.ProbeSizes(gemm=64, dram_bytes=2**16, repeats=2, seconds=1e-4)
+LIGHT = ProbeSizes(gemm=64, dram_bytes=2**16, rounds=2, repeats=1, seconds=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,12 @@ def test_damaged_file_is_probed_again(clean, monkeypatch, caplog, described):
         assert load_target("native").name == "cpu"
     assert "probing again" in caplog.text
     assert probe.cache_path().read_text().startswith("{\n")
+
+
+def test_a_burst_that_slows_some_rounds_costs_neither_the_figures_nor_the_trust():
+    clock = host_times._Clock(ProbeSizes(rounds=4, repeats=2))
+    clock.times["quick"] = [3.0, 3.1, 3.0, 3.2, 1.0, 1.1, 1.02, 1.1]
+    assert clock.best("quick") == 1.0
+    assert clock.spread() == pytest.approx(0.02)
+    clock.times["quick"] = [3.0, 3.1, 1.0, 1.1, 3.0, 3.1, 1.0, 1.1]  # no two rounds agree
+    assert clock.spread() == pytest.approx(2.0)

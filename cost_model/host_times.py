@@ -1,0 +1,147 @@
+"""What the host CPU takes for the operations that its description is made of, through torch.
+
+    peaks      a square GEMM per dtype on all threads
+    caches     the bytes that an in-place multiply reads and writes, of a size that lies in each
+    memory     the bytes that a sum reads of a tensor beyond the caches: what inference does with
+               memory is to read weights, and reading and writing at once shows a rate that no
+               reader gets
+    dispatch   an operation on one element
+    fork       2**17 elements on all threads minus on one: what a parallel region costs
+
+All are timed in turn, in rounds, and the best of each counts: a neighbour's burst then slows one
+round of all of them, not all that is known of one. Of memory the median counts: what neighbours
+take of it is taken from us whenever we run.
+"""
+
+import functools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GEMM_DTYPES = ("float32", "bfloat16", "int8")
+LONGEST_FORK_S = 5e-5
+SHORTEST_FORK_S = 5e-7
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSizes:
+    """gemm: rows = columns of the products timed; dram_bytes: tensor beyond every cache; rounds: at
+    least two, in each of which every figure is timed `repeats` times; seconds: least duration of
+    one repeat, short so that on a busy machine some repeats run undisturbed."""
+
+    gemm: int = 1024
+    dram_bytes: int = 2**27
+    rounds: int = 8
+    repeats: int = 4
+    seconds: float = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class HostTimes:
+    """peaks: dtype -> TFLOP/s; speeds: bytes/s of each cache, innermost first; dram: bytes/s;
+    dispatch, fork: seconds; spread: the doubt about all of them, 0.1 for 10 %."""
+
+    peaks: dict[str, float]
+    speeds: list[float]
+    dram: float
+    dispatch: float
+    fork: float
+    spread: float
+
+
+def host_times(sizes: ProbeSizes, caches: Sequence[int]) -> HostTimes:
+    """Time the host; `caches` in bytes, innermost first."""
+    clock = _Clock(sizes)
+    products = {d: _product(getattr(torch, d), sizes.gemm) for d in GEMM_DTYPES}
+    cached = [torch.ones(n // 8) for n in caches]  # half of each
+    beyond = torch.ones(max(sizes.dram_bytes, 2 * caches[-1]) // 4)
+    one, wide = torch.ones(1), torch.ones(2**17)
+    with torch.no_grad():
+        for _ in range(sizes.rounds):
+            for dtype, product in products.items():
+                clock.on_all_threads(dtype, product)
+            for level, x in enumerate(cached):
+                clock(f"cache {level}", functools.partial(x.mul_, 1.0))
+            clock("memory", beyond.sum)
+            clock("dispatch", lambda: one.mul_(1.0))
+            clock("together", lambda: wide.mul_(1.0))
+            _on_one_thread(lambda: clock("alone", lambda: wide.mul_(1.0)))
+    dispatch, together, alone = (clock.best(n) for n in ("dispatch", "together", "alone"))
+    # Without the region the threads would share the work evenly. On a busy machine a region waits
+    # for a core for milliseconds: that is the neighbours' cost, not this machine's.
+    fork = together - dispatch - (alone - dispatch) / torch.get_num_threads()
+    return HostTimes(
+        {d: 2 * sizes.gemm**3 / clock.best(d) / 1e12 for d in GEMM_DTYPES},
+        [2 * x.nbytes / clock.best(f"cache {level}") for level, x in enumerate(cached)],
+        beyond.nbytes / statistics.median(clock.times["memory"]),
+        dispatch,
+        min(max(fork, SHORTEST_FORK_S), LONGEST_FORK_S) if torch.get_num_threads() > 1 else 1e-7,
+        clock.spread(),
+    )
+
+
+class _Clock:
+    """Seconds per call by name: all that were seen, each long enough for the timer."""
+
+    def __init__(self, sizes: ProbeSizes) -> None:
+        self.sizes, self.times = sizes, defaultdict[str, list[float]](list)
+        self.waiting = 0.0  # the largest part of its time in which a thread had no core
+
+    def __call__(self, name: str, call: Call) -> None:
+        call()
+        start = time.perf_counter()
+        call()
+        once = max(time.perf_counter() - start, 1e-7)
+        loops = max(1, min(10_000, int(self.sizes.seconds / once)))
+        for _ in range(self.sizes.repeats):
+            start = time.perf_counter()
+            for _ in range(loops):
+                call()
+            self.times[name].append((time.perf_counter() - start) / loops)
+
+    def on_all_threads(self, name: str, call: Call) -> None:
+        """The same for a call that keeps every thread busy, which tells whether each has a core: a
+        neighbour that is always there makes steady times, and slow ones."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self(name, call)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.waiting = max(self.waiting, 1 - cpu / (wall * torch.get_num_threads()))
+
+    def best(self, name: str) -> float:
+        return min(self.times[name])
+
+    def spread(self) -> float:
+        """The doubt: by how much the best of every other round differs from that of the rest, for
+        a typical figure, or the time waited."""
+        step = self.sizes.repeats
+        spreads: list[float] = []
+        for times in self.times.values():
+            rounds = [times[i : i + step] for i in range(0, len(times), step)]
+            bests = [min(map(min, rounds[start::2])) for start in (0, 1)]
+            spreads.append(max(bests) / min(bests) - 1)
+        return max(statistics.median(spreads), self.waiting)
+
+
+def _product(dtype: torch.dtype, n: int) -> Call:
+    if dtype == torch.int8:
+        a, b = (torch.randint(-128, 127, (n, n), dtype=torch.int8) for _ in range(2))
+        return lambda: torch._int_mm(a, b)
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, dtype=dtype)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _on_one_thread(call: Call) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        call()
+    finally:
+        torch.set_num_threads(threads)
