@@ -61,7 +61,8 @@ def choose(
         for c in candidates
     }
     worth = {c: _gain(*costs[c], c, objective) for c in candidates}
-    useful = _worthwhile([c for c in candidates if worth[c] > 0], worth)
+    price = _price(worth, sensitivity, tolerance)
+    useful = [c for c in candidates if worth[c] > price[c]]
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
@@ -69,7 +70,7 @@ def choose(
     options = [
         Option(
             key=str(i),
-            gain=worth[c],
+            gain=worth[c] - price[c],
             memory_bytes=c.memory_bytes,
             error=c.error * sensitivity,
             conflicts=frozenset(str(j) for n in c.site.nodes for j in touched[n] if j != i),
@@ -83,25 +84,26 @@ def choose(
         base_memory_bytes=weight_bytes,
     ).chosen
     chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
-    refused = _others(candidates, chosen, costs, worth, target, tolerance, objective)
+    refused = _others(candidates, chosen, costs, worth, price, target, tolerance, objective)
     return Choice(chosen, refused, costs, worth)
 
 
-MARGIN = 1.05
-"""What a form must win over a more exact one of its site, as a factor, to be worth its error."""
+PRICE_OF_TOLERANCE = 0.05
+"""What spending the whole tolerance must win, as a part of all that there is to win: less than that
+the estimates cannot tell apart."""
 
 
-def _worthwhile(candidates: Sequence[Candidate], worth: dict[Candidate, float]) -> list[Candidate]:
-    """The candidates without those whose error buys next to nothing at their site."""
-    kept: set[Candidate] = set()
+def _price(
+    worth: dict[Candidate, float], sensitivity: float, tolerance: float
+) -> dict[Candidate, float]:
+    """What each candidate's error costs, in the unit of the objective, so that none is spent on
+    next to nothing: errors add as squares, and the whole tolerance has the price above."""
     best: dict[Spot, float] = {}
-    spots = _spots(candidates)
-    for c in sorted(candidates, key=lambda c: c.error):
-        spot = spots[c]
-        if spot not in best or worth[c] > MARGIN * best[spot]:
-            kept.add(c)
-            best[spot] = worth[c]
-    return [c for c in candidates if c in kept]
+    for c, spot in _spots(list(worth)).items():
+        best[spot] = max(best.get(spot, 0.0), worth[c])
+    whole = PRICE_OF_TOLERANCE * sum(best.values())
+    share = {c: min(c.error * sensitivity / tolerance, 1.0) if c.error else 0.0 for c in worth}
+    return {c: whole * share[c] ** 2 for c in worth}
 
 
 Spot = tuple[str, tuple[fx.Node, ...]]
@@ -133,6 +135,7 @@ def _others(
     chosen: Sequence[Candidate],
     costs: dict[Candidate, tuple[Cost, Cost]],
     worth: dict[Candidate, float],
+    price: dict[Candidate, float],
     target: Target,
     tolerance: float,
     objective: Objective,
@@ -157,6 +160,9 @@ def _others(
         elif owner is not None:
             reason = f"its nodes are part of {owner.rewrite.name} at {owner.at}"
             refused.append((best, "overlap", reason))
+        elif all(worth[c] <= price[c] for c in forms):
+            sides = _sides(best, *costs[best], objective)
+            refused.append((best, "cost", f"wins too little for its error: {sides}"))
         else:
             smallest = min(c.error for c in forms if worth[c] > 0)
             reason = (
@@ -170,16 +176,22 @@ def _others(
 def _no_gain(
     candidate: Candidate, before: Cost, after: Cost, target: Target, objective: Objective
 ) -> str:
-    """Both sides' numbers, in the unit of the objective."""
-    form = candidate.variant or candidate.rewrite.name
+    """Why the candidate wins nothing."""
     if objective == "memory" and candidate.memory_bytes > 0:
+        form = candidate.variant or candidate.rewrite.name
         return f"not smaller: {form} holds {candidate.memory_bytes} bytes more"
+    return f"not better on {target.name}: {_sides(candidate, before, after, objective)}"
+
+
+def _sides(candidate: Candidate, before: Cost, after: Cost, objective: Objective) -> str:
+    """Both sides' numbers, in the unit of the objective."""
     unit, factor, field = {
         "energy": ("µJ", 1e6, "energy_joules"),
         "eflops": ("eMFLOPs", 1e-6, "eflops"),
     }.get(objective, ("µs", 1e6, "seconds"))
     old, new = (getattr(cost, field) * factor for cost in (before, after))
-    return f"not better on {target.name}: {old:.1f} {unit} as it is, {new:.1f} {unit} as {form}"
+    form = candidate.variant or candidate.rewrite.name
+    return f"{old:.1f} {unit} as it is, {new:.1f} {unit} as {form}"
 
 
 def decision(

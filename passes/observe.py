@@ -1,6 +1,7 @@
 """What flows through a program on its example inputs: evidence for approximate rewrites."""
 
 import contextlib
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -79,7 +80,8 @@ class Observation:
         """Output error per unit of local error, measured by rounding every linear input to bf16.
 
         Local errors add as root of the sum of squares; the answer is the model's output error
-        divided by that, at least 1e-3 so that nothing counts as free.
+        divided by that, at least 1e-3 so that nothing counts as free; 1 where it has no answer
+        (values that vanish or overflow on the way).
         """
         exact = _Recorder(self._module, self._module.graph)
         probe = _Recorder(self._module, self._module.graph, round_inputs=True)
@@ -89,7 +91,8 @@ class Observation:
             got = probe.run(*inputs)
         local = sum(e * e for e in probe.errors) ** 0.5
         results = slice(self._program.results or None)
-        return max(relative_error(got[results], expected[results]) / local, 1e-3) if local else 1.0
+        ratio = relative_error(got[results], expected[results]) / local if local else math.nan
+        return max(ratio, 1e-3) if math.isfinite(ratio) else 1.0
 
 
 class _Recorder(fx.Interpreter):

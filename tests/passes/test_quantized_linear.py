@@ -1,9 +1,12 @@
 """Which layers become `quantized_linear`, at what measured error, and why the others don't."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ridgeline.cost_model import load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes import optimize
@@ -65,6 +68,41 @@ def test_weights_on_the_grid_are_held_without_loss():
     assert [d.variant for d in _applied(fast)] == ["4-bit minimum g32"] * 2
     assert [d.certificate.relative_error for d in _applied(fast)] == [0.0, 0.0]
     assert _error(fast, model, torch.randn(9, 128)) < 2e-6
+
+
+class _Residual(nn.Module):
+    """Layers on the Q4_1 grid, more of them than the caches hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(576, 576, bias=False) for _ in range(40))
+        for layer in self.layers:
+            _on_the_q4_1_grid(layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + 0.3 * torch.tanh(layer(x))
+        return x
+
+
+@torch.no_grad()
+def test_the_tolerance_is_not_spent_on_next_to_nothing():
+    """Narrower forms of a few layers would win a thousandth for all of it; bf16 products do pay,
+    though beside what the layers took before they win little."""
+    target = dataclasses.replace(load_target("cpu"), bandwidth_bytes_per_s=30e9)
+    args = (torch.randn(1, 576),)
+    fast = optimize(_Residual(), args, target=target, tolerance=0.008, lowering="eager")
+    assert {d.variant for d in _applied(fast)} == {"4-bit minimum g32, bf16 products"}
+    assert len(_applied(fast)) == 40
+
+
+@torch.no_grad()
+def test_values_that_overflow_on_the_way_leave_a_plan():
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3))).eval()
+    for layer in model:
+        layer.weight.fill_(1e20)
+    fast = optimize(model, (torch.ones(1, 256),), target="cpu", tolerance=0.02, lowering="eager")
+    assert "infinite or NaN" in _refused(fast)[0].reason
 
 
 @pytest.mark.parametrize("tolerance", [0.2, 0.02, 0.005, 1e-6])
