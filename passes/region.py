@@ -81,8 +81,12 @@ def rounds_inside(site: Site) -> Reject | None:
 
 
 def _joins_a_result(node: fx.Node, site: Site) -> bool:
-    """Is the value, rounded once, put beside others as a part of a result?"""
-    return all(user in site.outs and user.target is aten.cat.default for user in node.users)
+    """Is the value, rounded to the dtype of a result, put beside others as a part of it?"""
+    dtype = node.meta["val"].dtype
+    return all(
+        user in site.outs and user.target is aten.cat.default and user.meta["val"].dtype == dtype
+        for user in node.users
+    )
 
 
 def _unwidened(node: fx.Node) -> fx.Node:

@@ -125,6 +125,16 @@ _SPOILT: dict[str, tuple[Rotary, dict[str, str], str]] = {
         | {"joined": "y = torch.cat((y, rest), -1)"},
         "nothing",
     ),
+    "the turned part rounded": (
+        _PART,
+        {"joined": "y = torch.cat((y.to(torch.bfloat16), rest), dim=-1)"},
+        "nothing",
+    ),
+    "the rest rounded": (
+        _PART,
+        {"joined": "y = torch.cat((y, rest.to(torch.bfloat16)), dim=-1)"},
+        "nothing",
+    ),
     "the last features turned": (
         _PART,
         {"part": "t, rest = x[..., 8:], x[..., :8]", "joined": "y = torch.cat((y, rest), -1)"},
