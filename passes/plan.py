@@ -8,7 +8,7 @@ from ridgeline.cost_model import Cost
 from ridgeline.passes.base import Exactness
 from ridgeline.passes.plan_text import render
 
-RefusedBy = Literal["pattern", "precondition", "cost", "budget", "certificate", "overlap"]
+RefusedBy = Literal["pattern", "precondition", "cost", "budget", "certificate", "overlap", "defect"]
 
 
 @dataclass(frozen=True, slots=True)

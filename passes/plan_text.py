@@ -69,7 +69,7 @@ def _phase(
             _entry(console, "", _why(members, detail))
 
 
-_FIRST = ("certificate", "pattern", "precondition", "overlap", "budget", "cost")
+_FIRST = ("defect", "certificate", "pattern", "precondition", "overlap", "budget", "cost")
 """What is wrong before what the user can change before what was weighed and found too light."""
 
 

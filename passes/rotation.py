@@ -112,8 +112,9 @@ def _joined(node: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], bool] |
         return None
     parts, dim = (*stacked.args, 0)[:2]
     rank, sizes = stacked.meta["val"].dim(), shape_of(stacked)
-    flat = shape_of(node) == [*sizes[:-2], sizes[-2] * sizes[-1]]
-    if len(parts) != 2 or dim % rank < rank - 2 or not flat:
+    if len(parts) != 2 or rank < 2 or dim % rank < rank - 2:
+        return None
+    if shape_of(node) != [*sizes[:-2], sizes[-2] * sizes[-1]]:
         return None
     inside.add(stacked)
     return parts, dim % rank == rank - 1

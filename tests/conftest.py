@@ -50,6 +50,15 @@ def steady_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_hidden_defect(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """ridgeline goes on without a pass that stops with an error; its tests do not. A test that
+    expects a defect clears `caplog`."""
+    yield
+    hidden = [r.getMessage() for r in caplog.get_records("call") if "a defect of" in r.getMessage()]
+    assert not hidden, hidden
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """(name, text): the text is that of tests/golden/NAME.txt."""

@@ -123,13 +123,19 @@ def _compiler(chosen: Options) -> Compiler:
 
 def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
     compiler = _compiler(chosen)
-    rewritten = compiler.rewrite(program)
+    try:
+        rewritten = compiler.rewrite(program)
+        if program.training:
+            run = _inductor(rewritten, program.inputs)
+        else:
+            run = compiler.lower(rewritten, program)
+    except RidgelineError:
+        raise
+    except Exception:  # the user's model must still run
+        log.exception("a defect of ridgeline, please report it: Inductor gets this graph unchanged")
+        return _inductor(program.module, program.inputs)
     counters["ridgeline"]["applied"] += len(compiler.plan.applied)
     counters["ridgeline"]["refused"] += len(compiler.plan.refused)
-    if program.training:
-        run = _inductor(rewritten, program.inputs)
-    else:
-        run = compiler.lower(rewritten, program)
     if program.training and chosen.tolerance > 0:
         compiler.plan.note(
             "gradients are recorded, so the weights count as trained and none is quantised; to"

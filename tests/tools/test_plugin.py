@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.plan import Plan
 from ridgeline.tools.plugin import backend
 
@@ -249,3 +250,21 @@ def test_the_entry_point_is_declared():
     assert points == {"ridgeline": "ridgeline.tools.plugin:backend"}
     point = importlib.metadata.EntryPoint("ridgeline", points["ridgeline"], "torch_dynamo_backends")
     assert point.load() is backend
+
+
+@torch.no_grad()
+def test_a_defect_leaves_the_graph_to_inductor(
+    compiled: Callable[..., tuple[Any, list[Plan]]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def stops(*_: Any) -> None:
+        raise ZeroDivisionError("a size of nothing")
+
+    monkeypatch.setattr(Compiler, "rewrite", stops)
+    model, x = Block().eval(), torch.randn(2, 8, 32)
+    fast, plans = compiled(model)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not plans
+    assert "a defect of ridgeline, please report it: Inductor gets this graph" in caplog.text
+    caplog.clear()
