@@ -32,7 +32,6 @@ def test_the_other_passes_still_rewrite(caplog: pytest.LogCaptureFixture) -> Non
     assert refused.reason == (
         "the pass stopped (ZeroDivisionError: a size of nothing); please report it"
     )
-    assert "a size of nothing" in fast.plan.to_text()
     assert [r.message for r in caplog.records if r.levelno == logging.ERROR] == [
         "a defect of ridgeline, please report it: broken stopped"
     ]
