@@ -22,6 +22,7 @@ _INDUCTOR = {"silu": 54, "sigmoid": 54, "relu": 4, "gelu": 54, "gelu_tanh": 60}
 _OURS = {"silu": 38, "sigmoid": 38, "relu": 4, "gelu": 46, "gelu_tanh": 42}
 _INDUCTOR_TURN, _OUR_TURN = 48, 20
 _GATED_CALLS, _ROTARY_CALLS = 1, {"cpu": 1, "cuda": 2, "hip": 2}
+_COMPLEX_CALLS = 2  # a view as complex and the product, both called from Inductor's code
 _CALL = Stream(0.0, 0.0)
 
 
@@ -43,13 +44,29 @@ def rotary_work(
     kind: str,
     ours: bool,
     stored: int = 0,
+    complex_product: bool = False,
 ) -> Work:
     """Turning tensors of `elements` elements by cos and sin of `angle_bytes` together.
 
     Inductor runs one loop per tensor, ours is one call. stored: elements that go on into a cache,
     which Inductor turns in the very loop that stores them and ours leaves to be read again.
+    complex_product: Inductor calls torch's complex product, between casts of a tensor that is not
+    float32.
     """
     size = dtype.itemsize
+    if not ours and complex_product:
+        casts = 0 if size == 4 else 2
+        return Work(
+            tuple(
+                stream
+                for n in elements
+                for stream in (
+                    Stream(4 * n + angle_bytes, 4 * n, _INDUCTOR_TURN * n, torch.float32),
+                    *((Stream(size * n, 4 * n),) * casts),
+                    *((_CALL,) * _COMPLEX_CALLS),
+                )
+            )
+        )
     if not ours:
         loops = (Stream(n * size + angle_bytes, n * size, _INDUCTOR_TURN * n, dtype)
                  for n in elements)  # fmt: skip

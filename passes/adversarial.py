@@ -21,7 +21,8 @@ class NoAdversary(RidgelineError):
 def adversarial(
     shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """Named input sets: float64 for floating dtypes, bool for bool. Raises NoAdversary else."""
+    """Named input sets: float64 for floating dtypes, complex128 for complex ones, bool for bool.
+    Raises NoAdversary else."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(scale: float, then: Callable[[Tensor], Tensor] = lambda x: x) -> list[Tensor]:
@@ -41,6 +42,8 @@ def adversarial(
 def _random(shape: Shape, dtype: torch.dtype, scale: float, generator: torch.Generator) -> Tensor:
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.6
+    if dtype.is_complex:
+        return scale * torch.randn(shape, generator=generator, dtype=torch.complex128)
     if not dtype.is_floating_point:
         raise NoAdversary(f"no adversarial inputs are known for {dtype}")
     return scale * torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -16,6 +16,7 @@ from torch import fx
 
 from ridgeline.cost_model import Work
 from ridgeline.cost_model.pointwise import rotary_work
+from ridgeline.ir.aliases import mutates
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
 from ridgeline.ir.rotary import ROTARY
@@ -33,7 +34,8 @@ class Call:
     """The arguments of `ridgeline::rotary`, as nodes of the program.
 
     q, k: [B,H,S,D], or [B,S,H,D] where heads is 2; k None where one tensor is turned alone.
-    cos, sin: four dimensions, of which `heads` is 1, or fewer, as they broadcast.
+    cos, sin: four dimensions, of which `heads` is 1, or fewer, as they broadcast; angles: see
+    `Turn`.
     """
 
     q: fx.Node
@@ -42,6 +44,7 @@ class Call:
     sin: fx.Node
     heads: int
     interleaved: bool
+    angles: str
 
 
 def search(graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
@@ -86,7 +89,7 @@ def _site(first: Turn, second: Turn | None = None) -> Site:
     nodes = tuple(sorted({n for t in turns for n in t.nodes}))
     literals = {"heads": float(first.heads)}
     form = "interleaved" if first.interleaved else "half_split"
-    return Site(bind, literals, nodes, tuple(t.out for t in turns), form)
+    return Site(bind, literals, nodes, tuple(t.out for t in turns), f"{form}, {first.angles}")
 
 
 def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
@@ -102,11 +105,12 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
                 out,
                 "cast cos and sin, or the result, to the dtype of the query",
             )
+    form, angles = site.pattern.split(", ")
     call = Call(
         b["q"], b.get("k"), b["cos"], b["sin"], int(site.literals["heads"]),
-        site.pattern == "interleaved",
+        form == "interleaved", angles,
     )  # fmt: skip
-    size = int(shape_of(b["cos"])[-1])
+    size = int(shape_of(b["cos"])[-1]) * (1 if angles == "each feature" else 2)
     turned = "neighbours" if call.interleaved else "halves"
     return [
         Candidate(
@@ -135,15 +139,19 @@ def _work(site: Site, setting: Setting, *, ours: bool) -> Work:
         for x, out in zip(tensors, site.outs, strict=True)
         if any(user.target in _STORES for user in out.users)
     ]
-    angles = elements(site.bind["cos"]) * site.bind["cos"].meta["val"].dtype.itemsize
+    parts = {site.bind["cos"], site.bind["sin"]}
+    angles = sum(elements(x) * x.meta["val"].dtype.itemsize for x in parts)
+    if ours and not site.pattern.endswith("each feature"):
+        angles *= 2  # each read as two
     dtype = tensors[0].meta["val"].dtype
     return rotary_work(
         [elements(x) for x in tensors],
-        2 * angles,
+        angles,
         dtype,
         kind=setting.target.kind,
         ours=ours,
         stored=sum(stored),
+        complex_product=site.pattern.endswith("complex"),
     )
 
 
@@ -166,8 +174,12 @@ def apply(
     call: Call = candidate.call
     graph, outs = module.graph, [copied[o] for o in candidate.site.outs]
     last = copied[max(candidate.site.outs)]
+    constant = not mutates(candidate.site.outs[0].graph)
 
     def insert(target, *args, **kwargs) -> fx.Node:
+        for known in args[0].users if constant else ():
+            if (known.target, known.args, known.kwargs) == (target, args, kwargs) and known < last:
+                return known  # the angles of another layer
         new = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with values[0][0].fake_mode:
@@ -182,8 +194,12 @@ def apply(
             k = None if k is None else insert(aten.transpose.int, k, 1, 2)
         if k is None:  # no heads of a key
             k = insert(aten.slice.Tensor, q, 1, 0, 0)
-        angles = [_per_position(operand(candidate, copied, x), call.heads, insert)
-                  for x in (call.cos, call.sin)]  # fmt: skip
+        angles = [operand(candidate, copied, x) for x in (call.cos, call.sin)]
+        if call.angles == "complex":
+            angles = _real_and_imaginary(angles[0], insert)
+        angles = [_per_position(x, call.heads, insert) for x in angles]
+        if call.angles != "each feature":
+            angles = [_per_feature(x, call.interleaved, insert) for x in angles]
         new = insert(ROTARY.overload, q, k, *angles, interleaved=call.interleaved)
         new.meta |= {x: v for x, v in last.meta.items() if x in ("nn_module_stack", "stack_trace")}
         results = [_item(graph, new, i) for i in range(len(outs))]
@@ -209,6 +225,21 @@ def _per_position(angle: fx.Node, heads: int, insert) -> fx.Node:
     if heads == 2:  # [S,1,R]
         angle, dims = insert(aten.select.int, angle, 1, 0), 2
     return angle if dims == 3 else insert(aten.unsqueeze.default, angle, 0)
+
+
+def _real_and_imaginary(angle: fx.Node, insert) -> list[fx.Node]:
+    if angle.target is aten.complex.default:
+        parts = list(angle.args)
+        if all(shape_of(part) == shape_of(angle) for part in parts):
+            return parts
+    return [insert(part, angle) for part in (aten.real.default, aten.imag.default)]
+
+
+def _per_feature(angle: fx.Node, interleaved: bool, insert) -> fx.Node:
+    """[1|B,S,R/2], one value for each pair -> [1|B,S,R]."""
+    if interleaved:
+        return insert(aten.repeat_interleave.self_int, angle, 2, -1)
+    return insert(aten.repeat.default, angle, [1, 1, 2])
 
 
 ROTARY_EMBEDDING = Pass(

@@ -1,6 +1,7 @@
 """Finds x * cos + rotate(x) * sin, `rotate` a quarter turn of x[l:n], which cos multiplies.
 
-See `ridgeline.passes.rotation` for what proves the turn.
+See `ridgeline.passes.rotation` for what proves the turn, and `rotary_apart` for the spellings that
+have no rotated tensor.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ridgeline.ir.match import Reject
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.dataflow import cast_back, is_floating, last_dim, orders, through_casts
+from ridgeline.passes.rotary_apart import Apart, apart_of
 from ridgeline.passes.rotation import Place, Rotation, place_of, rotation_of
 
 aten = torch.ops.aten
@@ -21,20 +23,27 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """One turned tensor. x: [B,H,S,D] or, where heads is 2, [B,S,H,D]; nodes: its interior."""
+    """One turned tensor. x: [B,H,S,D] or, where heads is 2, [B,S,H,D]; nodes: its interior.
+
+    angles: how cos and sin come, "each feature", "each pair", or "complex", as one tensor for each
+    pair.
+    """
 
     x: fx.Node
     cos: fx.Node
     sin: fx.Node
     heads: int
     interleaved: bool
+    angles: str
     out: fx.Node
     nodes: frozenset[fx.Node]
 
     @property
     def shared(self) -> tuple[object, ...]:
         """What two turned tensors must have in common to be turned in one call."""
-        return self.cos, self.sin, self.heads, self.interleaved
+        made = self.angles == "complex" and self.cos.target is aten.complex.default
+        angles = self.cos.args if made else (self.cos, self.sin)
+        return *angles, self.heads, self.interleaved, self.angles
 
 
 def find_turns(graph: fx.Graph) -> tuple[list[Turn], list[Reject]]:
@@ -42,13 +51,26 @@ def find_turns(graph: fx.Graph) -> tuple[list[Turn], list[Reject]]:
     turns: list[Turn] = []
     misses: list[Reject] = []
     for node in graph.nodes:
-        if node.target in (aten.add.Tensor, aten.addcmul.default) and is_floating(node):
-            answer = _turn(node)
-            if isinstance(answer, Turn):
-                turns.append(answer)
-            elif answer is not None:
-                misses.append(answer)
+        if not is_floating(node):
+            continue
+        answer = _turn(node) if node.target in _SUMS else _apart(node)
+        if isinstance(answer, Turn):
+            turns.append(answer)
+        elif answer is not None:
+            misses.append(answer)
     return turns, misses
+
+
+_SUMS = (aten.add.Tensor, aten.addcmul.default)
+
+
+def _apart(node: fx.Node) -> Turn | Reject | None:
+    found = apart_of(node)
+    if not isinstance(found, Apart):
+        return found
+    angles = "complex" if found.cos is found.sin else "each pair"
+    inside = set(found.nodes)
+    return _finish(node, found.place, found.cos, found.sin, found.interleaved, angles, inside)
 
 
 def _turn(node: fx.Node) -> Turn | Reject | None:
@@ -64,9 +86,11 @@ def _turn(node: fx.Node) -> Turn | Reject | None:
                 place = place_of(x)
                 if place is None or not place.same(rotation.place):
                     continue
+                if not (is_floating(cos) and is_floating(sin)):
+                    continue
                 here = inside | rotation.nodes
                 through_casts(x, here)
-                answer = _finish(node, place, cos, sin, rotation.interleaved, here)
+                answer = _finish(node, place, cos, sin, rotation.interleaved, "each feature", here)
                 if isinstance(answer, Turn):
                     return answer
                 near = near or answer
@@ -96,18 +120,17 @@ def _products(node: fx.Node) -> Iterator[tuple[Factors, Factors, set[fx.Node]]]:
 def _finish(
     node: fx.Node,
     place: Place,
-    cos: object,
-    sin: object,
+    cos: fx.Node,
+    sin: fx.Node,
     interleaved: bool,
+    angles: str,
     inside: set[fx.Node],
 ) -> Turn | Reject | None:
     """The turn with its untouched features and its dtype, and the layout that cos and sin show."""
-    if not (is_floating(cos) and is_floating(sin)):
+    whole = _whole(cast_back(node, place.root, inside), place, inside)
+    if whole is None:
         return None
-    assert isinstance(cos, fx.Node)
-    assert isinstance(sin, fx.Node)
-    x, out = _whole(cast_back(node, place.root, inside), place, inside)
-    out = cast_back(out, x, inside)
+    x, out = whole[0], cast_back(whole[1], whole[0], inside)
     if shape_of(out) != shape_of(x):  # cos or sin has a dimension that x has not
         return None
     if x.meta["val"].dim() != 4:
@@ -117,19 +140,21 @@ def _finish(
             node,
             "reshape the query to four dimensions",
         )
-    heads = _heads(x, cos, place.end - place.start)
-    if heads is None or heads != _heads(x, sin, place.end - place.start):
+    width = (place.end - place.start) / (1 if angles == "each feature" else 2)
+    heads = _heads(x, cos, width)
+    if heads is None or heads != _heads(x, sin, width):
         return Reject(
             f"cos {shape_of(cos)} and sin {shape_of(sin)} are no values per position of {said(x)},"
             f" {shape_of(x)}",
             node,
             "give cos and sin one value per position and feature, the same for all heads",
         )
-    return Turn(x, cos, sin, heads, interleaved, out, frozenset(inside - {x, cos, sin}))
+    return Turn(x, cos, sin, heads, interleaved, angles, out, frozenset(inside - {x, cos, sin}))
 
 
-def _whole(node: fx.Node, place: Place, inside: set[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """(x, result): with the features that are only copied, where a cat puts them behind."""
+def _whole(node: fx.Node, place: Place, inside: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """(x, result): with the features that are only copied, where a cat puts them behind; None where
+    no value of the program holds what is turned and no more."""
     inside |= {n for n in place.chain[:-1] if n is not place.root}
     users = list(node.users)
     if len(users) == 1 and users[0].target is aten.cat.default:
@@ -147,7 +172,10 @@ def _whole(node: fx.Node, place: Place, inside: set[fx.Node]) -> tuple[fx.Node, 
                     inside |= {joined, parts[1]}
                     inside -= set(rest.chain[rest.chain.index(candidate) :])
                     return candidate, joined
-    x = next(n for n in place.chain if (p := place_of(n)) is not None and p.same(place))
+    wholes = (n for n in place.chain if (p := place_of(n)) is not None and p.same(place))
+    x = next(wholes, None)
+    if x is None:
+        return None
     inside -= set(place.chain[place.chain.index(x) :])
     return x, node
 

@@ -26,7 +26,7 @@ from ridgeline.passes.dataflow import (
 )
 
 aten = torch.ops.aten
-_FLAT = (aten.flatten.using_ints, aten.reshape.default, aten.view.default)
+FLATTENS = (aten.flatten.using_ints, aten.reshape.default, aten.view.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def rotation_of(node: object) -> Rotation | Reject | None:
     if not isinstance(node, fx.Node) or not is_floating(node):
         return None
     inside.add(node)
-    joined = _joined(node, inside)
+    joined = joined_parts(node, inside)
     if joined is None:
         return None
     parts, interleaved = joined
@@ -88,7 +88,7 @@ def rotation_of(node: object) -> Rotation | Reject | None:
         pieces.append(part if turned is None else turned)
     if sum(signs) != 1:
         return None
-    place = (_neighbours if interleaved else _halves)(pieces, inside)
+    place = (neighbours if interleaved else halves)(pieces, inside)
     if place is None:
         return None
     if isinstance(place, Place) and not signs[0]:
@@ -102,12 +102,12 @@ def rotation_of(node: object) -> Rotation | Reject | None:
     return Rotation(place, interleaved, frozenset(inside))
 
 
-def _joined(node: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], bool] | None:
+def joined_parts(node: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], bool] | None:
     """Two parts and whether the node holds their features by turns, not one behind the other."""
     if node.target is aten.cat.default:
         parts, dim = (*node.args, 0)[:2]
         return (parts, False) if len(parts) == 2 and last_dim(node, dim) else None
-    stacked = node.args[0] if node.target in _FLAT else None
+    stacked = node.args[0] if node.target in FLATTENS else None
     if not isinstance(stacked, fx.Node) or stacked.target is not aten.stack.default:
         return None
     parts, dim = (*stacked.args, 0)[:2]
@@ -120,12 +120,12 @@ def _joined(node: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], bool] |
     return parts, dim % rank == rank - 1
 
 
-def _halves(pieces: list[fx.Node], inside: set[fx.Node]) -> Place | Reject | None:
+def halves(pieces: list[fx.Node], inside: set[fx.Node]) -> Place | Reject | None:
     """The whole of which the pieces are second and first half."""
     second, first = (place_of(p) for p in pieces)
     if first is None or second is None or first.root is not second.root:
         return None
-    inside |= {n for p in pieces for n in (p, *_made_by(p))}
+    inside |= {n for p in pieces for n in (p, *_made_by(p), *_casts_before(p))}
     sizes = first.end - first.start, second.end - second.start
     if second.end == first.start and sizes[0] == sizes[1]:
         return Reject(
@@ -141,15 +141,16 @@ def _halves(pieces: list[fx.Node], inside: set[fx.Node]) -> Place | Reject | Non
             pieces[0],
             "slice x in the middle",
         )
-    return Place(first.root, first.start, second.end, ())
+    common = tuple(node for node in first.chain if node in second.chain)
+    return Place(first.root, first.start, second.end, common)
 
 
-def _neighbours(pieces: list[fx.Node], inside: set[fx.Node]) -> Place | Reject | None:
+def neighbours(pieces: list[fx.Node], inside: set[fx.Node]) -> Place | Reject | None:
     """The whole of which the pieces are the odd and the even features."""
     odd, even = (interval(p) for p in pieces)
     if odd is None or even is None or odd[0] is not even[0] or (odd[3], even[3]) != (2, 2):
         return None
-    inside |= {n for p in pieces for n in (p, *_made_by(p))}
+    inside |= {n for p in pieces for n in (p, *_made_by(p), *_casts_before(p))}
     size = shape_of(odd[0])[-1]
     if (odd[1], even[1]) != (1, 0) or not odd[2] == even[2] == size or size % 2 != 0:
         return Reject(
@@ -157,8 +158,7 @@ def _neighbours(pieces: list[fx.Node], inside: set[fx.Node]) -> Place | Reject |
             pieces[0],
             "rotate as stack(-x[..., 1::2], x[..., ::2])",
         )
-    whole = place_of(odd[0])
-    return None if whole is None else Place(whole.root, whole.start, whole.end, ())
+    return place_of(odd[0])
 
 
 def _made_by(piece: fx.Node) -> tuple[fx.Node, ...]:
@@ -171,3 +171,12 @@ def _made_by(piece: fx.Node) -> tuple[fx.Node, ...]:
         chain.append(node)
         node = node.args[0]
     return tuple(chain)
+
+
+def _casts_before(piece: fx.Node) -> set[fx.Node]:
+    """The casts of what a piece is cut from."""
+    casts: set[fx.Node] = set()
+    cut = interval(piece)
+    if cut is not None and cut[0] is not piece:
+        through_casts(cut[0], casts)
+    return casts

@@ -39,7 +39,6 @@ KNOWN_MISSES: list[Miss] = [
     *_rows("gated_activation", "activation", "maximum"),
     # The operation has one dtype; here two are read and a wider one is written.
     *_rows("gated_activation", "cast", "both, kept"),
-    *_rows("rotary", "form", "apart", "complex"),
     # Rare spellings; a slice of one column of pairs, and a slice of -x.
     *_rows("rotary", "rotation", "cat", "negated before"),
     # A view is written: what the site reads is not what it returns.

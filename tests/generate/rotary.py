@@ -14,6 +14,7 @@ from generate.rotary_words import (
     CASTS,
     COMPLEX,
     DOUBLED,
+    FACTORS,
     HALVES,
     HALVES_APART,
     INTERLEAVED,
@@ -56,7 +57,7 @@ def axes(m: Rotary) -> dict[str, tuple[str, ...]]:
     if m.dtype != torch.float32:
         found["cast"] = tuple(CASTS) if m.form != "complex" else tuple(CASTS)[2:]
     if m.form == "complex":
-        return found | {"product": tuple(COMPLEX)}
+        return found | {"factor": tuple(FACTORS), "product": tuple(COMPLEX)}
     if m.form == "apart":
         return found | {"pairs": tuple(NEIGHBOURS_APART if m.interleaved else HALVES_APART)}
     return found | {
@@ -150,6 +151,7 @@ def _stages(m: Rotary, chosen: Mapping[str, str]) -> dict[str, str]:
     elif m.form == "apart":
         stages["sum"] = (NEIGHBOURS_APART if m.interleaved else HALVES_APART)[chosen["pairs"]]
     else:
+        stages["beside"] += "\n" + FACTORS[chosen["factor"]]
         stages["sum"] = COMPLEX[chosen["product"]]
     results = ", ".join(f"{x}_y" for x in _names(m))
     return stages | {"back": back, "joined": joined, "output": f"return {results}"}

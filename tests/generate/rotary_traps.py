@@ -12,10 +12,16 @@ from generate.rotary import Rotary, axes, case
 _HALVES = Rotary()
 _PAIRS = Rotary(interleaved=True)
 _PART = Rotary(partial=True)
+_APART = Rotary(form="apart")
+_PAIRS_APART = Rotary(form="apart", interleaved=True)
+_COMPLEX = Rotary(form="complex", interleaved=True)
 _WIDE = Rotary(dtype=torch.bfloat16)
 _EVERY = "any rewrite"
 _STACK = "r = torch.stack(({}), dim=-1).flatten(-2)"
 _CAT = "r = torch.cat(({}), dim=-1)"
+_PARTS = "a, b = t.chunk(2, dim=-1)\ny = torch.cat(({}), dim=-1)"
+_BY_TURNS = "a, b = t[..., ::2], t[..., 1::2]\ny = torch.stack(({}), dim=-1).flatten(-2)"
+_Z = "z = torch.view_as_complex(t.float().unflatten(-1, (4, 2)))\nw = torch.complex(cos, sin)\n"
 _SPOILT: dict[str, tuple[Rotary, dict[str, str], str]] = {
     "no sign": (_HALVES, {"rotation": _CAT.format("t[..., 4:], t[..., :4]")}, _EVERY),
     "two signs": (_HALVES, {"rotation": _CAT.format("-t[..., 4:], -t[..., :4]")}, _EVERY),
@@ -175,6 +181,149 @@ _SPOILT: dict[str, tuple[Rotary, dict[str, str], str]] = {
     "result rounded": (_HALVES, {"back": "y = y.to(torch.bfloat16)"}, "nothing"),
     "cut to integers": (_WIDE, {"wide": "t = (8 * t).long().to(t.dtype)"}, "nothing"),
     "integers": (_HALVES, {"wide": "t = (8 * t).long()"}, "nothing"),
+    "apart, two sums": (
+        _APART,
+        {"sum": _PARTS.format("a * cos + b * sin, b * cos + a * sin")},
+        _EVERY,
+    ),
+    "apart, turned back": (
+        _APART,
+        {"sum": _PARTS.format("a * cos + b * sin, b * cos - a * sin")},
+        _EVERY,
+    ),
+    "apart, the difference behind": (
+        _APART,
+        {"sum": _PARTS.format("a * cos + b * sin, a * sin - b * cos")},
+        _EVERY,
+    ),
+    "apart, the difference reversed": (
+        _APART,
+        {"sum": _PARTS.format("b * sin - a * cos, b * cos + a * sin")},
+        _EVERY,
+    ),
+    "apart, sin and cos": (
+        _APART,
+        {"sum": _PARTS.format("a * cos - b * sin, b * sin + a * cos")},
+        _EVERY,
+    ),
+    "apart, parts swapped": (
+        _APART,
+        {"sum": _PARTS.format("b * cos + a * sin, a * cos - b * sin")},
+        _EVERY,
+    ),
+    "apart, halves swapped": (
+        _APART,
+        {"sum": _PARTS.format("b * cos - a * sin, a * cos + b * sin")},
+        _EVERY,
+    ),
+    "apart, one half scaled": (
+        _APART,
+        {"sum": _PARTS.format("a * cos - (2 * b) * sin, b * cos + a * sin")},
+        _EVERY,
+    ),
+    "apart, other angles behind": (
+        _APART,
+        {"sum": _PARTS.format("a * cos - b * sin, b * cos.flip(-1) + a * sin.flip(-1)")},
+        _EVERY,
+    ),
+    "apart, with alpha": (
+        _APART,
+        {"sum": _PARTS.format("torch.sub(a * cos, b * sin, alpha=2), b * cos + a * sin")},
+        _EVERY,
+    ),
+    "apart, halves by turns": (
+        _PAIRS_APART,
+        {
+            "sum": "a, b = t[..., :4], t[..., 4:]\n"
+            + _BY_TURNS.split("\n")[1].format("a * cos - b * sin, b * cos + a * sin")
+        },
+        _EVERY,
+    ),
+    "apart, odd before even": (
+        _PAIRS_APART,
+        {"sum": _BY_TURNS.format("b * cos - a * sin, a * cos + b * sin")},
+        _EVERY,
+    ),
+    "apart, first half returned too": (
+        Rotary(form="apart", key=False),
+        {"back": "+first = y[..., :4] + 0", "output": "return q_y, first, a * cos"},
+        "nothing",
+    ),
+    "apart, sin written between": (
+        Rotary(form="apart", key=False),
+        {"beside": "+sin = sin + 0"}
+        | {
+            "sum": "a, b = t.chunk(2, -1)\ny = a * cos - b * sin\nsin.mul_(2)\n"
+            "y = torch.cat((y, b * cos + a * sin), -1)"
+        },
+        "nothing",
+    ),
+    "apart, sin written after the query": (
+        _APART,
+        {"beside": "+sin = sin + 0", "back": "+sin.mul_(0.5)"},
+        "nothing",
+    ),
+    "complex, turned back": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z * w.conj()).flatten(-2)"},
+        "nothing",
+    ),
+    "complex, conjugated": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z.conj() * w).flatten(-2)"},
+        _EVERY,
+    ),
+    "complex, divided": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z / w).flatten(-2)"},
+        _EVERY,
+    ),
+    "complex, squared": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z * z).flatten(-2)"},
+        _EVERY,
+    ),
+    "complex, imaginary first": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z * w).flip(-1).flatten(-2)"},
+        _EVERY,
+    ),
+    "complex, parts one behind the other": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z * w).transpose(-1, -2).flatten(-2)"},
+        _EVERY,
+    ),
+    "complex, of halves": (
+        _COMPLEX,
+        {
+            "sum": "z = torch.complex(t[..., :4].float(), t[..., 4:].float())\n"
+            "y = torch.view_as_real(z * torch.complex(cos, sin)).flatten(-2)"
+        },
+        _EVERY,
+    ),
+    "complex, odd first": (
+        _COMPLEX,
+        {
+            "sum": "z = torch.complex(t[..., 1::2].float(), t[..., ::2].float())\n"
+            "y = torch.view_as_real(z * torch.complex(cos, sin)).flatten(-2)"
+        },
+        _EVERY,
+    ),
+    "complex, one factor for all": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z * w[..., :1]).flatten(-2)"},
+        "nothing",
+    ),
+    "complex, turned twice": (
+        _COMPLEX,
+        {"sum": _Z + "y = torch.view_as_real(z * w * w).flatten(-2)"},
+        "nothing",
+    ),
+    "complex, written between": (
+        _COMPLEX,
+        {"sum": _Z + "z.mul_(2)\ny = torch.view_as_real(z * w).flatten(-2)"},
+        "nothing",
+    ),
     "complex": (_HALVES, {"wide": "t = torch.complex(t, t)"}, _EVERY),
 }
 TRAPS = tuple(_SPOILT)

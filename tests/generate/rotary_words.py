@@ -81,17 +81,23 @@ NEIGHBOURS_APART = {
 COMPLEX = {
     "reshape": (
         "z = torch.view_as_complex(t.float().reshape(*t.shape[:-1], -1, 2))\n"
-        "y = torch.view_as_real(z * torch.complex(cos, sin)).flatten(-2)"
+        "y = torch.view_as_real(z * w).flatten(-2)"
     ),
     "unflatten, commuted": (
         "z = torch.view_as_complex(t.float().unflatten(-1, (4, 2)))\n"
-        "y = torch.view_as_real(torch.complex(cos, sin) * z).reshape(t.shape)"
+        "y = torch.view_as_real(w * z).reshape(t.shape)"
     ),
     "from parts": (
         "z = torch.complex(t[..., ::2].float(), t[..., 1::2].float())\n"
         "y = torch.view_as_real(z * torch.complex(cos, sin)).flatten(3)"
     ),
 }
+FACTORS = {
+    "complex": "w = torch.complex(cos, sin)",
+    "viewed": "w = torch.view_as_complex(torch.stack((cos, sin), dim=-1))",
+    "conjugated": "w = torch.complex(cos, -sin).conj()",
+}
+"""The complex factor, made once for the query and the key."""
 POLAR = "cos, sin = angle.cos(), angle.sin()"
 
 _ARANGE = "at = torch.arange(q.shape[{length}], device=q.device)\n"
