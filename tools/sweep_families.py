@@ -72,9 +72,18 @@ _DECODERS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "gpt_oss": {**_HEAD, "num_local_experts": 4},
     "deepseek_v3": {
-        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+        **{
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        },
         **{"moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 16},
         **{"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    },
+    "llama4_text": {
+        **{**_HEAD, "intermediate_size_mlp": 96, "num_local_experts": 2, "rope_theta": 1e4},
     },
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 4, "head_dim": 16, "num_heads": 8, "n_groups": 1},
