@@ -196,7 +196,7 @@ def apply(
             k = insert(aten.slice.Tensor, q, 1, 0, 0)
         angles = [operand(candidate, copied, x) for x in (call.cos, call.sin)]
         if call.angles == "complex":
-            angles = _real_and_imaginary(angles[0], insert)
+            angles = _real_and_imaginary(angles[0], constant, insert)
         angles = [_per_position(x, call.heads, insert) for x in angles]
         if call.angles != "each feature":
             angles = [_per_feature(x, call.interleaved, insert) for x in angles]
@@ -227,8 +227,9 @@ def _per_position(angle: fx.Node, heads: int, insert) -> fx.Node:
     return angle if dims == 3 else insert(aten.unsqueeze.default, angle, 0)
 
 
-def _real_and_imaginary(angle: fx.Node, insert) -> list[fx.Node]:
-    if angle.target is aten.complex.default:
+def _real_and_imaginary(angle: fx.Node, constant: bool, insert) -> list[fx.Node]:
+    """constant: nothing is written in place, so what `angle` was made of still is as it was."""
+    if constant and angle.target is aten.complex.default:
         parts = list(angle.args)
         if all(shape_of(part) == shape_of(angle) for part in parts):
             return parts

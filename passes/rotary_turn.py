@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 
+from ridgeline.ir.aliases import mutates
 from ridgeline.ir.match import Reject
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
@@ -41,8 +42,9 @@ class Turn:
     @property
     def shared(self) -> tuple[object, ...]:
         """What two turned tensors must have in common to be turned in one call."""
-        made = self.angles == "complex" and self.cos.target is aten.complex.default
-        angles = self.cos.args if made else (self.cos, self.sin)
+        angles = self.cos, self.sin
+        if self.cos.target is aten.complex.default and not mutates(self.cos.graph):
+            angles = self.cos.args  # two factors made of the same parts
         return *angles, self.heads, self.interleaved, self.angles
 
 

@@ -324,6 +324,27 @@ _SPOILT: dict[str, tuple[Rotary, dict[str, str], str]] = {
         {"sum": _Z + "z.mul_(2)\ny = torch.view_as_real(z * w).flatten(-2)"},
         "nothing",
     ),
+    "complex, cos written behind the factor": (
+        _COMPLEX,
+        {"beside": "cos = cos + 0\nw = torch.complex(cos, sin)\ncos[..., 0] = 0.5"}
+        | {"output": "return q_y, k_y, cos"},
+        "nothing",
+    ),
+    "complex, cos written after the query": (
+        _COMPLEX,
+        {"beside": "cos = cos + 0"}
+        | {"sum": _Z + "y = torch.view_as_real(z * w).flatten(-2)\ncos[..., 0] *= 0.5"},
+        "nothing",
+    ),
+    "complex, the factor written after the query": (
+        _COMPLEX,
+        {"beside": "+w = w + 0"}
+        | {
+            "sum": _Z.split("\n")[0]
+            + "\ny = torch.view_as_real(z * w).flatten(-2)\nw[..., 0] *= 0.5"
+        },
+        "nothing",
+    ),
     "complex": (_HALVES, {"wide": "t = torch.complex(t, t)"}, _EVERY),
 }
 TRAPS = tuple(_SPOILT)
