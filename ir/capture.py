@@ -7,6 +7,7 @@ and cache-length dimensions are free where the model allows it; a dimension of s
 
 import logging
 import operator
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,7 @@ def capture(
         stayed fixed is not in the program's `dynamic`. Raises `CaptureError` naming the construct
         that cannot be captured and the way out, and `CacheError` for unsupported caches.
     """
+    start = time.perf_counter()
     call = flatten(args, kwargs or {})
     training = call.trains(model)
     traces: list[_Trace] = []
@@ -98,6 +100,7 @@ def capture(
         training=training,
         results=trace.results,
     )
+    program.spent["capture"] = time.perf_counter() - start
     log.info("captured %s: free dimensions %s", program.phase, program.dynamic)
     own = {i for i, x in enumerate(call.flat) if any(x is leaf for leaf in call.leaves)}
     placeholders = enumerate(module.graph.find_nodes(op="placeholder"))

@@ -14,6 +14,7 @@ from ridgeline.ir.rules.exact import EXACT
 from ridgeline.ir.rules.linear import LINEAR
 from ridgeline.ir.rules.products import PRODUCTS
 from ridgeline.ir.rules.scores import SCORES
+from ridgeline.ir.rules.views import merge_views
 from ridgeline.ir.symbolic import shape_of
 
 __all__ = ["can_hold", "is_cast", "normalize"]
@@ -40,6 +41,7 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
                     continue
                 if rules is EXACT or not (in_place and reads_changed_memory(node)):
                     changed |= any(rule(node) for rule in rules)
+            merge_views(module.graph)
             module.graph.eliminate_dead_code()  # what a rule left unread is a user no more
     module.recompile()
     return module

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.stopwatch import Stopwatch
 from ridgeline.ir.symbolic import shape_of
 
 Phase = Literal["prefill", "decode", "forward", "training"]
@@ -29,6 +30,7 @@ class Program:
     training: gradients must flow.
     results: how many of the outputs, the first, are what the model returns; the others are new
         tensors of its caches. None: all.
+    spent: seconds that capturing and compiling it have taken so far, by stage.
     """
 
     module: fx.GraphModule
@@ -37,6 +39,7 @@ class Program:
     training: bool
     dynamic: dict[str, tuple[int, ...]] = field(default_factory=dict)
     results: int | None = None
+    spent: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
     def from_graph(

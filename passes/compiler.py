@@ -17,7 +17,7 @@ from ridgeline.ir.program import Program
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Candidate, Pass, Setting, location
 from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
-from ridgeline.passes.decide import Objective, choose, decision, refusal_decision
+from ridgeline.passes.decide import Choice, Objective, choose, decision, refusal_decision
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.plan import Certificate, Decision, Plan, cost_to_dict
 from ridgeline.passes.propose import propose
@@ -88,7 +88,8 @@ class Compiler:
 
     def lower(self, rewritten: fx.GraphModule, program: Program) -> Callable[..., Any]:
         """Kernels in place of the `ridgeline::` ops of `rewritten`; the plan lists them."""
-        lowered = lower(rewritten, program.inputs, self.target, self.lowering, program.training)
+        with program.spent("lower"):
+            lowered = lower(rewritten, program.inputs, self.target, self.lowering, program.training)
         for sentence in lowered.notes:
             self.plan.note(sentence)
         self.plan.kernels += [k for k in lowered.kernels if k not in self.plan.kernels]
@@ -101,33 +102,35 @@ class Compiler:
 
     def rewrite(self, program: Program) -> fx.GraphModule:
         """Propose, choose, certify, measure and apply; the plan grows by this program's account."""
-        module, label = normalize(program.module), self.plan.label(program.phase)
+        spent, label = program.spent, self.plan.label(program.phase)
         self._labels[id(program)] = label
+        self.plan.seconds[label] = spent
+        with spent("normalize"):
+            module = normalize(program.module)
         observed = Observation(module, program)
         setting = Setting(self.target, program.training, self.tolerance, observed, self._weights)
-        candidates, refusals = propose(self.passes, module, setting)
-        candidates, ignored = self._without_ignored(candidates, label)
-        lossy = any(c.error > 0 for c in candidates)
-        choice = choose(
-            candidates,
-            self.target,
-            tolerance=self.tolerance,
-            objective=self.objective,
-            sensitivity=observed.sensitivity() if lossy else 1.0,
-            weight_bytes=weight_bytes(module),
-        )
-        evidence, unsound = self._certified(choice.chosen)
-        origin = {c.rewrite.prepare(c, setting): c for c in choice.chosen if c not in unsound}
-        kept, back, error = settle(program, module, list(origin), self.tolerance)
-        # A site whose form went too far may still take its safest one.
-        if safer := choice.safer(origin[c] for c in back):
-            again = {c.rewrite.prepare(c, setting): c for c in safer}
-            origin |= again
-            kept, lost, error = settle(program, module, [*kept, *again], self.tolerance)
-            won = {c.site for c in kept}
-            back = {c: why for c, why in (back | lost).items() if c.site not in won}
-            back = {c: why for c, why in back.items() if c not in again}
-        rewritten = apply(module, kept)
+        with spent("match"):
+            candidates, refusals = propose(self.passes, module, setting)
+            candidates, ignored = self._without_ignored(candidates, label)
+        sensitivity = 1.0
+        if any(c.error > 0 for c in candidates):
+            with spent("measure"):
+                sensitivity = observed.sensitivity()
+        with spent("choose"):
+            choice = choose(
+                candidates,
+                self.target,
+                tolerance=self.tolerance,
+                objective=self.objective,
+                sensitivity=sensitivity,
+                weight_bytes=weight_bytes(module),
+            )
+        with spent("certify"):
+            evidence, unsound = self._certified(choice.chosen)
+        sound = [c for c in choice.chosen if c not in unsound]
+        origin, kept, back, error = self._settled(program, module, setting, choice, sound)
+        with spent("apply"):
+            rewritten = apply(module, kept)
         plan, costs = self.plan, choice.costs
         plan.measured[label] = error
         plan.applied += [
@@ -146,14 +149,41 @@ class Compiler:
         plan.refused += [decision(c, costs[c], label, by, why) for c, by, why in choice.refused]
         plan.refused += [refusal_decision(r, label) for r in refusals]
         plan.refused += ignored
-        plan.predicted[label] = {
-            side: cost_to_dict(
-                estimate(work_of_graph(m.graph), self.target, resident_bytes=weight_bytes(m))
-            )
-            for side, m in (("before", module), ("after", rewritten))
-        }
+        with spent("choose"):
+            plan.predicted[label] = {
+                side: cost_to_dict(
+                    estimate(work_of_graph(m.graph), self.target, resident_bytes=weight_bytes(m))
+                )
+                for side, m in (("before", module), ("after", rewritten))
+            }
         record(plan, label)
         return rewritten
+
+    def _settled(
+        self,
+        program: Program,
+        module: fx.GraphModule,
+        setting: Setting,
+        choice: Choice,
+        sound: Sequence[Candidate],
+    ) -> tuple[dict[Candidate, Candidate], list[Candidate], dict[Candidate, str], float]:
+        """(prepared -> as chosen, kept, given back -> the reason, measured output error)."""
+        spent = program.spent
+        with spent("fold weights"):
+            origin = {c.rewrite.prepare(c, setting): c for c in sound}
+        with spent("measure"):
+            kept, back, error = settle(program, module, list(origin), self.tolerance)
+        # A site whose form went too far may still take its safest one.
+        if safer := choice.safer(origin[c] for c in back):
+            with spent("fold weights"):
+                again = {c.rewrite.prepare(c, setting): c for c in safer}
+            origin |= again
+            with spent("measure"):
+                kept, lost, error = settle(program, module, [*kept, *again], self.tolerance)
+            won = {c.site for c in kept}
+            back = {c: why for c, why in (back | lost).items() if c.site not in won}
+            back = {c: why for c, why in back.items() if c not in again}
+        return origin, kept, back, error
 
     def _without_ignored(
         self, candidates: list[Candidate], phase: str

@@ -74,6 +74,7 @@ class Plan:
     predicted: seconds of each captured graph before and after, with intervals, by its label: the
         phase, numbered from the second graph of a phase on ("prefill 2").
     measured: relative error of the outputs of each graph against the unrewritten model.
+    seconds: what capturing and compiling each graph took, by stage.
     notes: what else the user should know, such as which device the result runs on.
     """
 
@@ -83,6 +84,7 @@ class Plan:
     refused: list[Decision] = field(default_factory=list)
     predicted: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     kernels: list[KernelReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -102,12 +104,13 @@ class Plan:
         self.refused[:] = [d for d in self.refused if d.phase != label]
         self.predicted.pop(label, None)
         self.measured.pop(label, None)
+        self.seconds.pop(label, None)
 
     def clear(self) -> None:
         """Forget every decision; target and tolerance stay."""
         for entries in (self.applied, self.refused, self.kernels, self.notes):
             entries.clear()
-        for figures in (self.predicted, self.measured):
+        for figures in (self.predicted, self.measured, self.seconds):
             figures.clear()
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +122,7 @@ class Plan:
             "refused": [d.to_dict() for d in self.refused],
             "predicted": self.predicted,
             "measured": self.measured,
+            "seconds": self.seconds,
             "kernels": [k.to_dict() for k in self.kernels],
             "notes": list(self.notes),
         }

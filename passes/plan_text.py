@@ -51,6 +51,9 @@ def _phase(
         console.print("  nothing applied: the graph runs as it was captured")
     elif phase in plan.measured:
         console.print(f"  measured output error {plan.measured[phase]:.2e}")
+    if detail and (spent := plan.seconds.get(phase)):
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in spent.items())
+        console.print(f"  compiled in {sum(spent.values()):.2f} s: {stages}")
     for sign, style, decisions in (("+", "green", plan.applied), ("-", "red", plan.refused)):
         here = [d for d in decisions if d.phase == phase]
         if sign == "-" and not detail:
