@@ -1,7 +1,7 @@
 """One view where a graph makes the same view of the same tensor several times.
 
-Models open one table for each of its readers (``cos.unsqueeze(1)`` for the queries and again for the
-keys); a pass that looks for readers of one value must see one. Two equal views share all their
+Models open one table for each of its readers (``cos.unsqueeze(1)`` for queries, again for keys); a
+pass that looks for readers of one value must see one. Two equal views share all their
 memory, so writes between them change nothing; a view that the program returns stays its own.
 """
 
