@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ridgeline.ir.aliases import mutates, sharing, writes
+from ridgeline.ir.rules.biases import BIASES
 from ridgeline.ir.rules.common import can_hold, insert, is_cast, reads_changed_memory
 from ridgeline.ir.rules.exact import EXACT
 from ridgeline.ir.rules.linear import LINEAR
@@ -20,7 +21,7 @@ from ridgeline.ir.symbolic import shape_of
 __all__ = ["can_hold", "is_cast", "normalize"]
 
 aten = torch.ops.aten
-REASSOCIATING = (*EXACT, *PRODUCTS, *LINEAR, *SCORES)
+REASSOCIATING = (*EXACT, *PRODUCTS, *LINEAR, *SCORES, *BIASES)
 """Their results may hold what the exact rules know, so these are among them."""
 
 

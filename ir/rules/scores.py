@@ -8,18 +8,17 @@ import torch
 from torch import fx
 
 from ridgeline.ir.masks import ABSORBING, scalar_value
+from ridgeline.ir.rules.biases import is_product
 from ridgeline.ir.rules.common import (
     Rule,
     constant_factor,
     feeds_softmax,
     forward,
     insert,
-    is_cast,
 )
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 
 
 def _drop_zero(node: fx.Node) -> bool:
@@ -181,7 +180,7 @@ def _additive_mask(node: fx.Node) -> bool:
         return False
     if not isinstance(scores, fx.Node) or scalar_value(scores) is not None:
         return False  # a constant beside the fill is a mask already, not masked scores
-    if scores.meta["val"].dtype != node.meta["val"].dtype or not _bare(scores):
+    if scores.meta["val"].dtype != node.meta["val"].dtype or not is_product(scores):
         return False
     if any(user.target is node.target is aten.masked_fill.Scalar for user in node.users):
         return False  # two fills become one first
@@ -190,13 +189,6 @@ def _additive_mask(node: fx.Node) -> bool:
     mask = insert(node, aten.where.ScalarOther, keep, zero, fill)
     node.target, node.args = aten.add.Tensor, (scores, mask)
     return True
-
-
-def _bare(scores: fx.Node) -> bool:
-    """A product of matrices, scaled, cast or viewed, and nothing added to it."""
-    while constant_factor(scores) is not None or is_cast(scores) or scores.target in _VIEWS:
-        scores = next(a for a in scores.args if isinstance(a, fx.Node) and a.meta["val"].dim())
-    return scores.target in (aten.matmul.default, aten.einsum.default, aten.baddbmm.default)
 
 
 def _one_fill(node: fx.Node) -> bool:
