@@ -273,4 +273,6 @@ def _way_past(node: fx.Node, wanted: str) -> str:
         return _SOFT_CAP
     if "dropout" in name:
         return _DROPOUT
+    if name.endswith("_"):
+        return f"write a new value ('{name[:-1]}') instead of writing in place ('{name}')"
     return f"move '{operation(node)}' out from between, or compute it with '{wanted}'"

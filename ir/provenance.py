@@ -45,10 +45,11 @@ def operation(node: fx.Node) -> str:
 
 
 def operator(target: object) -> str:
-    """An overload by its plain name: aten.masked_fill.Scalar is masked_fill."""
+    """An overload by its plain name: aten.masked_fill.Scalar is masked_fill; add_ writes."""
     schema = getattr(target, "_schema", None)
-    name = schema.name.partition("::")[2] if schema else getattr(target, "__name__", str(target))
-    return name.strip("_")
+    if schema:
+        return schema.name.partition("::")[2].lstrip("_")
+    return getattr(target, "__name__", str(target)).strip("_")
 
 
 def said(node: fx.Node) -> str:

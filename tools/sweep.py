@@ -2,7 +2,9 @@
 
 For every family, attention implementation and dtype the model is captured, every site of every
 exact or reassociating pass is certified and rewritten whatever it would win, and the results are
-compared with the model in float64; decoders also generate, with a static and a dynamic cache.
+compared with the model in float64, for the batch captured and for a batch of one; decoders also
+generate, with a static and a dynamic cache. No attention, norm or linear layer may be silent: each
+is applied or refused with a reason.
 """
 
 import copy
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ridgeline.codegen.inductor import run_eager
@@ -34,9 +36,11 @@ from ridgeline.passes.base import Candidate, Setting
 from ridgeline.passes.certify import CertificateError, equivalence, relative_error
 from ridgeline.passes.drop_in import optimized_copy
 from ridgeline.passes.observe import Observation
-from ridgeline.passes.propose import propose
+from ridgeline.passes.propose import Refusal, propose
 from ridgeline.passes.weights import WeightStore
 from ridgeline.tools.sweep_families import Family, families
+
+aten = torch.ops.aten
 
 
 class UnknownFamily(RidgelineError):
@@ -51,8 +55,10 @@ LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 class Row:
     """What happened to one family in one form.
 
-    applied: pass -> sites rewritten. refused: "pass: reason" -> sites. error, eager: relative error
-    to float64 of the rewritten model and of the original. problem: what went wrong, "" if nothing.
+    applied: pass -> sites rewritten. refused: "pass: reason" -> sites. anchors: pass -> operations
+    in the graphs at which it looks. error, eager: relative error to float64 of the rewritten model
+    and of the original; where the model cannot compute in float64, to the original, and NaN.
+    problem: what went wrong, "" if nothing.
     """
 
     family: str
@@ -62,6 +68,7 @@ class Row:
     captures: int = 0
     applied: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
+    anchors: dict[str, int] = field(default_factory=dict)
     error: float = float("nan")
     eager: float = float("nan")
     seconds: float = 0.0
@@ -72,6 +79,14 @@ class Row:
         return asdict(self)
 
 
+ANCHORS = {
+    "flash_attention": (aten.softmax.int, aten.scaled_dot_product_attention.default),
+    "norm": (aten.rsqrt.default, aten.layer_norm.default, aten.rms_norm.default),
+    "quantized_linear": (aten.linear.default,),
+}
+"""The operations that make a site of a pass possible."""
+
+
 class _Everything:
     """Compiles a program with every certified site rewritten, and counts them."""
 
@@ -79,6 +94,8 @@ class _Everything:
         self.plan = self
         self.applied: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.anchors: Counter[str] = Counter()
+        self.silent: Counter[str] = Counter()
         self._certificates: dict[Any, Any] = {}
 
     def __call__(self, program: Program) -> Callable[..., Any]:
@@ -86,6 +103,7 @@ class _Everything:
         observed = Observation(module, program)
         setting = Setting(load_target("a100"), program.training, 0.0, observed, WeightStore())
         candidates, refusals = propose(PASSES, module, setting)
+        self._account(module, candidates, refusals)
         chosen = [c for c in _disjoint(candidates) if self._sound(c)]
         self.applied.update(c.rewrite.name for c in chosen)
         self.refused.update(
@@ -94,6 +112,17 @@ class _Everything:
             if r.rewrite.exactness != "approximate"
         )
         return run_eager(apply(module, chosen))
+
+    def _account(
+        self, module: fx.GraphModule, candidates: list[Candidate], refusals: list[Refusal]
+    ) -> None:
+        """Count the anchors, and those that no candidate covers and no refusal speaks for."""
+        for name, targets in ANCHORS.items():
+            covered = {n for c in candidates if c.rewrite.name == name for n in c.site.nodes}
+            nodes = [n for n in module.graph.nodes if n.target in targets]
+            refused = sum(r.rewrite.name == name for r in refusals)
+            self.anchors[name] += len(nodes)
+            self.silent[name] += max(0, len(set(nodes) - covered) - refused)
 
     def _sound(self, candidate: Candidate) -> bool:
         try:
@@ -146,19 +175,37 @@ def _sweep(family: Family, attention: str, dtype: torch.dtype, row: Row) -> None
     inputs = _cast(family.inputs(), dtype)
     compiler = _Everything()
     fast = optimized_copy(model, compiler)
-    expected = _tensors(copy.deepcopy(model).double()(**_cast(inputs, torch.float64)))
-    original = _tensors(model(**inputs))
+    expected, original = _reference(model, inputs), _tensors(model(**inputs))
     got = _tensors(fast(**inputs))
-    row.captures = fast.captures
-    row.error, row.eager = relative_error(got, expected), relative_error(original, expected)
-    if not row.error <= max(LIMIT[dtype], 3 * row.eager):
+    row.error = relative_error(got, expected or original)
+    if expected is not None:
+        row.eager = relative_error(original, expected)
+    if not row.error <= max(LIMIT[dtype], 3 * row.eager if expected else 0.0):
         row.problem = f"error {row.error:.1e} where the model itself has {row.eager:.1e}"
+    single = {k: v[:1] for k, v in inputs.items()}
+    of_one = relative_error(_tensors(fast(**single)), _tensors(model(**single)))
+    if not of_one <= max(LIMIT[dtype], 6 * row.eager if expected else 0.0):
+        row.problem = row.problem or f"error {of_one:.1e} for a batch of one"
     if "input_ids" in inputs and hasattr(model, "generate") and family.kind != "encoder":
-        _generate(fast, model, {"input_ids": inputs["input_ids"]}, row)
+        given = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        _generate(fast, model, given, row)
     row.captures, row.applied = fast.captures, dict(compiler.applied)
-    row.refused = dict(compiler.refused)
+    row.refused, row.anchors = dict(compiler.refused), dict(compiler.anchors)
+    for name, n in (+compiler.silent).items():
+        row.problem = row.problem or f"{n} sites of {name} are neither rewritten nor refused"
     if fast.fallbacks:
         row.problem = row.problem or next(iter(fast.fallbacks.values()))
+
+
+def _reference(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor] | None:
+    """What the model gives in float64; None where it cannot compute in it."""
+    wide = copy.deepcopy(model).double()
+    if hasattr(wide, "set_experts_implementation"):  # the grouped products have no float64
+        wide.set_experts_implementation("eager")
+    try:
+        return _tensors(wide(**_cast(inputs, torch.float64)))
+    except RuntimeError:
+        return None
 
 
 def _generate(fast: nn.Module, model: nn.Module, inputs: dict[str, Any], row: Row) -> None:
@@ -189,7 +236,7 @@ def report(rows: Sequence[Row], console: Console) -> None:
     """A line per family and form, then each reason for a refusal with its number of sites."""
     table = Table("family", "attention", "dtype", "graphs", "applied", "error", "eager", box=None)
     for r in rows:
-        applied = ", ".join(f"{name} {n}" for name, n in sorted(r.applied.items())) or "-"
+        applied = ", ".join(_of(r, name) for name in sorted(r.applied)) or "-"
         figures = (f"{r.error:.1e}", f"{r.eager:.1e}")
         table.add_row(r.family, r.attention, r.dtype, str(r.captures), applied, *figures)
     console.print(table)
@@ -205,6 +252,12 @@ def report(rows: Sequence[Row], console: Console) -> None:
     console.print(f"\n{len(rows)} forms of {len({r.family for r in rows})} families")
     for r in wrong:
         console.print(f"  {r.family} ({r.attention}, {r.dtype}): {r.problem}", markup=False)
+
+
+def _of(row: Row, name: str) -> str:
+    """The sites rewritten, of those possible where that is another number."""
+    applied, possible = row.applied[name], row.anchors.get(name, 0)
+    return f"{name} {applied}" + (f" of {possible}" if possible > applied else "")
 
 
 def run(names: Sequence[str], dtypes: Sequence[torch.dtype], console: Console) -> list[Row]:

@@ -128,7 +128,11 @@ def families() -> Iterator[Family]:
         build = _transformers(name, "AutoModelForSeq2SeqLM", _PAIR)
         yield Family(
             *(name, "encoder-decoder", build),
-            lambda: {"input_ids": _ids(), "decoder_input_ids": _ids(5)},
+            lambda: {
+                "input_ids": _ids(),
+                "decoder_input_ids": _ids(5),
+                "attention_mask": torch.ones(2, 9, dtype=torch.int64),
+            },
         )
     for name in _VISION:
         build = _transformers(name, "AutoModel", {"num_key_value_heads": None})

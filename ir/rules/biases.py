@@ -4,11 +4,14 @@
     (s + a) c                =  s c + a c
     masked_fill(s + a, m, f) =  s + where(m, f, a)         f absorbs any score: s + f = f
     unflatten(s + a)         =  unflatten(s) + unflatten(a),   unflatten(s c) = unflatten(s) c
+    max(s + a, m)            =  s + a                      a is 0 or finite and m the least number
 
 s is a product of queries and keys, whatever its scale; a and b broadcast to it. Position biases
 (T5, MPNet, ALiBi), masks added after them, and scores kept in three dimensions (BLOOM, DeBERTa)
 all end as one product, one factor and one sum.
 """
+
+import math
 
 import torch
 from torch import fx
@@ -111,6 +114,26 @@ def _fill_under_bias(node: fx.Node) -> bool:
     return True
 
 
+def _floor_of_finite(node: fx.Node) -> bool:
+    """max(s + mask, the least finite number) -> s + mask, for a mask of 0 and a finite fill."""
+    if node.target is not aten.maximum.default and node.target is not aten.max.other:
+        return False
+    inner, floor = node.args
+    split, least = biased(inner), scalar_value(floor)
+    if split is None or least is None or not feeds_softmax(node) or not _same_kind(inner, node):
+        return False
+    _, mask = split
+    if mask.target not in (aten.where.Scalar, aten.where.ScalarOther, aten.where.self):
+        return False
+    kept, fill = (scalar_value(x) for x in mask.args[1:])
+    finite = kept == 0 and fill is not None and math.isfinite(fill)
+    if not finite or least > torch.finfo(node.meta["val"].dtype).min:
+        return False
+    node.replace_all_uses_with(inner)
+    node.graph.erase_node(node)
+    return True
+
+
 def _unflattened_sum(node: fx.Node) -> bool:
     """unflatten(s + a) -> unflatten(s) + unflatten(a), batch and heads apart."""
     if not _unflattens(node) or not feeds_softmax(node):
@@ -167,6 +190,7 @@ def _same_kind(inner: fx.Node, node: fx.Node) -> bool:
 
 BIASES: tuple[Rule, ...] = (
     _one_bias,
+    _floor_of_finite,
     _scale_under_bias,
     _fill_under_bias,
     _unflattened_sum,

@@ -19,6 +19,8 @@ from ridgeline.ir.rules.common import (
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
+_FLATTEN = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+_UNFLATTEN = (aten.view.default, aten.reshape.default, aten.unflatten.int)
 
 
 def _drop_zero(node: fx.Node) -> bool:
@@ -110,6 +112,22 @@ def _softmax_of_shifted(node: fx.Node) -> bool:
     if not same or shape_of(x)[-1] == 1:
         return False
     node.args = (x, -1)
+    return True
+
+
+def _softmax_between_views(node: fx.Node) -> bool:
+    """unflatten(softmax(flatten(x))) -> softmax(x), rows kept whole."""
+    softmax = node.args[0] if node.target in _UNFLATTEN else None
+    if not isinstance(softmax, fx.Node) or softmax.target is not aten.softmax.int:
+        return False
+    flat = softmax.args[0]
+    x = flat.args[0] if flat.target in _FLATTEN else None
+    last = softmax.args[1] in (-1, softmax.meta["val"].dim() - 1) and len(softmax.args) == 2
+    if not isinstance(x, fx.Node) or not last or shape_of(flat)[-1] != shape_of(x)[-1]:
+        return False
+    if shape_of(x) != shape_of(node) or len(softmax.users) != 1:
+        return False
+    node.target, node.args, node.kwargs = aten.softmax.int, (x, -1), {}
     return True
 
 
@@ -210,6 +228,7 @@ SCORES: tuple[Rule, ...] = (
     _hoist_scale,
     _merge_factors,
     _sum_from_difference,
+    _softmax_between_views,
     _softmax_from_exponentials,
     _softmax_from_logarithm,
     _softmax_of_shifted,

@@ -126,6 +126,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         ),
         (FLAT, FLAT, (B * H, 1, S), _keep),
     ),
+    "never below the least number": (
+        lambda q, k, m: softmax(
+            torch.max(q @ k.mT + torch.where(m, 0.0, MIN), torch.tensor(-float("inf")))
+        ),
+        (Q, K, _keep),
+    ),
+    "weights in three dimensions": (
+        lambda q, k: softmax((q @ k.mT).flatten(0, 1)).view(B, H, S, S),
+        (Q, K),
+    ),
     "scale in three dimensions": (
         lambda q, k: softmax((q @ k.mT / 2).unflatten(0, (B, H))),
         (FLAT, FLAT),
