@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from ridgeline.cost_model import Target
 
@@ -85,6 +85,17 @@ def attribute(module: fx.GraphModule, name: str, like: fx.Node) -> fx.Node:
     tensor = operator.attrgetter(name)(module)
     node.meta["val"] = fake.from_tensor(tensor, static_shapes=True)
     return node
+
+
+def buffer(module: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+    """`attribute` of a new buffer, under `name` or, where that is another tensor's, one like it."""
+    stem, tries = name, 0
+    while getattr(module, name, tensor) is not tensor:
+        tries += 1
+        name = f"{stem}_{tries}"
+    if not hasattr(module, name):
+        module.register_buffer(name, tensor, persistent=False)
+    return attribute(module, name, like)
 
 
 def hints(node: fx.Node) -> tuple[int, ...]:

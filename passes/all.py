@@ -4,6 +4,7 @@ from ridgeline.passes.base import Pass
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
 from ridgeline.passes.gated import GATED
 from ridgeline.passes.group_rational import GROUP_RATIONAL_PASS
+from ridgeline.passes.merged_linear import MERGED_LINEAR
 from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
 from ridgeline.passes.rotary import ROTARY_EMBEDDING
@@ -14,5 +15,6 @@ PASSES: tuple[Pass, ...] = (
     GATED,
     GROUP_RATIONAL_PASS,
     NORMS,
+    MERGED_LINEAR,
     QUANTIZED,
 )

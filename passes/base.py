@@ -64,7 +64,8 @@ class Candidate:
 class Pass:
     """One piece of knowledge about models.
 
-    patterns: the spellings, traced at first use. search: finds sites, and near misses, that no
+    op: what it puts into the graph; None where that is ATen's own. patterns: the spellings, traced
+    at first use. search: finds sites, and near misses, that no
     traced pattern can name (bounds of slices that depend on sizes). accepts: a site -> every
     candidate for it, or the reason why there is none. prepare: once chosen, the costly part (fold
     or refine weights). apply: (candidate, nodes of the copy, graph module) -> rewrites the
@@ -73,7 +74,7 @@ class Pass:
     """
 
     name: str
-    op: Op
+    op: Op | None
     exactness: Exactness
     patterns: Callable[[], tuple[Pattern, ...]]
     accepts: Callable[[Site, Setting], "list[Candidate] | Reject"]

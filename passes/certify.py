@@ -21,7 +21,7 @@ from ridgeline.passes.adversarial import NoAdversary, adversarial
 from ridgeline.passes.apply import copy_graph, replace
 from ridgeline.passes.base import Candidate
 from ridgeline.passes.plan import Certificate
-from ridgeline.passes.region import frontier_of, region_of, structure_of
+from ridgeline.passes.region import frontier_of, nodes_in, region_of, structure_of
 from ridgeline.passes.reproducer import write_reproducer
 
 log = logging.getLogger(__name__)
@@ -76,9 +76,7 @@ def equivalence(candidate: Candidate, cache: dict[Any, Certificate]) -> Certific
 
 def _signature(candidate: Candidate, frontier: Sequence[fx.Node]) -> Any:
     call = candidate.call
-    plain = tuple(
-        v for f in dataclasses.fields(call) if not isinstance(v := getattr(call, f.name), fx.Node)
-    )
+    plain = tuple(v for f in dataclasses.fields(call) if not nodes_in(v := getattr(call, f.name)))
     tensors = tuple((tuple(shape_of(n)), n.meta["val"].dtype) for n in frontier)
     return candidate.rewrite.name, candidate.site.pattern, plain, tensors
 

@@ -18,6 +18,7 @@ from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Candidate, Pass, Setting, location
 from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
 from ridgeline.passes.decide import Choice, Objective, choose, decision, refusal_decision
+from ridgeline.passes.fold import fold_stacks
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.plan import Certificate, Decision, Plan, cost_to_dict
 from ridgeline.passes.propose import propose
@@ -131,6 +132,8 @@ class Compiler:
         origin, kept, back, error = self._settled(program, module, setting, choice, sound)
         with spent("apply"):
             rewritten = apply(module, kept)
+            if not program.training:
+                fold_stacks(rewritten, self._weights)
         plan, costs = self.plan, choice.costs
         plan.measured[label] = error
         plan.applied += [

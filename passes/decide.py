@@ -62,6 +62,9 @@ def choose(
     }
     worth = {c: _gain(*costs[c], c, objective) for c in candidates}
     price = _price(worth, sensitivity, tolerance)
+    for c in candidates:
+        if objective == "latency" and c.memory_bytes > 0:
+            price[c] += PRICE_OF_MEMORY * costs[c][0].seconds
     useful = [c for c in candidates if worth[c] > price[c]]
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
@@ -91,6 +94,11 @@ def choose(
 PRICE_OF_TOLERANCE = 0.05
 """What spending the whole tolerance must win, as a part of all that there is to win: less than that
 the estimates cannot tell apart."""
+
+
+PRICE_OF_MEMORY = 0.05
+"""What holding more weights must win, as a part of the site's time: a second copy of a layer is not
+taken for less than the estimates can tell apart."""
 
 
 def _price(
@@ -162,7 +170,8 @@ def _others(
             refused.append((best, "overlap", reason))
         elif all(worth[c] <= price[c] for c in forms):
             sides = _sides(best, *costs[best], objective)
-            refused.append((best, "cost", f"wins too little for its error: {sides}"))
+            spent = "its error" if best.error else f"{best.memory_bytes} bytes more"
+            refused.append((best, "cost", f"wins too little for {spent}: {sides}"))
         else:
             smallest = min(c.error for c in forms if worth[c] > 0)
             reason = (

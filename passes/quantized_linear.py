@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ridgeline.codegen.kernel import attribute
+from ridgeline.codegen.kernel import buffer
 from ridgeline.cost_model import Work, work_of
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.match import Pattern, Reject, Site, trace
@@ -26,12 +26,18 @@ from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.quantization import Codec, QuantizedWeight
 from ridgeline.passes.quantized_forms import Layer, error_of, forms
+from ridgeline.passes.side_by_side import (
+    constant_biases,
+    constant_weight,
+    search,
+    split,
+    stacked,
+)
 
 aten = torch.ops.aten
 
 SMALLEST = 64
 """Layers with fewer inputs or outputs than this stay: their weights are no traffic to speak of."""
-SIDE_BY_SIDE = "side_by_side"
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -51,19 +57,6 @@ def patterns() -> tuple[Pattern, ...]:
         trace(linear_bias, anchor, **example, bias=torch.empty(5)),
         trace(linear, anchor, **example),
     )
-
-
-def search(graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
-    """The sites of several layers that read one input."""
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        readers.setdefault(node.args[0], []).append(node)
-    sites = [
-        Site({"x": x}, {}, tuple(layers), tuple(layers), SIDE_BY_SIDE)
-        for x, layers in readers.items()
-        if len(layers) > 1
-    ]
-    return sites, []
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +113,7 @@ def _layer(out: fx.Node, setting: Setting) -> Layer | Reject:
     x, read, bias = (*out.args, None)[:3]
     assert isinstance(x, fx.Node)
     assert isinstance(read, fx.Node)
-    node, transposed = _constant(read)
+    node, transposed = constant_weight(read)
     if setting.tolerance <= 0 and (node is not None or read.op == "placeholder"):
         return Reject(
             "approximate, and tolerance is 0", out, "pass tolerance > 0, such as tolerance=0.02"
@@ -167,20 +160,10 @@ def _layer(out: fx.Node, setting: Setting) -> Layer | Reject:
     return Layer(out, str(node.target), weight, bias)  # pyright: ignore[reportArgumentType]
 
 
-def _constant(node: fx.Node) -> tuple[fx.Node | None, bool]:
-    """The get_attr node behind the weight, and whether it is read transposed."""
-    if node.op == "get_attr":
-        return node, False
-    if node.target is aten.t.default and node.args[0].op == "get_attr":
-        return node.args[0], True
-    return None, False
-
-
 def _stackable(layers: list[Layer]) -> bool:
     """One dtype, and biases that are constants, if any."""
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    constant = all(b.op == "get_attr" and not writes(b) for b in biases)
-    return constant and len({layer.weight.dtype for layer in layers}) == 1
+    biases = constant_biases([layer.bias for layer in layers])
+    return biases and len({layer.weight.dtype for layer in layers}) == 1
 
 
 def prepare(candidate: Candidate, setting: Setting) -> Candidate:
@@ -208,10 +191,13 @@ def apply(
     tensors = {"packed": quantized.packed, "scale": quantized.scale, "offset": quantized.offset}
     graph = module.graph
     with graph.inserting_before(min(outs)):
-        constants = [_buffer(module, f"{stem}_{n}", t, outs[0]) for n, t in tensors.items()]
+        constants = [
+            None if t is None else buffer(module, f"{stem}_{n}", t, outs[0])
+            for n, t in tensors.items()
+        ]
         new = graph.call_function(
             QUANTIZED_LINEAR.overload,
-            (copied[first.out].args[0], *constants, _bias(call, copied, module)),
+            (copied[first.out].args[0], *constants, _bias(call, copied)),
             {
                 "bits": call.codec.bits,
                 "group_size": call.codec.group_size,
@@ -225,50 +211,16 @@ def apply(
     sizes = [layer.weight.shape[0] for layer in call.layers]
     value = outs[0].meta["val"]
     new.meta["val"] = value.new_empty((*value.shape[:-1], sum(sizes)))
-    start = 0
-    for out, size in zip(outs, sizes, strict=True):
-        with graph.inserting_before(out):
-            part = graph.call_function(aten.slice.Tensor, (new, -1, start, start + size))
-        part.meta = {**out.meta, "val": new.meta["val"][..., start : start + size]}
-        out.replace_all_uses_with(part)
-        start += size
+    split(new, outs, sizes)
     return new
 
 
-def _bias(call: Call, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule) -> fx.Node | None:
+def _bias(call: Call, copied: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
     """The bias of all layers, zeros where one has none."""
-    nodes = [layer.bias for layer in call.layers]
-    if not any(nodes):
-        return None
+    nodes = [None if layer.bias is None else copied[layer.bias] for layer in call.layers]
     if len(nodes) == 1:
-        return copied[nodes[0]]  # pyright: ignore[reportArgumentType]
-    parts = []
-    for layer in call.layers:
-        like = copied[layer.out]
-        if layer.bias is not None:
-            parts.append(attribute(module, str(layer.bias.target), like))
-            continue
-        options = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        part = module.graph.call_function(aten.zeros.default, ([layer.weight.shape[0]],), options)
-        part.meta["val"] = like.meta["val"].new_zeros(layer.weight.shape[0], **options)
-        parts.append(part)
-    whole = module.graph.call_function(aten.cat.default, (parts,))
-    whole.meta["val"] = torch.cat([part.meta["val"] for part in parts])
-    return whole
-
-
-def _buffer(
-    module: fx.GraphModule, name: str, tensor: Tensor | None, like: fx.Node
-) -> fx.Node | None:
-    if tensor is None:
-        return None
-    stem, tries = name, 0
-    while getattr(module, name, tensor) is not tensor:  # another weight's, or another codec's
-        tries += 1
-        name = f"{stem}_{tries}"
-    if not hasattr(module, name):
-        module.register_buffer(name, tensor, persistent=False)
-    return attribute(module, name, like)
+        return nodes[0]
+    return stacked(nodes, [layer.weight.shape[0] for layer in call.layers])
 
 
 QUANTIZED = Pass(

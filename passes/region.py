@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,8 +19,15 @@ aten = torch.ops.aten
 def frontier_of(candidate: Candidate) -> list[fx.Node]:
     """The nodes that the rewritten site reads, in a fixed order."""
     fields = dataclasses.fields(candidate.call)
-    values = [getattr(candidate.call, f.name) for f in fields]
-    return list(dict.fromkeys(v for v in values if isinstance(v, fx.Node)))
+    read = [n for f in fields for n in nodes_in(getattr(candidate.call, f.name))]
+    return list(dict.fromkeys(read))
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """The nodes of a field of a call: itself, or those of a tuple."""
+    if isinstance(value, tuple):
+        return [n for each in value for n in nodes_in(each)]
+    return [value] if isinstance(value, fx.Node) else []
 
 
 def region_of(candidate: Candidate, frontier: Iterable[fx.Node]) -> list[fx.Node]:

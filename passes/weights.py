@@ -1,4 +1,4 @@
-"""Quantised weights, made once and shared by every graph of one `optimize`."""
+"""Quantised and stacked weights, made once and shared by every graph of one `optimize`."""
 
 import dataclasses
 import operator
@@ -28,6 +28,7 @@ class WeightStore:
         self._rounded: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._refined: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._stacked: dict[tuple[tuple[str, ...], Codec], QuantizedWeight] = {}
+        self._held: dict[str, Tensor] = {}
         self._known: dict[Any, float] = {}
 
     def memo(self, key: Any, compute: Callable[[], float]) -> float:
@@ -42,7 +43,7 @@ class WeightStore:
         return weight.T if transposed else weight
 
     def stale(self) -> bool:
-        """Has a weight been changed in place since it was quantised?"""
+        """Has a weight been changed in place since it was folded?"""
         return list(map(_VERSION, self._sources.values())) != self._versions
 
     def rounded(self, name: str, weight: Tensor, codec: Codec) -> QuantizedWeight:
@@ -56,16 +57,27 @@ class WeightStore:
         """The best that can be had: lossless as it is, GPTQ with data, a search without."""
         key = (name, codec)
         if key not in self._refined:
-            # inference tensors cannot be changed, nor count changes
-            if not weight.is_inference() and name not in self._sources:
-                self._sources[name] = weight
-                self._versions.append(weight._version)
+            self._watch(name, weight)
             rounded = self.rounded(name, weight, codec)
             lossless = torch.equal(rounded.dequantize(), weight.float())
             self._refined[key] = (
                 rounded if lossless else quantize(weight, codec, self.hessians.get(name))
             )
         return self._refined[key]
+
+    def held(self, key: str, sources: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """What was made of the weights `sources` for `key` before, else now."""
+        if key not in self._held:
+            for name, weight in sources.items():
+                self._watch(name, weight)
+            self._held[key] = compute()
+        return self._held[key]
+
+    def _watch(self, name: str, weight: Tensor) -> None:
+        # inference tensors cannot be changed, nor count changes
+        if not weight.is_inference() and name not in self._sources:
+            self._sources[name] = weight
+            self._versions.append(weight._version)
 
     def stacked(self, names: tuple[str, ...], codec: Codec) -> QuantizedWeight:
         """The refined weights, one upon the other, in memory once: each becomes a view of it."""
