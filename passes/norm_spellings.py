@@ -41,7 +41,7 @@ def _fused() -> tuple[Pattern, ...]:
         trace(fused_layer_norm_plain, layer, x=x, eps=EPS),
         trace(fused_rms_norm, rms, x=x, weight=weight, eps=EPS),
         trace(fused_rms_norm_plain, rms, x=x, eps=EPS),
-        trace(fused_rms_norm_by_default, rms, x=x, weight=weight),
+        trace(fused_rms_norm_by_default, rms, x=x.bfloat16(), weight=weight.bfloat16()),
     )
     return tuple(map(_sized, traced))
 

@@ -38,3 +38,17 @@ def explicit_layer_norm(node: fx.Node) -> bool:
         return False
     node.args, node.kwargs = args, {}
     return True
+
+
+def explicit_rms_norm(node: fx.Node) -> bool:
+    """rms_norm(x, shape, weight, eps) of float32 without eps -> with that of float32. For narrower
+    dtypes it is left to the library, and devices differ."""
+    if node.target is not aten.rms_norm.default or node.meta["val"].dtype != torch.float32:
+        return False
+    names = ("input", "normalized_shape", "weight", "eps")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if given.get("eps") is not None:
+        return False
+    given["eps"] = torch.finfo(torch.float32).eps
+    node.args, node.kwargs = tuple(given.get(name) for name in names), {}
+    return True

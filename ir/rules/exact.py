@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ridgeline.ir.aliases import sharing, writes
-from ridgeline.ir.rules.calls import explicit_layer_norm, plain_power
+from ridgeline.ir.rules.calls import explicit_layer_norm, explicit_rms_norm, plain_power
 from ridgeline.ir.rules.common import Rule, forward, insert, packet_of
 from ridgeline.ir.symbolic import shape_of, strides_of
 
@@ -289,4 +289,5 @@ EXACT: tuple[Rule, ...] = (
     _explicit_attention,
     plain_power,
     explicit_layer_norm,
+    explicit_rms_norm,
 )

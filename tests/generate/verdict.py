@@ -212,7 +212,7 @@ def _unlike(got: Tensor, expected: Tensor) -> str:
         return "" if torch.equal(got, expected) else "other booleans"
     largest = expected[finite].abs().max().item()
     worst = (got[finite] - expected[finite]).abs().max().item()
-    allowed = ROUNDING.get(expected.dtype, 0.0) * largest
+    allowed = ROUNDING.get(expected.dtype.to_real(), 0.0) * largest
     return "" if worst <= allowed else f"differs by {worst:.3g} where entries reach {largest:.3g}"
 
 

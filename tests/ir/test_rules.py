@@ -65,6 +65,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "square": (lambda x: torch.square(x) + x * x, (Q,)),
     "root": (lambda x: (x.abs() + 1) ** -0.5 + (x.abs() + 1) ** 0.5, (Q,)),
     "layer norm": (lambda x: F.layer_norm(x, (D,)), (Q,)),
+    "rms norm": (lambda x: F.rms_norm(x.float(), (D,)).double(), (Q,)),
     "einsum": (lambda q, k: softmax(torch.einsum("bhid,bhjd->bhij", q, k)), (Q, K)),
     "einsum, swapped": (lambda q, k: softmax(torch.einsum("bhjd,bhid->bhij", k, q)), (Q, K)),
     "baddbmm": (

@@ -278,7 +278,10 @@ TRAPS = {
         lambda m, x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6),
         "'sum' at ",
     ),
-    "eps by default": (lambda m, x: F.rms_norm(x, (SIZE,), m.w), "the eps that torch chooses"),
+    "eps by default": (
+        lambda m, x: F.rms_norm(x.bfloat16(), (SIZE,), m.w.bfloat16()),
+        "the eps that torch chooses",
+    ),
     "eps is a tensor": (
         lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.w32[0]),
         "where a number known before the run is needed",
