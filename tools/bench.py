@@ -5,7 +5,13 @@ from rich.console import Console
 from rich.text import Text
 
 from ridgeline.cost_model import load_target
-from ridgeline.tools import bench_attention, bench_group_rational, bench_linear, bench_norm
+from ridgeline.tools import (
+    bench_attention,
+    bench_group_rational,
+    bench_linear,
+    bench_norm,
+    bench_pointwise,
+)
 from ridgeline.tools.timing import dram_read_bandwidth
 
 PROMPT, NEW, TOLERANCE = 256, 64, 0.02
@@ -39,6 +45,20 @@ def norm(rounds: int, console: Console) -> None:
     """RMSNorm and LayerNorm of a residual sum, against Inductor's kernels and eager torch."""
     with torch.inference_mode(False), torch.no_grad():
         for title, timings in bench_norm.cases(rounds, load_target("cpu")):
+            console.print(timings.table(title))
+
+
+def gated(rounds: int, console: Console) -> None:
+    """SwiGLU's gate, against Inductor's loops and eager torch."""
+    with torch.inference_mode(False), torch.no_grad():
+        for title, timings in bench_pointwise.gates(rounds, load_target("cpu")):
+            console.print(timings.table(title))
+
+
+def rotary(rounds: int, console: Console) -> None:
+    """The rotary embedding of queries and keys, against Inductor's loops and eager torch."""
+    with torch.inference_mode(False), torch.no_grad():
+        for title, timings in bench_pointwise.rotations(rounds, load_target("cpu")):
             console.print(timings.table(title))
 
 

@@ -1,29 +1,16 @@
-"""RMSNorm and LayerNorm on this CPU: ridgeline's TVM kernels against Inductor's and eager torch.
+"""RMSNorm and LayerNorm on this CPU: ridgeline's TVM kernels against Inductor's and eager torch."""
 
-Both compiled forms are graphs of one site, lowered and called in the same way and allocating their
-results at each call, so that what differs is the kernel and how it is called.
-"""
-
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ridgeline.codegen.inductor import compile_graph
-from ridgeline.codegen.lower import lower
 from ridgeline.cost_model import Target
-from ridgeline.ir.capture import capture
-from ridgeline.ir.normalize import normalize
-from ridgeline.passes.apply import apply
-from ridgeline.passes.base import Setting
 from ridgeline.passes.norms import NORMS
-from ridgeline.passes.propose import propose
-from ridgeline.passes.weights import WeightStore
-from ridgeline.tools.timing import Timings, interleave
+from ridgeline.tools.bench_site import compare
+from ridgeline.tools.timing import Timings
 
-BASELINE = "inductor"
 SHAPES = ((1, 576), (256, 576), (256, 4096), (4096, 4096))
 EPS = 1e-6
 
@@ -64,19 +51,4 @@ def _case(
 ) -> Timings:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
-    program = capture(model, inputs).program
-    module = normalize(program.module)
-    inductor = compile_graph(module, program.inputs, dynamic=False)
-    setting = Setting(target, False, 0.0, _unobserved, WeightStore())
-    candidates, _ = propose((NORMS,), module, setting)
-    ours = lower(apply(module, candidates[:1]), program.inputs, target, "inductor", False).run
-
-    def calls(run: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: run(*inputs)
-
-    functions = {"eager": calls(model), BASELINE: calls(inductor), "ridgeline": calls(ours)}
-    return interleave(functions, baseline=BASELINE, rounds=rounds)
-
-
-def _unobserved(node: Any) -> Tensor:
-    raise AssertionError(f"{node}: a norm is rewritten without looking at values")
+    return compare(model, inputs, NORMS, rounds, target)

@@ -61,6 +61,8 @@ class Bench(StrEnum):
     attention = "attention"
     group_rational = "group-rational"
     norm = "norm"
+    gated = "gated"
+    rotary = "rotary"
     decode = "decode"
     perplexity = "perplexity"
 
