@@ -149,7 +149,10 @@ class Compiler:
             decision(c, costs[origin.get(c, c)], label, "certificate", why)
             for c, why in (unsound | back).items()
         ]
-        plan.refused += [decision(c, costs[c], label, by, why) for c, by, why in choice.refused]
+        plan.refused += [
+            decision(r.candidate, costs[r.candidate], label, r.by, r.reason, r.needed)
+            for r in choice.refused
+        ]
         plan.refused += [refusal_decision(r, label) for r in refusals]
         plan.refused += ignored
         with spent("choose"):

@@ -1,6 +1,6 @@
 """One joint decision: candidates become options of the solver, its answer becomes `Decision`s."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,15 +16,25 @@ Objective = Literal["latency", "memory", "energy", "eflops"]
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """A site that got nothing: its best candidate, why, and what would let it fire, if known."""
+
+    candidate: Candidate
+    by: RefusedBy
+    reason: str
+    needed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """The chooser's answer.
 
-    chosen: to be applied. refused: for each site that got nothing (candidate, refused_by, reason).
-    costs: every candidate's predicted (before, after); worth: what the objective wins by it.
+    chosen: to be applied. refused: the sites that got nothing. costs: every candidate's predicted
+    (before, after); worth: what the objective wins by it.
     """
 
     chosen: list[Candidate]
-    refused: list[tuple[Candidate, RefusedBy, str]]
+    refused: list[Loss]
     costs: dict[Candidate, tuple[Cost, Cost]]
     worth: dict[Candidate, float]
 
@@ -87,7 +97,13 @@ def choose(
         base_memory_bytes=weight_bytes,
     ).chosen
     chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
-    refused = _others(candidates, chosen, costs, worth, price, target, tolerance, objective)
+    spent = sum((c.error * sensitivity) ** 2 for c in chosen)
+
+    def enough(error: float) -> float:
+        """The tolerance under which a further error would fit."""
+        return (spent + (error * sensitivity) ** 2) ** 0.5
+
+    refused = _others(candidates, chosen, costs, worth, price, target, enough, objective)
     return Choice(chosen, refused, costs, worth)
 
 
@@ -145,16 +161,16 @@ def _others(
     worth: dict[Candidate, float],
     price: dict[Candidate, float],
     target: Target,
-    tolerance: float,
+    enough: Callable[[float], float],
     objective: Objective,
-) -> list[tuple[Candidate, RefusedBy, str]]:
+) -> list[Loss]:
     """Why each site that got nothing got nothing; the forms beside a chosen one are no refusals."""
     taken = {n: c for c in chosen for n in c.site.nodes}
     spots = _spots(candidates)
     sites: dict[Spot, list[Candidate]] = {}
     for c in candidates:
         sites.setdefault(spots[c], []).append(c)
-    refused: list[tuple[Candidate, RefusedBy, str]] = []
+    refused: list[Loss] = []
     for (name, outs), forms in sites.items():
         if any(c in forms for c in chosen):
             continue
@@ -164,21 +180,23 @@ def _others(
         if covered or len(outs) > 1:  # layers side by side: applied so, or each one says why not
             continue
         if worth[best] <= 0:
-            refused.append((best, "cost", _no_gain(best, *costs[best], target, objective)))
+            refused.append(Loss(best, "cost", _no_gain(best, *costs[best], target, objective)))
         elif owner is not None:
             reason = f"its nodes are part of {owner.rewrite.name} at {owner.at}"
-            refused.append((best, "overlap", reason))
+            needed = f"leave {owner.rewrite.name} out of passes= to weigh this one alone"
+            refused.append(Loss(best, "overlap", reason, needed))
         elif all(worth[c] <= price[c] for c in forms):
             sides = _sides(best, *costs[best], objective)
             spent = "its error" if best.error else f"{best.memory_bytes} bytes more"
-            refused.append((best, "cost", f"wins too little for {spent}: {sides}"))
+            refused.append(Loss(best, "cost", f"wins too little for {spent}: {sides}"))
+        elif not best.error:
+            reason = f"its {best.memory_bytes} bytes do not fit {target.name} beside the rest"
+            refused.append(Loss(best, "budget", reason, "choose a device with more memory"))
         else:
             smallest = min(c.error for c in forms if worth[c] > 0)
-            reason = (
-                f"its error ({smallest:.2g} at the least) does not fit the tolerance"
-                f" {tolerance:g} beside the other rewrites"
-            )
-            refused.append((best, "budget", reason))
+            reason = f"its error ({smallest:.2g} at the least) does not fit beside the others'"
+            needed = f"pass tolerance={enough(smallest) * 1.05:.2g}"
+            refused.append(Loss(best, "budget", reason, needed))
     return refused
 
 
@@ -209,6 +227,7 @@ def decision(
     phase: str,
     by: RefusedBy | None = None,
     reason: str = "",
+    needed: str = "",
     certificate: Certificate | None = None,
 ) -> Decision:
     """A candidate's line in the account."""
@@ -220,6 +239,7 @@ def decision(
         reason=reason,
         phase=phase,
         variant=candidate.variant,
+        needed=needed,
         before=costs[0],
         after=costs[1],
         certificate=certificate,

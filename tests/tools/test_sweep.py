@@ -35,7 +35,8 @@ def test_a_cache_that_keeps_its_state_in_a_dict_is_named():
     """Tokens are compared all the same: such calls run the original code."""
     row = sweep_one(FAMILIES["mamba"], "eager", torch.float32)
     assert "keeps its state in a dict ('conv_states')" in row.problem
-    assert row.applied["gated_activation"] == 2
+    layers, graphs = 2, 2  # a batch of one has a graph of its own
+    assert row.applied["gated_activation"] == layers * graphs
 
 
 def test_a_name_that_is_none_is_answered_with_near_ones():
