@@ -261,6 +261,7 @@ def _attention(query, key, value, causal: bool, kv: int, node: fx.Node) -> Atten
         causal=causal,
         dtype=query.dtype,
         masked=mask is not None,
+        sinks=_argument(node, "sinks") is not None,
         library="ridgeline" if node.target.namespace == "ridgeline" else "torch",
     )
 

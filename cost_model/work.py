@@ -71,7 +71,8 @@ class Attention:
     """softmax(q kᵀ) v in one pass over the keys, no score in memory.
 
     causal: query i keeps the keys j <= i + (kv - q), at most kv. masked: a mask of one byte per
-    score is read for one head. library: whose kernel it is, "torch" or "ridgeline".
+    score is read for one head. sinks: a number is read for each head. library: whose kernel it is,
+    "torch" or "ridgeline".
     """
 
     batch: int
@@ -84,6 +85,7 @@ class Attention:
     causal: bool = False
     dtype: torch.dtype = torch.float32
     masked: bool = False
+    sinks: bool = False
     library: str = "torch"
 
     @property
@@ -109,6 +111,8 @@ class Attention:
         }
         if self.masked:
             moved["mask"] = float(self.batch * self.q * self.kv)
+        if self.sinks:
+            moved["sinks"] = float(self.heads * size)
         return moved
 
 

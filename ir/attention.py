@@ -4,12 +4,16 @@ Law, for query head h of H reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
     z[i,j] excluded unless j <= i + diagonal        (diagonal None: every j is kept)
-    out[i] = sum_j softmax_j(z[i,:])[j] * v[j]      (a row with every j excluded gives 0)
+    p[i,j] = exp(z[i,j]) / (sum_n exp(z[i,n]) + exp(sinks[h]))      (no sinks: without that term)
+    out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
 
 `diagonal` counts as in `torch.tril`: 0 is the top-left alignment of
 `scaled_dot_product_attention(is_causal=True)`, Sk - Sq the bottom-right one of FlashAttention-2.
-Scores and softmax are fp32 (fp64 for fp64 inputs); the output has the query's dtype.
-Source: Dao, FlashAttention-2, sections 3.1-3.2.
+A sink is the score, learned for each head, of a key that has no value: what it takes of a row's
+weight is lost. Scores and softmax are fp32 (fp64 for fp64 inputs); the output has the query's
+dtype.
+Sources: Dao, FlashAttention-2, sections 3.1-3.2; the sink as a score of its own is gpt-oss's form
+of the attention sinks of Xiao et al., StreamingLLM, section 3.
 """
 
 import torch
@@ -37,10 +41,15 @@ def _scores(
     return scores
 
 
-def _probabilities(scores: Tensor) -> Tensor:
-    """softmax over the last dimension; a row that is all -inf gives zeros, not NaN."""
+def _probabilities(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """p[B,H,Sq,Sk] and what the sinks take, [B,H,Sq,1]; a row that is all -inf gives zeros, not
+    NaN."""
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), dim=-1)
     dead = (scores == -torch.inf).all(dim=-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
+    p = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
+    return (p, None) if sinks is None else (p[..., :-1], p[..., -1:])
 
 
 def reference(
@@ -48,6 +57,7 @@ def reference(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     diagonal: int | None = None,
@@ -55,30 +65,32 @@ def reference(
     """The law above in plain torch.
 
     query [B,H,Sq,D], key [B,Hk,Sk,D], value [B,Hk,Sk,Dv] with H % Hk == 0, one dtype, any strides;
-    mask boolean or floating, broadcastable to [B,H,Sq,Sk]. Returns [B,H,Sq,Dv], query's dtype, in
-    memory [B,Sq,H,Dv].
+    mask boolean or floating, broadcastable to [B,H,Sq,Sk]; sinks [H] of any floating dtype.
+    Returns [B,H,Sq,Dv], query's dtype, in memory [B,Sq,H,Dv].
     """
-    p = _probabilities(_scores(query, key, mask, scale, diagonal))
+    p, _ = _probabilities(_scores(query, key, mask, scale, diagonal), sinks)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    out = _fake(query, key, value, mask, scale=scale, diagonal=diagonal)
+    out = _fake(query, key, value, mask, sinks, scale=scale, diagonal=diagonal)
     return out.copy_(p @ value.to(p.dtype))
 
 
-def _fake(query, key, value, mask=None, *, scale, diagonal=None):
+def _fake(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
     return heads_side_by_side(query, (*query.shape[:-1], value.shape[-1]))
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    query, key, value, mask = inputs
-    ctx.save_for_backward(query, key, value, mask, output)
+    ctx.save_for_backward(*inputs, output)
     ctx.scale, ctx.diagonal = keyword_only_inputs["scale"], keyword_only_inputs["diagonal"]
 
 
 def _backward(ctx, grad):
-    """dV = PᵀdO;  dS = P∘(dO Vᵀ - Δ), Δ = rowsum(dO∘O);  dQ = scale dS K;  dK = scale dSᵀQ."""
-    query, key, value, mask, output = ctx.saved_tensors
+    """dV = PᵀdO;  dS = P∘(dO Vᵀ - Δ), Δ = rowsum(dO∘O);  dQ = scale dS K;  dK = scale dSᵀQ.
+
+    A sink's value is 0, so that its dS is -p Δ, p being what it takes of the row.
+    """
+    query, key, value, mask, sinks, output = ctx.saved_tensors
     group = query.shape[1] // key.shape[1]
-    p = _probabilities(_scores(query, key, mask, ctx.scale, ctx.diagonal))
+    p, taken = _probabilities(_scores(query, key, mask, ctx.scale, ctx.diagonal), sinks)
     wide_grad = grad.to(p.dtype)
     wide_key = key.repeat_interleave(group, dim=1).to(p.dtype)
     wide_value = value.repeat_interleave(group, dim=1).to(p.dtype)
@@ -91,15 +103,17 @@ def _backward(ctx, grad):
     d_query = (ctx.scale * ds @ wide_key).to(query.dtype)
     d_key = per_key_head(ctx.scale * ds.transpose(-1, -2) @ query.to(p.dtype)).to(key.dtype)
     d_value = per_key_head(p.transpose(-1, -2) @ wide_grad).to(value.dtype)
-    d_mask = None
+    d_mask = d_sinks = None
     if mask is not None and ctx.needs_input_grad[3]:
         d_mask = ds.sum_to_size(mask.shape).to(mask.dtype)
-    return d_query, d_key, d_value, d_mask
+    if taken is not None:
+        d_sinks = -(taken * delta).sum((0, 2, 3)).to(sinks.dtype)
+    return d_query, d_key, d_value, d_mask, d_sinks
 
 
 ATTENTION = Op(
     schema=(
-        "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, *,"
+        "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? sinks=None, *,"
         " float scale, SymInt? diagonal=None) -> Tensor"
     ),
     reference=reference,

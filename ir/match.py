@@ -139,7 +139,9 @@ class _Attempt:
             Reject(f"an argument of {said(last)} is {difference}", last, needed, depth=depth)
         )
 
-    def _downstream(self, start: fx.Node, anchor: fx.Node, out: fx.Node) -> Iterator[fx.Node]:
+    def _downstream(
+        self, start: fx.Node, anchor: fx.Node, out: fx.Node, depth: int = 1
+    ) -> Iterator[fx.Node]:
         """Graph nodes that could be the pattern's output, following its path from the anchor."""
         if start is out:
             yield anchor
@@ -149,10 +151,10 @@ class _Attempt:
         for user in anchor.users:
             if is_cast(user) and user.target is not step.target:
                 reached = True
-                yield from self._downstream(start, user, out)
+                yield from self._downstream(start, user, out, depth)
             elif user.target is step.target:
                 reached = True
-                yield from self._downstream(step, user, out)
+                yield from self._downstream(step, user, out, depth + 1)
         if not reached:
             wanted = operator(step.target)
             users = sorted(anchor.users)
@@ -166,7 +168,7 @@ class _Attempt:
                     f"{said(anchor)} is read by {found}, where '{wanted}' is needed",
                     blocking,
                     needed,
-                    depth=1,
+                    depth=depth,
                 )
             )
 

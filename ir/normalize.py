@@ -15,13 +15,14 @@ from ridgeline.ir.rules.exact import EXACT
 from ridgeline.ir.rules.linear import LINEAR
 from ridgeline.ir.rules.products import PRODUCTS
 from ridgeline.ir.rules.scores import SCORES
+from ridgeline.ir.rules.sinks import SINKS
 from ridgeline.ir.rules.views import merge_views
 from ridgeline.ir.symbolic import shape_of
 
 __all__ = ["can_hold", "is_cast", "normalize"]
 
 aten = torch.ops.aten
-REASSOCIATING = (*EXACT, *PRODUCTS, *LINEAR, *SCORES, *BIASES)
+REASSOCIATING = (*EXACT, *PRODUCTS, *LINEAR, *SCORES, *BIASES, *SINKS)
 """Their results may hold what the exact rules know, so these are among them."""
 
 

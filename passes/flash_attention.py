@@ -2,97 +2,38 @@
 
 Law: see `ridgeline.ir.attention`. The rewrite is equal in real arithmetic; scores are formed in
 fp32 and never written to memory. A mask proven causal becomes a diagonal, one proven to keep
-everything disappears, any other stays as it is. Source: Dao, FlashAttention-2; the value
-preconditions are proven by `ridgeline.ir.masks`.
+everything disappears, any other stays as it is. A column of sinks beside the scores (gpt-oss) is
+taken where it holds one number per head. Source: Dao, FlashAttention-2; the value preconditions
+are proven by `ridgeline.ir.masks`.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ridgeline.cost_model import Attention, Work, work_of
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.masks import Mask, analyse
-from ridgeline.ir.match import Pattern, Reject, Site, trace
+from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
+from ridgeline.passes.attention_spellings import patterns
 from ridgeline.passes.base import Candidate, Pass, Setting
-from ridgeline.passes.operands import four_dimensions, length_difference, one_batch, put
+from ridgeline.passes.operands import (
+    four_dimensions,
+    length_difference,
+    narrowest,
+    one_batch,
+    one_dimension,
+    put,
+)
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 256
-
-
-def masked(query: Tensor, key_t: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return torch.softmax(query @ key_t * scale + mask, -1) @ value
-
-
-def masked_unscaled(query: Tensor, key_t: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    return torch.softmax(query @ key_t + mask, -1) @ value
-
-
-def unmasked(query: Tensor, key_t: Tensor, value: Tensor, scale: float) -> Tensor:
-    return torch.softmax(query @ key_t * scale, -1) @ value
-
-
-def unmasked_unscaled(query: Tensor, key_t: Tensor, value: Tensor) -> Tensor:
-    return torch.softmax(query @ key_t, -1) @ value
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, scale=scale)
-
-
-def sdpa_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-
-
-def sdpa_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-
-
-def sdpa_grouped(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
-
-
-def sdpa_causal_grouped(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
-
-
-def sdpa_masked_grouped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
-
-
-@functools.cache
-def patterns() -> tuple[Pattern, ...]:
-    """The spellings left after normalisation, the most specific first."""
-    q, k, v = torch.empty(2, 4, 6, 8), torch.empty(2, 4, 5, 8), torch.empty(2, 4, 5, 8)
-    mask, scale = torch.empty(2, 1, 6, 5), 0.37
-    raw = {"query": q, "key_t": k.transpose(2, 3), "value": v}
-    whole = {"query": q, "key": k, "value": v}
-    softmax, fused = aten.softmax.int, aten.scaled_dot_product_attention.default
-    return (
-        trace(masked, softmax, **raw, mask=mask, scale=scale),
-        trace(unmasked, softmax, **raw, scale=scale),
-        trace(masked_unscaled, softmax, **raw, mask=mask),
-        trace(unmasked_unscaled, softmax, **raw),
-        trace(sdpa_masked, fused, **whole, mask=mask, scale=scale),
-        trace(sdpa_causal, fused, **whole, scale=scale),
-        trace(sdpa, fused, **whole, scale=scale),
-        trace(sdpa_masked_grouped, fused, **whole, mask=mask, scale=scale),
-        trace(sdpa_causal_grouped, fused, **whole, scale=scale),
-        trace(sdpa_grouped, fused, **whole, scale=scale),
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +41,7 @@ class Call:
     """The arguments of `ridgeline::attention`, as nodes of the program.
 
     key is [B,Hk,Sk,D], or its transpose [B,Hk,D,Sk] when `transposed`.
+    sinks holds a number per head, or one for all of them, in any shape.
     diagonal: None, an integer, or "Sk - Sq" taken from the shapes at run time.
     """
 
@@ -108,6 +50,7 @@ class Call:
     value: fx.Node
     transposed: bool
     mask: fx.Node | None
+    sinks: fx.Node | None
     scale: float
     diagonal: int | str | None
 
@@ -128,7 +71,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     key, value = _without_repeat(key, transposed), _without_repeat(site.bind["value"], False)
     if refusal := _shapes_refused(site, query, key, value, transposed):
         return refusal
-    if refusal := _mask_refused(site, query):
+    if refusal := _mask_refused(site, query) or _sinks_refused(site, query):
         return refusal
     mask = analyse(site.bind.get("mask"))
     if site.pattern.startswith("sdpa_causal"):
@@ -138,7 +81,9 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     rest = mask.rest
     if mask.diagonal is not None and diagonal is None:  # a triangle that no argument can express
         rest = site.bind["mask"]
-    call = Call(query, key, value, transposed, rest, site.literals.get("scale", 1.0), diagonal)
+    sinks = narrowest(site.bind["sinks"]) if "sinks" in site.bind else None
+    scale = site.literals.get("scale", 1.0)
+    call = Call(query, key, value, transposed, rest, sinks, scale, diagonal)
     return [
         Candidate(
             rewrite=FLASH_ATTENTION,
@@ -263,6 +208,20 @@ def _must_be_equal(size: sympy.Expr, own: int | torch.SymInt, full: sympy.Expr) 
     return not isinstance(own, int) and not full.is_Integer and bool((size - 1).is_positive)
 
 
+def _sinks_refused(site: Site, query: fx.Node) -> Reject | None:
+    if "sinks" not in site.bind:
+        return None
+    sinks = narrowest(site.bind["sinks"])
+    batch, heads, rows, _ = _sizes(sinks)
+    if batch != 1 or rows != 1 or heads not in (1, _sizes(query)[1]):
+        return Reject(
+            f"the sinks, {said(sinks)}, of shape {shape_of(sinks)} are not one number per head",
+            sinks,
+            "expand one number per head over batch and queries",
+        )
+    return None
+
+
 def _diagonal(mask: Mask, q_len: sympy.Expr, k_len: sympy.Expr) -> int | str | None:
     if mask.diagonal is None:
         return None
@@ -279,6 +238,8 @@ def _proven(
         proven.append(f"the mask keeps j <= i + ({diagonal}) for every size")
     if "mask" in site.bind:
         proven.append(f"{said(rest)} stays as mask" if rest else "nothing else is masked")
+    if "sinks" in site.bind:
+        proven.append("one sink per head, whose weight is dropped")
     return tuple(proven)
 
 
@@ -301,6 +262,7 @@ def _work(call: Call, site: Site) -> Work:
                 causal=call.diagonal is not None,
                 dtype=call.query.meta["val"].dtype,
                 masked=call.mask is not None,
+                sinks=call.sinks is not None,
                 library="ridgeline",
             ),
         )
@@ -328,9 +290,13 @@ def apply(
         diagonal = call.diagonal
         if diagonal == "Sk - Sq":
             diagonal = length_difference(graph, query, key)
+        arguments = (query, key, value, mask)
+        if call.sinks is not None:
+            heads = query.meta["val"].shape[1]
+            arguments += (one_dimension(graph, copied[call.sinks], heads),)
         new = graph.call_function(
             ATTENTION.overload,
-            (query, key, value, mask),
+            arguments,
             {"scale": call.scale, "diagonal": diagonal},
         )
         new.meta = dict(out.meta)

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ridgeline.ir.normalize import can_hold, is_cast
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
+_REPEATS = (aten.expand.default, aten.repeat.default, aten.contiguous.default, aten.clone.default)
+_SAME_ORDER = (aten.view.default, aten.reshape.default, aten.unsqueeze.default)
 
 
 def put(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
@@ -56,3 +59,24 @@ def length_difference(graph: fx.Graph, query: fx.Node, key: fx.Node) -> fx.Node:
     difference = graph.call_function(operator.sub, tuple(sizes))
     difference.meta["val"] = sizes[0].meta["val"] - sizes[1].meta["val"]
     return difference
+
+
+def narrowest(node: fx.Node) -> fx.Node:
+    """What a node repeats or widens: the entries themselves."""
+    while node.target in _REPEATS or (
+        is_cast(node) and can_hold(node.meta["val"].dtype, node.args[0].meta["val"].dtype)
+    ):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    return node
+
+
+def one_dimension(graph: fx.Graph, node: fx.Node, size: int) -> fx.Node:
+    """The entries of a node, or its one entry repeated, as a tensor [size]."""
+    inner = node
+    while inner.target in _SAME_ORDER:
+        inner = inner.args[0]  # pyright: ignore[reportAssignmentType]
+    if inner.meta["val"].dim() == 1:
+        node = inner
+    if node.meta["val"].dim() != 1:
+        node = put(graph, aten.reshape.default, node, [node.meta["val"].numel()])
+    return node if node.meta["val"].shape[0] == size else put(graph, aten.expand.default, node, [size])

@@ -144,7 +144,7 @@ def _product_in_order(node: fx.Node) -> bool:
     if node.args[1:] != (rank - 2, rank - 1) or len(product.users) != 1 or not whole:
         return False
     last = b.args[0] if b.target is aten.transpose.int else b
-    while is_cast(last):
+    while is_cast(last) or last.target is aten.slice.Tensor:
         last = last.args[0]
     if not (feeds_softmax(node) or last.target is aten.softmax.int):
         return False

@@ -11,10 +11,12 @@ from ridgeline.ir.masks import ABSORBING, scalar_value
 from ridgeline.ir.rules.biases import is_product
 from ridgeline.ir.rules.common import (
     Rule,
+    can_hold,
     constant_factor,
     feeds_softmax,
     forward,
     insert,
+    is_cast,
 )
 from ridgeline.ir.symbolic import shape_of
 
@@ -99,10 +101,11 @@ def _constant_along_last(x: fx.Node) -> bool:
 
 
 def _softmax_of_shifted(node: fx.Node) -> bool:
-    """softmax(x - m) -> softmax(x), for m with one entry per row."""
+    """softmax(x - m) -> softmax(x), for m with one entry per row, cast or not."""
     if node.target is not aten.softmax.int or node.args[1] != -1:
         return False
-    shifted = node.args[0]
+    cast = node.args[0] if is_cast(node.args[0]) else None
+    shifted = node.args[0] if cast is None else cast.args[0]
     if shifted.target is not aten.sub.Tensor or shifted.kwargs:
         return False
     x, m = shifted.args
@@ -111,6 +114,10 @@ def _softmax_of_shifted(node: fx.Node) -> bool:
     same = shape_of(x) == shape_of(shifted) and x.meta["val"].dtype == shifted.meta["val"].dtype
     if not same or shape_of(x)[-1] == 1:
         return False
+    if cast is not None:
+        if not can_hold(cast.meta["val"].dtype, x.meta["val"].dtype):
+            return False  # the maximum may be what keeps the scores within a narrow range
+        x = insert(node, cast.target, x, *cast.args[1:], **cast.kwargs)
     node.args = (x, -1)
     return True
 
