@@ -2,7 +2,7 @@
 
 Law: `ridgeline.ir.attention`. Two kernels share the work: `attention_kernel`, whose vector lanes
 are query rows, and `attention_decode_kernel` for few rows, whose lanes are positions in the head.
-Each is compiled once per head dimensions, dtype, kind of mask and instruction set; batch, heads,
+Each is compiled once per head dimensions, dtype, kind of mask and sinks, and instruction set; batch, heads,
 lengths and strides are values that it reads at run time, so a growing cache compiles nothing.
 
 The result lies in memory as [B,Sq,H,Dv], because what follows is nearly always
@@ -23,7 +23,8 @@ from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
 from ridgeline.ir.op import LIBRARY
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-MASKS = {None: None, torch.bool: "uint8", **DTYPES}
+SINKS = {None: None, **DTYPES}
+MASKS = {**SINKS, torch.bool: "uint8"}
 
 DECODE_ROWS = 16
 """Query rows per key head (Sq H / Hk) up to which the decode kernel is the faster one."""
@@ -40,6 +41,7 @@ def _prim_func(
     value_dim: int,
     dtype: torch.dtype,
     mask: torch.dtype | None,
+    sinks: torch.dtype | None,
     isa: str,
     parallel: bool,
 ) -> Any:
@@ -47,18 +49,21 @@ def _prim_func(
     from ridgeline.codegen.tvm import attention_decode_kernel, attention_kernel
     from ridgeline.codegen.tvm.attention_vectors import Spec
 
-    if dtype not in DTYPES or mask not in MASKS or head_dim % 8 or value_dim % 8:
+    known = dtype in DTYPES and mask in MASKS and sinks in SINKS
+    if not known or head_dim % 8 or value_dim % 8:
         raise UnsupportedProblem(
-            f"expected dtype in {list(DTYPES)}, mask in {list(MASKS)} and head dimensions that are"
-            f" multiples of 8, found {dtype}, {mask}, {head_dim} and {value_dim}"
+            f"expected dtype in {list(DTYPES)}, mask in {list(MASKS)}, sinks in {list(SINKS)} and"
+            f" head dimensions that are multiples of 8, found {dtype}, {mask}, {sinks},"
+            f" {head_dim} and {value_dim}"
         )
     build = attention_decode_kernel.build if decode else attention_kernel.build
-    return build(Spec(head_dim, value_dim, DTYPES[dtype], MASKS[mask], isa, parallel))
+    names = DTYPES[dtype], MASKS[mask], SINKS[sinks]
+    return build(Spec(head_dim, value_dim, *names, isa, parallel))
 
 
 @functools.cache
 def kernel(*specification: Any) -> Callable[..., None]:
-    """The compiled kernel for `_prim_func`'s arguments: (q, k, v, mask, out, scale, diagonal)."""
+    """The compiled kernel for `_prim_func`'s arguments; the kernels' modules say what it takes."""
     return compile_kernel(_prim_func(*specification), specification[-2])
 
 
@@ -69,10 +74,11 @@ def host_kernel(
     value_dim: int,
     dtype: torch.dtype,
     mask: torch.dtype | None,
+    sinks: torch.dtype | None,
     parallel: bool,
 ) -> Callable[..., None]:
     """`kernel` for `host_isa()`, which is asked once: reading it costs as much as a small call."""
-    return kernel(decode, head_dim, value_dim, dtype, mask, host_isa(), parallel)
+    return kernel(decode, head_dim, value_dim, dtype, mask, sinks, host_isa(), parallel)
 
 
 def source(
@@ -81,18 +87,19 @@ def source(
     *,
     dtype: torch.dtype,
     mask: torch.dtype | None = None,
+    sinks: torch.dtype | None = None,
     decode: bool = False,
     isa: str | None = None,
     parallel: bool = True,
 ) -> str:
     """The TVMScript text of a kernel, to read or to take away.
 
-    head_dim, value_dim (by default equal): multiples of 8. mask: its dtype, None where absent.
-    decode: the kernel for at most `DECODE_ROWS` query rows per key head.
+    head_dim, value_dim (by default equal): multiples of 8. mask, sinks: their dtypes, None where
+    absent. decode: the kernel for at most `DECODE_ROWS` query rows per key head.
     Raises UnsupportedProblem for what no kernel is built for.
     """
     return _prim_func(
-        decode, head_dim, value_dim or head_dim, dtype, mask, isa or host_isa(), parallel
+        decode, head_dim, value_dim or head_dim, dtype, mask, sinks, isa or host_isa(), parallel
     ).script()
 
 
@@ -101,6 +108,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     diagonal: int | None = None,
@@ -108,14 +116,13 @@ def attention(
     """The law of `ridgeline.ir.attention.reference`, for fp32, bf16 and fp16 on the CPU.
 
     query [B,H,Sq,D], key [B,Hk,Sk,D], value [B,Hk,Sk,Dv]: any strides, but one of them is copied
-    where its last dimension is not contiguous, and padded where it is no multiple of 8.
+    where its last dimension is not contiguous, and padded where it is no multiple of 8. sinks [H].
     Returns [B,H,Sq,Dv], in memory [B,Sq,H,Dv]. Raises UnsupportedProblem.
     """
     if not query.dim() == key.dim() == value.dim() == 4:
-        raise _problem(query, key, value, mask)
+        raise _problem(query, key, value, mask, sinks)
     out = _empty(query, value.shape[3])
-    present = () if mask is None else (mask,)
-    attention_out(query, key, value, *present, scale=scale, diagonal=diagonal, out=out)
+    attention_out(query, key, value, mask, sinks, scale=scale, diagonal=diagonal, out=out)
     return out
 
 
@@ -124,6 +131,7 @@ def attention_out(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     diagonal: int | None,
@@ -136,10 +144,10 @@ def attention_out(
     batch, heads, queries, head_dim = query.shape
     _, key_heads, length, value_dim = value.shape
     if head_dim % 8 or value_dim % 8:
-        _padded(query, key, value, mask, scale, diagonal, out)
+        _padded(query, key, value, mask, sinks, scale, diagonal, out)
         return
     if not (batch and heads and queries and length):
-        _check(query, key, value, mask)
+        _check(query, key, value, mask, sinks)
         out.zero_()
         return
     if query.stride(3) != 1:
@@ -153,9 +161,10 @@ def attention_out(
         try:
             entries, mask_dtype = _expanded(mask, (batch, heads, queries, length))
         except RuntimeError:
-            raise _problem(query, key, value, mask) from None
+            raise _problem(query, key, value, mask, sinks) from None
+    given = () if sinks is None else (_plain(sinks),)
     if not key_heads or heads % key_heads:
-        raise _problem(query, key, value, mask)
+        raise _problem(query, key, value, mask, sinks)
     rows = queries * heads // key_heads
     decode = rows <= DECODE_ROWS
     # also gives this thread's OpenMP teams torch's setting, which its first call must do
@@ -163,17 +172,18 @@ def attention_out(
     parallel = (
         threads > 1 and batch * heads * queries * length * (head_dim + value_dim) >= PARALLEL_WORK
     )
-    run = host_kernel(decode, head_dim, value_dim, query.dtype, mask_dtype, parallel)
+    sinks_dtype = given[0].dtype if given else None
+    run = host_kernel(decode, head_dim, value_dim, query.dtype, mask_dtype, sinks_dtype, parallel)
     reach = length if diagonal is None else max(-queries, min(diagonal, length))
     try:
         if decode:
-            run(query, key, value, entries, out, scale, reach)
+            run(query, key, value, entries, out, scale, reach, *given)
         else:
             # 128 rows share a copied tile, where that leaves each thread two blocks or more
             large = batch * key_heads * (rows // 128) >= 2 * threads
-            run(query, key, value, entries, out, scale, reach, 2 if large else 1)
+            run(query, key, value, entries, out, scale, reach, 2 if large else 1, *given)
     except (ValueError, TypeError, RuntimeError):
-        _check(query, key, value, mask)
+        _check(query, key, value, mask, sinks)
         raise
 
 
@@ -196,42 +206,54 @@ def _expanded(mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, torch.dtype
     return mask.expand(shape), dtype
 
 
+def _plain(sinks: Tensor) -> Tensor:
+    """The sinks as the kernel reads them: contiguous, and of a dtype that it knows."""
+    return (sinks.float() if sinks.dtype == torch.float64 else sinks).contiguous()
+
+
 def _padded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     diagonal: int | None,
     out: Tensor,
 ) -> None:
     """Head dimensions that are no multiple of 8: zeros add nothing to a product."""
     head_pad, value_dim = (0, -query.shape[3] % 8), value.shape[3]
-    _check(query, key, value, mask)
+    _check(query, key, value, mask, sinks)
     wider = attention(
         F.pad(query, head_pad),
         F.pad(key, head_pad),
         F.pad(value, (0, -value_dim % 8)),
         mask,
+        sinks,
         scale=scale,
         diagonal=diagonal,
     )
     out.copy_(wider[..., :value_dim])
 
 
-def _problem(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> UnsupportedProblem:
+def _problem(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+) -> UnsupportedProblem:
     def described(x: Tensor | None) -> str:
         return "None" if x is None else f"{x.dtype} {list(x.shape)} on {x.device}"
 
     return UnsupportedProblem(
         "expected query [B,H,Sq,D], key [B,Hk,Sk,D], value [B,Hk,Sk,Dv] on the CPU with H a"
-        f" multiple of Hk, of one dtype out of {list(DTYPES)}, and a boolean or floating mask that"
-        f" broadcasts to [B,H,Sq,Sk]; found query {described(query)}, key {described(key)}, value"
-        f" {described(value)}, mask {described(mask)}"
+        f" multiple of Hk, of one dtype out of {list(DTYPES)}, a boolean or floating mask that"
+        f" broadcasts to [B,H,Sq,Sk], and floating sinks [H]; found query {described(query)}, key"
+        f" {described(key)}, value {described(value)}, mask {described(mask)}, sinks"
+        f" {described(sinks)}"
     )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+) -> None:
     """Raises UnsupportedProblem unless the arguments fit each other."""
     fits = (
         query.dim() == key.dim() == value.dim() == 4
@@ -248,22 +270,27 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
         fits = mask.dim() <= 4 and all(own in (1, size) for own, size in sizes)
         fits = fits and (mask.dtype == torch.bool or mask.is_floating_point())
+    if fits and sinks is not None:
+        fits = sinks.shape == query.shape[1:2] and sinks.is_floating_point()
     if not fits:
-        raise _problem(query, key, value, mask)
+        raise _problem(query, key, value, mask, sinks)
 
 
 LIBRARY.define(
-    "tvm_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, *,"
+    "tvm_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? sinks=None, *,"
     " float scale, SymInt? diagonal=None) -> Tensor"
 )
 LIBRARY.impl("tvm_attention", attention, "CPU")
 OP = torch.ops.ridgeline.tvm_attention.default
 OP.out = attention_out
+OP.unmasked_out = lambda query, key, value, sinks, **rest: attention_out(
+    query, key, value, None, sinks, **rest
+)
 """Where code that Inductor writes finds it, in this process and in one that loads the code."""
 
 
 @torch.library.register_fake("ridgeline::tvm_attention")
-def _fake(query, key, value, mask=None, *, scale, diagonal=None):
+def _fake(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
     return _empty(query, value.shape[-1])
 
 
@@ -275,11 +302,12 @@ def register_lowering() -> None:
         from torch._inductor import ir, lowering
 
     @lowering.register_lowering(OP, type_promotion_kind=None)
-    def lower(query, key, value, mask=None, *, scale, diagonal=None):
+    def lower(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
         batch, heads, queries, _ = query.get_size()
         dim = value.get_size()[3]
         row = heads * dim
-        present = (query, key, value) if mask is None else (query, key, value, mask)
+        present = [x for x in (query, key, value, mask, sinks) if x is not None]
+        name = "unmasked_out" if mask is None and sinks is not None else "out"
         call = ir.ExternKernelOut(
             layout=ir.FixedLayout(
                 query.get_device(),
@@ -289,7 +317,7 @@ def register_lowering() -> None:
             ),
             inputs=[ir.ExternKernel.realize_input(x) for x in present],
             kwargs={"scale": scale, "diagonal": diagonal},
-            python_kernel_name="torch.ops.ridgeline.tvm_attention.default.out",
+            python_kernel_name=f"torch.ops.ridgeline.tvm_attention.default.{name}",
             op_overload=OP,
         )
         return ir.TensorBox.create(call)

@@ -4,7 +4,8 @@ Law, for query head h of H reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
     z[i,j] excluded unless j <= i + diagonal
-    out[i] = sum_j softmax_j(z[i,:])[j] * v[j]      (a row with every j excluded gives 0)
+    p[i,j] = exp(z[i,j]) / (sum_n exp(z[i,n]) + exp(sinks[h]))      (no sinks: without that term)
+    out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
 
 q [B,H,Sq,D], k [B,Hk,Sk,D], v [B,Hk,Sk,Dv], out [B,H,Sq,Dv]; fp32, bf16 or fp16, last dimension
 contiguous, any other strides. Scores, softmax and sums in fp32.
@@ -17,6 +18,8 @@ result depends neither on the batch nor on the number of threads. Part n leaves,
     m_n = max_j z[j],   l_n = sum_j exp(z[j] - m_n),   o_n = sum_j exp(z[j] - m_n) v[j]
 
     out = sum_n w_n o_n / sum_n w_n l_n,               w_n = exp(m_n - max_n m_n)
+
+A sink is a key without a value that the first part has seen: it starts from m = sink, l = 1, o = 0.
 
 Source: Dao, FlashAttention-2, section 3.1; Flash-Decoding for the parts.
 """
@@ -33,12 +36,15 @@ from ridgeline.codegen.tvm.attention_vectors import (
     Spec,
     exponential,
     fma,
+    kernel_of,
     lanes,
     load,
     mask_number,
     mask_vector,
     multiply_add,
+    per_head,
     registers,
+    sink_score,
     splat,
     tensor,
     vector,
@@ -74,10 +80,10 @@ def _parts(length: Any) -> Any:
 
 
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal), for Sk > 0.
+    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal), then sinks; for Sk > 0.
 
     mask [B,H,Sq,Sk] of any strides, or fp32 [1,1,1,1] where `spec.mask` is None; diagonal between
-    -Sq and Sk.
+    -Sq and Sk; sinks [H], where `spec.sinks` names their dtype.
     """
     depth, dim, pairs, dtype = spec.depth, spec.value_dim, spec.pairs, spec.dtype
     depth16, masked = -(-depth // LANES) * LANES, spec.mask is not None
@@ -100,14 +106,20 @@ def build(spec: Spec) -> Any:
         w.qw[r, lanes(word)] = load(spec, address, count)
 
     @T.inline
-    def begin(x, w, r):
-        """Row r of a part."""
+    def begin(x, w, r, start):
+        """Row r of the part that starts at key `start`."""
         for c in T.serial(depth // LANES):
             read_query(x, w, r, c * LANES, LANES)
         if depth % LANES != 0:
             read_query(x, w, r, depth // LANES * LANES, depth % LANES)
         w.top[w.item, r, lanes(0)] = splat(T.float32(LOWEST))
         w.total[w.item, r, lanes(0)] = splat(T.float32(0))
+        if spec.sinks is not None:
+            if start == 0:
+                # no T.let: TVM does not legalise a cast from bf16 there
+                w.top[w.item, r, lanes(0)] = splat(sink_score(spec, x.sink(r)))
+                one = T.meta_var(w.top[w.item, r, 0] > T.float32(LOWEST))
+                w.total[w.item, r, 0] = T.Select(one, T.float32(1), T.float32(0))
         for c in T.serial(loads * halves):
             w.o[w.item, r, c, lanes(0)] = splat(T.float32(0))
 
@@ -265,7 +277,7 @@ def build(spec: Spec) -> Any:
     def attend_part(x, w, start, final, diagonal):
         """Keys `start` to `final`."""
         for r in T.serial(x.rows):
-            begin(x, w, r)
+            begin(x, w, r, start)
         end = T.meta_var(T.min(final, (x.rows - 1) // x.group + diagonal) + 1)
         for tile in T.serial((T.max(end - start, 0) + KEYS - 1) // KEYS):
             first = T.meta_var(start + tile * KEYS)
@@ -331,6 +343,7 @@ def build(spec: Spec) -> Any:
         out_: T.handle,
         scale: T.float32,
         diagonal: T.int64,
+        sinks_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         batch, heads, key_heads = T.int64(), T.int64(), T.int64()
@@ -341,6 +354,7 @@ def build(spec: Spec) -> Any:
         v = tensor(v_, (batch, key_heads, length, dim), dtype)
         mask = tensor(mask_, mask_shape, spec.mask or "float32", T.int64())
         out = tensor(out_, (batch, heads, queries, dim), dtype)
+        sinks = T.meta_var(per_head(sinks_, heads, spec.sinks))
         with T.attr(0, "pragma_import_llvm", spec.helpers):
             items = T.meta_var(batch * key_heads * _parts(length))
             group = T.meta_var(heads // key_heads)
@@ -360,31 +374,21 @@ def build(spec: Spec) -> Any:
                 h = T.meta_var(item // parts % key_heads)
                 start = T.meta_var(item % parts * part_keys)
                 attend_part(
-                    Head(q, k, v, mask, out, b, h, group, rows, length, factor),
+                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor),
                     State(qw, s, p, alpha, top, total, o, item),
                     start,
                     T.min(length, start + part_keys) - 1,
                     diagonal,
                 )
             for n in T.serial(batch * key_heads):
+                b = T.meta_var(n // key_heads)
+                h = T.meta_var(n % key_heads)
                 for r in T.serial(rows):
                     combine(
-                        Head(
-                            q,
-                            k,
-                            v,
-                            mask,
-                            out,
-                            n // key_heads,
-                            n % key_heads,
-                            group,
-                            rows,
-                            length,
-                            factor,
-                        ),
+                        Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor),
                         State(None, None, None, None, top, total, o, n * parts),
                         parts,
                         r,
                     )
 
-    return main
+    return kernel_of(main, spec)

@@ -4,7 +4,8 @@ Law, for query head h of H reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
     z[i,j] excluded unless j <= i + diagonal
-    out[i] = sum_j softmax_j(z[i,:])[j] * v[j]      (a row with every j excluded gives 0)
+    p[i,j] = exp(z[i,j]) / (sum_n exp(z[i,n]) + exp(sinks[h]))      (no sinks: without that term)
+    out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
 
 q [B,H,Sq,D], k [B,Hk,Sk,D], v [B,Hk,Sk,Dv], out [B,H,Sq,Dv]; fp32, bf16 or fp16, last dimension
 contiguous, any other strides. Scores, softmax and sums in fp32. Nothing of size Sq x Sk is stored.
@@ -19,6 +20,8 @@ For each tile, with running maximum m and total l of a row:
 
     m' = max(m, max_j z[j]),  a = exp(m - m'),  p[j] = exp(z[j] - m')
     l  = a l + sum_j p[j],    o = a o + sum_j p[j] v[j];          at the end, out = o / l
+
+A sink is a key that was seen before the first and has no value: m = sink, l = 1, o = 0.
 """
 
 from typing import Any
@@ -33,9 +36,12 @@ from ridgeline.codegen.tvm.attention_vectors import (
     Spec,
     exponential,
     fma,
+    kernel_of,
     lanes,
     multiply_add,
+    per_head,
     registers,
+    sink_score,
     splat,
     tensor,
     vector,
@@ -52,10 +58,11 @@ SUB_BLOCKS = 2
 
 
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal, sub_blocks).
+    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal, sub_blocks), then sinks.
 
     mask [B,H,Sq,Sk] of any strides, or fp32 [1,1,1,1] where `spec.mask` is None; diagonal between
-    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`.
+    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; sinks [H],
+    where `spec.sinks` names their dtype.
     """
     depth, dim, pairs, masked = spec.depth, spec.value_dim, spec.pairs, spec.mask is not None
     depth16, dim16 = -(-depth // LANES) * LANES, -(-dim // LANES) * LANES
@@ -193,8 +200,18 @@ def build(spec: Spec) -> Any:
                 for lane in T.serial(LANES):
                     seen = T.min(row + lane, x.rows - 1) // x.group + diagonal + 1
                     w.limit[sub, part, lane] = T.Cast("int32", T.min(seen, x.length))
-                w.top[sub, part, lanes(0)] = splat(T.float32(LOWEST))
-                w.total[sub, part, lanes(0)] = splat(T.float32(0))
+                if spec.sinks is not None:
+                    for lane in T.serial(LANES):
+                        entry = x.sink(T.min(row + lane, x.rows - 1))
+                        w.top[sub, part, lane] = sink_score(spec, entry)
+                    w.total[sub, part, lanes(0)] = T.Select(
+                        w.top[sub, part, lanes(0)] > splat(T.float32(LOWEST)),
+                        splat(T.float32(1)),
+                        splat(T.float32(0)),
+                    )
+                else:
+                    w.top[sub, part, lanes(0)] = splat(T.float32(LOWEST))
+                    w.total[sub, part, lanes(0)] = splat(T.float32(0))
                 for d in T.serial(dim16):
                     w.o[sub, d, part, lanes(0)] = splat(T.float32(0))
                 copy.queries(x, w, row, sub, part)
@@ -220,6 +237,7 @@ def build(spec: Spec) -> Any:
         scale: T.float32,
         diagonal: T.int64,
         sub_blocks: T.int64,
+        sinks_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         batch, heads, key_heads = T.int64(), T.int64(), T.int64()
@@ -230,6 +248,7 @@ def build(spec: Spec) -> Any:
         v = tensor(v_, (batch, key_heads, length, dim), spec.dtype)
         mask = tensor(mask_, mask_shape, spec.mask or "float32", T.int64())
         out = tensor(out_, (batch, heads, queries, dim), spec.dtype)
+        sinks = T.meta_var(per_head(sinks_, heads, spec.sinks))
         with T.attr(0, "pragma_import_llvm", spec.helpers):
             group = heads // key_heads
             rows = queries * group
@@ -252,25 +271,14 @@ def build(spec: Spec) -> Any:
                 word_turned = T.alloc_buffer((LANES, LANES), spec.word)
                 zeros = T.alloc_buffer((LANES,), "int32")
                 zeros[lanes(0)] = splat(T.int32(0))
-                head = item // blocks
+                b = T.meta_var(item // blocks // key_heads)
+                h = T.meta_var(item // blocks % key_heads)
                 # Causal work grows with the block: long and short ones alternate, so that any
                 # run of items, which is what a thread gets, has its even share.
                 turn = item % blocks
                 block = T.if_then_else(turn % 2 == 0, turn // 2, blocks - 1 - turn // 2)
                 attend_block(
-                    Head(
-                        q,
-                        k,
-                        v,
-                        mask,
-                        out,
-                        head // key_heads,
-                        head % key_heads,
-                        group,
-                        rows,
-                        length,
-                        factor,
-                    ),
+                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor),
                     Tiles(
                         qt,
                         kt,
@@ -293,4 +301,4 @@ def build(spec: Spec) -> Any:
                     diagonal,
                 )
 
-    return main
+    return kernel_of(main, spec)

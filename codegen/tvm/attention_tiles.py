@@ -34,6 +34,7 @@ class Head(NamedTuple):
     k: Any
     v: Any
     mask: Any
+    sinks: Any
     out: Any
     b: Any
     h: Any
@@ -45,6 +46,10 @@ class Head(NamedTuple):
     def query_row(self, tensor: Any, row: Any, column: Any) -> Any:
         """Element `column` of a row of q, mask or out."""
         return tensor[self.b, self.h * self.group + row % self.group, row // self.group, column]
+
+    def sink(self, row: Any) -> Any:
+        """The sink of a row's query head."""
+        return self.sinks[self.h * self.group + row % self.group]
 
 
 class Tiles(NamedTuple):

@@ -22,6 +22,7 @@ import struct
 from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
 
 from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
 
@@ -36,7 +37,7 @@ class Spec(NamedTuple):
     """What a compiled kernel is specialised on; batch, heads, lengths and strides are not.
 
     head_dim, value_dim: D and Dv, multiples of 8. dtype: "float32", "bfloat16" or "float16".
-    mask: None, "uint8" (boolean), or the dtype of an additive mask.
+    mask: None, "uint8" (boolean), or the dtype of an additive mask. sinks: their dtype, or None.
     isa: one of `isa.ISAS`. parallel: whether the work is spread over threads.
     """
 
@@ -44,6 +45,7 @@ class Spec(NamedTuple):
     value_dim: int
     dtype: str
     mask: str | None
+    sinks: str | None
     isa: str
     parallel: bool
 
@@ -123,6 +125,27 @@ def tensor(handle: Any, shape: tuple[Any, ...], dtype: str, last: Any = 1) -> An
     return T.match_buffer(
         handle, shape, dtype, strides=(T.int64(), T.int64(), T.int64(), last), align=1
     )
+
+
+def per_head(handle: Any, heads: Any, dtype: str | None) -> Any:
+    """An argument [H], contiguous; None where a kernel has none."""
+    return T.match_buffer(handle, (heads,), dtype, align=1) if dtype else None
+
+
+def kernel_of(main: Any, spec: Spec) -> Any:
+    """`main`, whose last argument are the sinks: without it where there are none, since one that is
+    not read would still be checked at each call."""
+    if spec.sinks:
+        return main
+    return PrimFunc(main.params[:-1], main.body, main.ret_type, main.attrs)
+
+
+def sink_score(spec: Spec, entry: Any) -> Any:
+    """A sink in the units of `Spec.natural`, the least of which stands for none."""
+    score = T.Cast("float32", entry)
+    if not spec.natural:
+        score = score * T.float32(LOG2_E)
+    return T.max(score, T.float32(LOWEST))
 
 
 def exponential(spec: Spec, difference: Any) -> Any:

@@ -44,7 +44,7 @@ def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
 
 def _report_attention(node: fx.Node, target: Target) -> KernelReport:
     query, key, value = (hints(argument(node, i)) for i in range(3))
-    dtype, mask = node.meta["val"].dtype, argument(node, 3)
+    dtype, mask, sinks = node.meta["val"].dtype, argument(node, 3), argument(node, 4)
     causal = node.kwargs.get("diagonal") is not None
     decode = query[2] * (query[1] // key[1]) <= attention.DECODE_ROWS
     source = functools.partial(
@@ -53,6 +53,7 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
         value[3] + -value[3] % 8,
         dtype=dtype,
         mask=None if mask is None else mask.meta["val"].dtype,
+        sinks=None if sinks is None else sinks.meta["val"].dtype,
         decode=decode,
     )
     return KernelReport(
@@ -61,7 +62,8 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
         target.name,
         f"{host_isa()}, {_name(dtype)}, {'decoding' if decode else 'tiled'},"
         f" D {query[3]}/{value[3]}, {query[1]} heads on {key[1]}"
-        f"{', causal' if causal else ''}{', masked' if mask is not None else ''}",
+        f"{', causal' if causal else ''}{', masked' if mask is not None else ''}"
+        f"{', sinks' if sinks is not None else ''}",
         source,
     )
 
