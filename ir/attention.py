@@ -113,8 +113,8 @@ def _backward(ctx, grad):
 
 ATTENTION = Op(
     schema=(
-        "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? sinks=None, *,"
-        " float scale, SymInt? diagonal=None) -> Tensor"
+        "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None,"
+        " Tensor? sinks=None, *, float scale, SymInt? diagonal=None) -> Tensor"
     ),
     reference=reference,
     fake=_fake,

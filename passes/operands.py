@@ -79,4 +79,6 @@ def one_dimension(graph: fx.Graph, node: fx.Node, size: int) -> fx.Node:
         node = inner
     if node.meta["val"].dim() != 1:
         node = put(graph, aten.reshape.default, node, [node.meta["val"].numel()])
-    return node if node.meta["val"].shape[0] == size else put(graph, aten.expand.default, node, [size])
+    return (
+        node if node.meta["val"].shape[0] == size else put(graph, aten.expand.default, node, [size])
+    )

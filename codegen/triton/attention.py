@@ -4,16 +4,19 @@ Law, for query head h reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
     z[i,j] excluded unless j <= i + diagonal        (diagonal None: every j is kept)
-    out[i] = sum_j softmax_j(z[i,:])[j] * v[j]      (a row with every j excluded gives 0)
-    lse[i] = log sum_j exp z[i,j]                   (+inf for such a row, so exp(z - lse) is 0)
+    out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
+    p[i,j] = exp(z[i,j] - lse[i])
+    lse[i] = log(sum_j exp(z[i,j]) + exp(sinks[h])) (no sinks: without that term; +inf for a row
+                                                     with nothing in the sum)
 
 q [B,H,Sq,D], k [B,Hk,Sk,D], v [B,Hk,Sk,Dv]; fp16, bf16 or fp32, any strides; scores, softmax and
-accumulation in fp32; fp32 inputs are multiplied in IEEE fp32, never in TF32.
+accumulation in fp32; fp32 inputs are multiplied in IEEE fp32, never in TF32. sinks [H].
 Source: Dao, FlashAttention-2, sections 3.1-3.2.
 
 One program owns BLOCK_M query rows of one head. Key tiles that lie wholly inside the band are
 taken first, with no comparison and no load predicate; the tiles on its edge follow; tiles outside
-it are never touched. This file needs only torch and triton.
+it are never touched. A sink has no value, so it joins the sum last. This file needs only torch and
+triton.
 """
 
 import math
@@ -142,6 +145,7 @@ def attention_forward(
     key_ptr,
     value_ptr,
     mask_ptr,
+    sinks_ptr,
     out_ptr,
     lse_ptr,
     heads,
@@ -172,6 +176,7 @@ def attention_forward(
     stride_od,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    SINKS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -240,6 +245,16 @@ def attention_forward(
         CAUSAL, MASK, True, BLOCK_D != D, BLOCK_DV != DV, BLOCK_N, UPCAST_DOT,
     )  # fmt: skip
 
+    natural = peak if MASK == 2 else peak * scale
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        natural = tl.where(total == 0.0, float("-inf"), natural)  # -inf * 0 would be NaN
+        peak = tl.maximum(natural, sink)
+        anchor = tl.where(peak == float("-inf"), 0.0, peak)
+        decay = tl.exp(natural - anchor)
+        total = total * decay + tl.exp(sink - anchor)
+        accumulator = accumulator * decay[:, None]
+        natural = peak
     empty = total == 0.0
     out = accumulator * tl.where(empty, 0.0, 1.0 / total)[:, None]
     tl.store(
@@ -247,7 +262,6 @@ def attention_forward(
         out.to(out_ptr.dtype.element_ty),
         mask=in_rows[:, None] & in_dv[None, :],
     )
-    natural = peak if MASK == 2 else peak * scale
     lse = tl.where(empty, float("inf"), natural + tl.log(total))
     lse_ptr += (batch * heads + head) * query_length
     tl.store(lse_ptr + wide_rows, lse, mask=in_rows)
@@ -258,6 +272,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     diagonal: int | None = None,
@@ -269,7 +284,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Launches `attention_forward`. Shapes and dtypes as in the law; any strides.
 
-    mask: boolean or floating, broadcastable to [B,H,Sq,Sk]; out: where to write, any strides.
+    mask: boolean or floating, broadcastable to [B,H,Sq,Sk]; sinks: floating, contiguous; out: where
+    to write, any strides.
     Returns (out [B,H,Sq,Dv] in the query's dtype, its memory [B,Sq,H,Dv] if it is made here, and
     lse [B,H,Sq] fp32).
     """
@@ -294,6 +310,7 @@ def attention(
         key,
         value,
         query if mask is None else mask,
+        query if sinks is None else sinks,
         out,
         lse,
         heads,
@@ -309,6 +326,7 @@ def attention(
         *out.stride(),
         CAUSAL=diagonal is not None,
         MASK=kind,
+        SINKS=sinks is not None,
         D=head_dim,
         DV=value_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),

@@ -4,7 +4,8 @@ Law, for query head h reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
     z[i,j] excluded unless j <= i + diagonal        (diagonal None: every j is kept)
-    out[i] = sum_j softmax_j(z[i,:])[j] * v[j]      (a row with every j excluded gives 0)
+    p[i,j] = exp(z[i,j]) / (sum_n exp(z[i,n]) + exp(sinks[h]))      (no sinks: without that term)
+    out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
 
 One program takes one part of the keys for ALL query rows of one key head (the H / Hk heads of the
 group times Sq), so that each key is read once. Part s leaves, unnormalised in fp32,
@@ -12,7 +13,8 @@ group times Sq), so that each key is read once. Part s leaves, unnormalised in f
     peak_s = max_j z[i,j],  total_s = sum_j exp(z[i,j] - peak_s),  o_s = sum_j exp(...) v[j]
 
 and a second kernel adds the parts in a fixed order: out = sum_s w_s o_s / sum_s w_s total_s with
-w_s = exp(peak_s - max_s peak_s). No atomics, hence bitwise repeatable for one number of parts.
+w_s = exp(peak_s - max_s peak_s). A sink is one more part, of peak sinks[h], total 1 and o 0. No
+atomics, hence bitwise repeatable for one number of parts.
 Source: Dao, Flash-Decoding. This file needs only torch and triton.
 """
 
@@ -166,10 +168,14 @@ def attention_decode_combine(
     partial_ptr,
     peak_ptr,
     total_ptr,
+    sinks_ptr,
     out_ptr,
     lse_ptr,
     rows,
     parts,
+    heads,
+    query_length,
+    SINKS: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -180,8 +186,13 @@ def attention_decode_combine(
     s = tl.arange(0, BLOCK_PARTS)
     peaks = tl.load(peak_ptr + s * rows + row, mask=s < parts, other=float("-inf"))
     peak = tl.max(peaks, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + row // query_length % heads).to(tl.float32)
+        peak = tl.maximum(peak, sink)
     anchor = tl.where(peak == float("-inf"), 0.0, peak)
     total = 0.0
+    if SINKS:
+        total += tl.exp(sink - anchor)
     out = tl.zeros((BLOCK_DV,), tl.float32)
     for part in range(parts):
         at = row + part * rows
@@ -199,6 +210,7 @@ def attention_decode(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     diagonal: int | None = None,
@@ -270,10 +282,14 @@ def attention_decode(
         partial,
         peak,
         total,
+        lse if sinks is None else sinks,
         out,
         lse,
         rows,
         parts,
+        heads,
+        query_length,
+        SINKS=sinks is not None,
         DV=value_dim,
         BLOCK_DV=block_dv,
         BLOCK_PARTS=128,

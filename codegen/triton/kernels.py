@@ -65,7 +65,7 @@ def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
 
 def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
     query, key, value = node.args[:3]
-    mask = argument(node, 3)
+    mask, sinks = argument(node, 3), argument(node, 4)
     kind = "none" if mask is None else "added"
     if mask is not None and mask.meta["val"].dtype == torch.bool:
         kind = "boolean"
@@ -77,6 +77,7 @@ def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
         causal=node.kwargs.get("diagonal") is not None,
         mask=kind,
         mask_dtype=mask.meta["val"].dtype if kind == "added" else None,
+        sinks_dtype=None if sinks is None else sinks.meta["val"].dtype,
         value_dim=hints(value)[3],  # pyright: ignore[reportArgumentType]
         multiprocessors=target.cores,
     )

@@ -27,7 +27,7 @@ def device_arch(index: int) -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def _launch_attention(query, key, value, mask=None, *, scale, diagonal=None):
+def _launch_attention(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
     if not query.dtype == key.dtype == value.dtype:
         raise UnsupportedProblem(
             "triton_attention expects query, key and value of one dtype,"
@@ -36,6 +36,7 @@ def _launch_attention(query, key, value, mask=None, *, scale, diagonal=None):
     kind = "none"
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "added"
+    sinks = None if sinks is None else sinks.contiguous()
     arch, multiprocessors = device_arch(query.device.index)
     config = compile_attention(
         tuple(query.shape),
@@ -45,6 +46,7 @@ def _launch_attention(query, key, value, mask=None, *, scale, diagonal=None):
         causal=diagonal is not None,
         mask=kind,
         mask_dtype=mask.dtype if kind == "added" else None,
+        sinks_dtype=None if sinks is None else sinks.dtype,
         value_dim=value.shape[-1],
         multiprocessors=multiprocessors,
     )
@@ -58,7 +60,7 @@ def _launch_attention(query, key, value, mask=None, *, scale, diagonal=None):
             launch = functools.partial(
                 attention_decode, splits=config.config.splits, **config.config.launch()
             )
-        out, _ = launch(query, key, value, mask, scale=scale, diagonal=diagonal)
+        out, _ = launch(query, key, value, mask, sinks, scale=scale, diagonal=diagonal)
     # The decoding kernel writes rows in the order of [B,H,Sq], the same memory where Sq is 1.
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -109,7 +111,7 @@ def _elsewhere(first: Tensor, *_arguments, **_options):
     )
 
 
-def _fake_attention(query, key, value, mask=None, *, scale, diagonal=None):
+def _fake_attention(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
     return heads_side_by_side(query, (*query.shape[:-1], value.shape[-1]))
 
 
@@ -120,8 +122,8 @@ def _fake_quantized_linear(
 
 
 LIBRARY.define(
-    "triton_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, *,"
-    " float scale, SymInt? diagonal=None) -> Tensor"
+    "triton_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None,"
+    " Tensor? sinks=None, *, float scale, SymInt? diagonal=None) -> Tensor"
 )
 LIBRARY.define(
     "triton_quantized_linear(Tensor x, Tensor packed, Tensor scale, Tensor? offset=None,"

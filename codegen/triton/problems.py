@@ -32,13 +32,15 @@ def compile_attention(
     causal: bool = False,
     mask: str = "none",
     mask_dtype: torch.dtype | None = None,
+    sinks_dtype: torch.dtype | None = None,
     value_dim: int | None = None,
     multiprocessors: int | None = None,
 ) -> Compiled:
     """The kernel that computes attention of these shapes on `arch`; no GPU is needed.
 
     query_shape [B,H,Sq,D], key_shape [B,Hk,Sk,D]; mask "none", "boolean" or "added" (then of
-    mask_dtype, default `dtype`); multiprocessors: of the device, default the family's largest.
+    mask_dtype, default `dtype`); sinks_dtype None: there are none; multiprocessors: of the
+    device, default the family's largest.
     Few rows per key head give the decoding kernel, cut along the keys, and its combination.
     Raises UnsupportedProblem, UnknownArchitecture, KernelRejected, BackendMissing.
     """
@@ -57,9 +59,9 @@ def compile_attention(
     _type_name(dtype)
     mask_type = {"none": dtype, "boolean": torch.uint8, "added": mask_dtype or dtype}[mask]
     if not choose.is_decode(query_length, heads, key_heads):
-        return _prefill(arch, head_dim, value_dim, dtype, causal, mask, mask_type)
+        return _prefill(arch, head_dim, value_dim, dtype, causal, mask, mask_type, sinks_dtype)
     rows = choose.padded(query_length * (heads // key_heads))
-    part = _decode(arch, rows, head_dim, value_dim, dtype, causal, mask, mask_type)
+    part = _decode(arch, rows, head_dim, value_dim, dtype, causal, mask, mask_type, sinks_dtype)
     config = choose.split_decode(
         part.config,
         heads=batch * key_heads,
@@ -151,11 +153,13 @@ def _prefill(
     causal: bool,
     mask: str,
     mask_type: torch.dtype,
+    sinks_dtype: torch.dtype | None,
 ) -> Compiled:
     require_triton()
     from ridgeline.codegen.triton.attention import attention_forward
 
     pointers = {
+        "sinks_ptr": _pointer(sinks_dtype or dtype),
         "out_ptr": _pointer(dtype),
         "lse_ptr": "*fp32",
     }
@@ -169,7 +173,7 @@ def _prefill(
     return first_accepted(
         lambda config: _attention(
             attention_forward, pointers, config, arch, head_dim, value_dim, dtype, causal, mask,
-            mask_type,
+            mask_type, sinks_dtype is not None,
         ),
         candidates,
     )  # fmt: skip
@@ -185,6 +189,7 @@ def _decode(
     causal: bool,
     mask: str,
     mask_type: torch.dtype,
+    sinks_dtype: torch.dtype | None,
 ) -> Compiled:
     require_triton()
     from ridgeline.codegen.triton import attention_decode
@@ -193,16 +198,26 @@ def _decode(
     part = first_accepted(
         lambda config: _attention(
             attention_decode.attention_decode_part, pointers, config, arch, head_dim, value_dim,
-            dtype, causal, mask, mask_type,
+            dtype, causal, mask, mask_type, sinks_dtype is not None,
         ),
         choose.decode_candidates(architecture(arch), rows=rows),
     )  # fmt: skip
     combine = attention_decode.attention_decode_combine
-    arguments = {**pointers, "out_ptr": _pointer(dtype), "lse_ptr": "*fp32"}
+    arguments = {
+        **pointers,
+        "sinks_ptr": _pointer(sinks_dtype or torch.float32),
+        "out_ptr": _pointer(dtype),
+        "lse_ptr": "*fp32",
+    }
     then = cross_compile(
         combine,
-        {**arguments, "rows": "i32", "parts": "i32"},
-        {"DV": value_dim, "BLOCK_DV": choose.padded(value_dim), "BLOCK_PARTS": choose.MOST_SPLITS},
+        {**arguments, **dict.fromkeys(("rows", "parts", "heads", "query_length"), "i32")},
+        {
+            "SINKS": sinks_dtype is not None,
+            "DV": value_dim,
+            "BLOCK_DV": choose.padded(value_dim),
+            "BLOCK_PARTS": choose.MOST_SPLITS,
+        },
         _REDUCE,
         arch,
         aligned=arguments,
@@ -222,12 +237,14 @@ def _attention(
     causal: bool,
     mask: str,
     mask_type: torch.dtype,
+    sinks: bool,
 ) -> Compiled:
     """Either attention kernel, for tensors whose last dimension is contiguous."""
     block_d, block_dv = choose.padded(head_dim), choose.padded(value_dim)
     constants = {
         "CAUSAL": causal,
         "MASK": _MASKS[mask],
+        "SINKS": sinks,
         "D": head_dim,
         "DV": value_dim,
         "BLOCK_D": block_d,

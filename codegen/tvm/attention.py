@@ -2,8 +2,9 @@
 
 Law: `ridgeline.ir.attention`. Two kernels share the work: `attention_kernel`, whose vector lanes
 are query rows, and `attention_decode_kernel` for few rows, whose lanes are positions in the head.
-Each is compiled once per head dimensions, dtype, kind of mask and sinks, and instruction set; batch, heads,
-lengths and strides are values that it reads at run time, so a growing cache compiles nothing.
+Each is compiled once per head dimensions, dtype, kind of mask and sinks, and instruction set; batch,
+heads, lengths and strides are values that it reads at run time, so a growing cache compiles
+nothing.
 
 The result lies in memory as [B,Sq,H,Dv], because what follows is nearly always
 ``transpose(1, 2).reshape(B, Sq, H * Dv)``, which is then free.
@@ -277,8 +278,8 @@ def _check(
 
 
 LIBRARY.define(
-    "tvm_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? sinks=None, *,"
-    " float scale, SymInt? diagonal=None) -> Tensor"
+    "tvm_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None,"
+    " Tensor? sinks=None, *, float scale, SymInt? diagonal=None) -> Tensor"
 )
 LIBRARY.impl("tvm_attention", attention, "CPU")
 OP = torch.ops.ridgeline.tvm_attention.default

@@ -45,6 +45,7 @@ from ridgeline.codegen.tvm.attention_vectors import (
     per_head,
     registers,
     sink_score,
+    sink_total,
     splat,
     tensor,
     vector,
@@ -118,8 +119,7 @@ def build(spec: Spec) -> Any:
             if start == 0:
                 # no T.let: TVM does not legalise a cast from bf16 there
                 w.top[w.item, r, lanes(0)] = splat(sink_score(spec, x.sink(r)))
-                one = T.meta_var(w.top[w.item, r, 0] > T.float32(LOWEST))
-                w.total[w.item, r, 0] = T.Select(one, T.float32(1), T.float32(0))
+                w.total[w.item, r, 0] = sink_total(x.sink(r))
         for c in T.serial(loads * halves):
             w.o[w.item, r, c, lanes(0)] = splat(T.float32(0))
 

@@ -42,6 +42,7 @@ from ridgeline.codegen.tvm.attention_vectors import (
     per_head,
     registers,
     sink_score,
+    sink_total,
     splat,
     tensor,
     vector,
@@ -61,8 +62,8 @@ def build(spec: Spec) -> Any:
     """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal, sub_blocks), then sinks.
 
     mask [B,H,Sq,Sk] of any strides, or fp32 [1,1,1,1] where `spec.mask` is None; diagonal between
-    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; sinks [H],
-    where `spec.sinks` names their dtype.
+    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; sinks
+    [H], where `spec.sinks` names their dtype.
     """
     depth, dim, pairs, masked = spec.depth, spec.value_dim, spec.pairs, spec.mask is not None
     depth16, dim16 = -(-depth // LANES) * LANES, -(-dim // LANES) * LANES
@@ -204,11 +205,7 @@ def build(spec: Spec) -> Any:
                     for lane in T.serial(LANES):
                         entry = x.sink(T.min(row + lane, x.rows - 1))
                         w.top[sub, part, lane] = sink_score(spec, entry)
-                    w.total[sub, part, lanes(0)] = T.Select(
-                        w.top[sub, part, lanes(0)] > splat(T.float32(LOWEST)),
-                        splat(T.float32(1)),
-                        splat(T.float32(0)),
-                    )
+                        w.total[sub, part, lane] = sink_total(entry)
                 else:
                     w.top[sub, part, lanes(0)] = splat(T.float32(LOWEST))
                     w.total[sub, part, lanes(0)] = splat(T.float32(0))

@@ -141,11 +141,17 @@ def kernel_of(main: Any, spec: Spec) -> Any:
 
 
 def sink_score(spec: Spec, entry: Any) -> Any:
-    """A sink in the units of `Spec.natural`, the least of which stands for none."""
+    """A sink in the units of `Spec.natural`, as the maximum that a row starts from."""
     score = T.Cast("float32", entry)
     if not spec.natural:
         score = score * T.float32(LOG2_E)
     return T.max(score, T.float32(LOWEST))
+
+
+def sink_total(entry: Any) -> Any:
+    """The sum that a row starts from: a sink of -inf is none."""
+    present = T.Cast("float32", entry) >= T.float32(LOWEST)
+    return T.Select(present, T.float32(1), T.float32(0))
 
 
 def exponential(spec: Spec, difference: Any) -> Any:

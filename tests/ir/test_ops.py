@@ -62,6 +62,11 @@ CALLS: dict[str, tuple[Op, tuple[Any, ...], dict[str, Any]]] = {
         tuple(_drawn(2, 3, 4, 5, seed=i).mT.requires_grad_() for i in range(3)),
         {"scale": 0.5, "diagonal": 0},
     ),
+    "attention with sinks": (
+        ATTENTION,
+        (*(_grad(1, 2, 3, 4, seed=i) for i in range(3)), None, _grad(2, seed=3)),
+        {"scale": 0.5},
+    ),
     "attention in bfloat16": (
         ATTENTION,
         tuple(_grad(1, 2, 3, 4, seed=i, dtype=torch.bfloat16) for i in range(3)),
@@ -196,9 +201,22 @@ def test_attention_of_nothing(queries, keys, batch):
     assert torch.equal(ops.attention(q, k, v, scale=1.0), torch.zeros(batch, 2, queries, 4))
 
 
+def test_a_sink_is_a_key_without_a_value():
+    q, k, v = _drawn(1, 4, 3, 2), _drawn(1, 2, 4, 2, seed=1), _drawn(1, 2, 4, 3, seed=2)
+    sinks, keep = torch.tensor([0.5, -torch.inf, 3.0, -40.0]), _drawn(3, 4, seed=3) > 0
+    keep[1] = False
+    out = ops.attention(q, k, v, keep, sinks.double(), scale=0.7)
+    wider = [torch.cat((x, x.new_zeros(1, 2, 1, x.shape[3])), 2) for x in (k, v)]
+    column = sinks.double()[None, :, None, None].expand(1, 4, 3, 1)
+    scores = torch.zeros(3, 4).masked_fill(~keep, -torch.inf).expand(1, 4, 3, 4)
+    bias = torch.cat((scores.double(), column), -1)
+    torch.testing.assert_close(out, ops.attention(q, *wider, bias, scale=0.7))
+
+
 @pytest.mark.parametrize("mask", ["none", "boolean", "floating", "broadcast"])
 @pytest.mark.parametrize("diagonal", [None, 0, -1])
-def test_gradients_of_attention(mask, diagonal):
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_gradients_of_attention(mask, diagonal, with_sinks):
     # With diagonal -1 the first row has no key: its gradient is 0, not NaN.
     q, k, v = _grad(1, 4, 3, 2), _grad(1, 2, 4, 2, seed=1), _grad(1, 2, 4, 3, seed=2)
     given = {
@@ -207,8 +225,9 @@ def test_gradients_of_attention(mask, diagonal):
         "floating": _grad(1, 4, 3, 4, seed=3),
         "broadcast": _grad(1, 1, 1, 4, seed=3),
     }[mask]
+    sinks = _grad(4, seed=4) if with_sinks else None
     assert torch.autograd.gradcheck(
-        lambda *a: ops.attention(*a, scale=0.7, diagonal=diagonal), (q, k, v, given)
+        lambda *a: ops.attention(*a, scale=0.7, diagonal=diagonal), (q, k, v, given, sinks)
     )
 
 

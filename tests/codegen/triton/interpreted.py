@@ -71,6 +71,11 @@ def make_mask(kind: str | None, rows: int, columns: int) -> Tensor | None:
     return added
 
 
+def unequal(found: Tensor, expected: Tensor) -> float:
+    """0 where they agree, infinities included, and otherwise infinity."""
+    return 0.0 if torch.allclose(found, expected, atol=1e-3) else float("inf")
+
+
 def attention_errors() -> dict[str, float]:
     errors = {}
     for name, (heads, key_heads, rows, keys, d, dv, dtype, diagonal, kind) in ATTENTION.items():
@@ -89,6 +94,11 @@ def attention_errors() -> dict[str, float]:
             dead = torch.arange(rows) + diagonal < 0
             good = bool((lse[:, :, dead] == torch.inf).all() and (out[:, :, dead] == 0).all())
             errors["attention-empty-rows-are-zero"] = 0.0 if good else float("inf")
+        sinks = torch.randn(heads).to(dtype)
+        sinks[0] = -torch.inf  # a sink that takes nothing
+        taken = attention_law.reference(*wide, wide_mask, sinks.double(), **options)
+        out, with_sinks = attention(query, key, value, mask, sinks, **options, **TILES)
+        errors[f"attention-sinks-{name}"] = relative(out, taken)
         few = rows if rows * heads // key_heads <= 32 else 5
         mask = None if mask is None else mask[:, :, : min(few, mask.shape[2])]
         wide_mask = None if wide_mask is None else wide_mask[:, :, : min(few, wide_mask.shape[2])]
@@ -97,9 +107,15 @@ def attention_errors() -> dict[str, float]:
             query[:, :, :few], key, value, mask, splits=3, **options, **TILES
         )
         errors[f"decode-{name}"] = relative(decode, expected)
-        finite = torch.isfinite(decode_lse)
-        agree = torch.allclose(decode_lse[finite], lse[:, :, :few][finite], atol=1e-3)
-        errors[f"decode-lse-{name}"] = 0.0 if agree else float("inf")
+        errors[f"decode-lse-{name}"] = unequal(decode_lse, lse[:, :, :few])
+        decode, decode_lse = attention_decode(
+            query[:, :, :few], key, value, mask, sinks, splits=3, **options, **TILES
+        )
+        taken = attention_law.reference(
+            wide[0][:, :, :few], *wide[1:], wide_mask, sinks.double(), **options
+        )
+        errors[f"decode-sinks-{name}"] = relative(decode, taken)
+        errors[f"decode-sinks-lse-{name}"] = unequal(decode_lse, with_sinks[:, :, :few])
     return errors
 
 

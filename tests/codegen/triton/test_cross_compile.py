@@ -45,6 +45,13 @@ def test_causal_attention(arch: str, head_dim: int) -> None:
     )
 
 
+@pytest.mark.parametrize("queries", [1, 512])
+def test_attention_with_sinks(queries: int) -> None:
+    options = {"dtype": torch.bfloat16, "arch": "sm_80", "causal": True}
+    shapes = (2, 64, queries, 64), (2, 8, 512, 64)
+    check(problems.compile_attention(*shapes, sinks_dtype=torch.bfloat16, **options), "sm_80")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["symmetric", "zero_point", "minimum"])
 @pytest.mark.parametrize("arch", MATRIX)
@@ -73,11 +80,12 @@ def test_a_spilling_configuration_is_rejected() -> None:
 
     greedy = Config((("BLOCK_M", 128), ("BLOCK_N", 64)), num_warps=4, num_stages=2)
     bf16 = torch.bfloat16
-    pointers = {"out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    pointers = {"sinks_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
 
     def build(config: Config):
         return problems._attention(
-            attention_forward, pointers, config, "sm_80", 128, 128, bf16, True, "none", bf16
+            *(attention_forward, pointers, config, "sm_80", 128, 128, bf16, True, "none", bf16),
+            sinks=False,
         )
 
     with pytest.raises(KernelRejected, match=r"expected no spilled registers, found \d+ B"):

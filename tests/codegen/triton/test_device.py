@@ -22,7 +22,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", BARS)
 @pytest.mark.parametrize("rows", [1, 5, 129, 700])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention(dtype: torch.dtype, rows: int, masked: bool) -> None:
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention(dtype: torch.dtype, rows: int, masked: bool, with_sinks: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -31,11 +32,12 @@ def test_attention(dtype: torch.dtype, rows: int, masked: bool) -> None:
     query = normal(2, rows, 8, 64).transpose(1, 2)
     key, value = normal(2, 2, 777, 64), normal(2, 2, 777, 64)
     mask = normal(2, 1, rows, 777) if masked else None
+    sinks = normal(8) if with_sinks else None
     options = {"scale": 0.125, "diagonal": 777 - rows}
-    found = torch.ops.ridgeline.triton_attention(query, key, value, mask, **options)
-    wide = [None if t is None else t.double() for t in (query, key, value, mask)]
+    found = torch.ops.ridgeline.triton_attention(query, key, value, mask, sinks, **options)
+    wide = [None if t is None else t.double() for t in (query, key, value, mask, sinks)]
     assert relative(found, attention_law.reference(*wide, **options)) < BARS[dtype]
-    again = torch.ops.ridgeline.triton_attention(query, key, value, mask, **options)
+    again = torch.ops.ridgeline.triton_attention(query, key, value, mask, sinks, **options)
     assert torch.equal(found, again)
 
 

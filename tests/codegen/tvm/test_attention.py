@@ -35,10 +35,10 @@ def operands(batch, heads, key_heads, queries, keys, dim=16, value_dim=None, dty
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def check(q, k, v, mask=None, *, scale=0.25, diagonal=None, exact=torch.float64):
-    out = attention(q, k, v, mask, scale=scale, diagonal=diagonal)
+def check(q, k, v, mask=None, sinks=None, *, scale=0.25, diagonal=None, exact=torch.float64):
+    out = attention(q, k, v, mask, sinks, scale=scale, diagonal=diagonal)
     expected = reference(
-        q.to(exact), k.to(exact), v.to(exact), mask, scale=scale, diagonal=diagonal
+        q.to(exact), k.to(exact), v.to(exact), mask, sinks, scale=scale, diagonal=diagonal
     ).double()
     assert out.shape == expected.shape
     assert out.dtype == q.dtype
@@ -115,6 +115,29 @@ def test_masks_on_every_isa(isa):
         check(q, k, v, noise)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_take_their_share(isa, dtype):
+    sinks = torch.tensor([0.5, -3.0, 40.0, -torch.inf, torch.finfo(dtype).min, 2.0])
+    for queries, keys in [(1, 1), (1, 700), (5, 17), (77, 130)]:
+        q, k, v = operands(2, 6, 2, queries, keys, dtype=dtype)
+        noise = torch.randn(queries, keys, generator=torch.Generator().manual_seed(1))
+        for given in (sinks.to(dtype), sinks.double(), sinks.repeat(2)[::2]):
+            check(q, k, v, None, given)
+        for mask in (noise > 0.5, noise.masked_fill(noise > 1, -torch.inf)):
+            check(q, k, v, mask, sinks, diagonal=keys - queries)
+
+
+@pytest.mark.parametrize("queries", [3, 70])
+def test_a_sink_takes_all_of_a_row_without_keys(queries):
+    q, k, v = operands(1, 2, 1, queries, 150)
+    out = check(q, k, v, None, torch.tensor([0.0, -torch.inf]), diagonal=-2)
+    assert (out[:, :, :2] == 0).all()
+    lowest = torch.full((2,), LOWEST)
+    # beside the lowest number every score vanishes: the sink is one key more, without a value
+    mean = check(q, k, v, torch.full((1, 150), LOWEST), lowest, exact=torch.float32)
+    torch.testing.assert_close(mean[0, 0, 0], v[0, 0].sum(0) / 151)
+
+
 @pytest.mark.parametrize("queries", [3, 70])
 def test_excluded_rows_give_zero(queries):
     q, k, v = operands(1, 2, 1, queries, 150)
@@ -187,6 +210,12 @@ def test_the_unwritten_end_of_a_cache_is_not_read():
     expected = attention(q, k, v, kept, scale=0.25)
     k[:, :, 256:], v[:, :, 256:] = torch.nan, torch.nan
     assert torch.equal(attention(q, k, v, kept, scale=0.25), expected)
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(2, dtype=torch.int64)], ids=str)
+def test_sinks_that_are_not_one_per_head_are_refused(sinks):
+    with pytest.raises(UnsupportedProblem, match="expected .* sinks .* found"):
+        attention(*operands(1, 2, 1, 3, 5), None, sinks, scale=1.0)
 
 
 def test_layout_suits_the_transpose_that_follows_and_matches_the_fake():
