@@ -55,10 +55,14 @@ class Call:
     diagonal: int | str | None
 
 
-def _sizes(node: fx.Node) -> list[sympy.Expr]:
-    """[batch, heads, length, features] of an operand; missing ones are heads 1, then batch 1."""
-    sizes = shape_of(node)
+def _sizes(node: fx.Node, rank: int = 0) -> list[sympy.Expr]:
+    """[batch, heads, length, features] of an operand; missing ones are heads 1, then batch 1.
+
+    rank: the dimensions that it is broadcast to before.
+    """
     one = sympy.Integer(1)
+    sizes = shape_of(node)
+    sizes = [one] * (rank - len(sizes)) + sizes
     if len(sizes) == 3:
         return [sizes[0], one, *sizes[1:]]
     return [one] * (4 - len(sizes)) + sizes
@@ -211,8 +215,8 @@ def _must_be_equal(size: sympy.Expr, own: int | torch.SymInt, full: sympy.Expr) 
 def _sinks_refused(site: Site, query: fx.Node) -> Reject | None:
     if "sinks" not in site.bind:
         return None
-    sinks = narrowest(site.bind["sinks"])
-    batch, heads, rows, _ = _sizes(sinks)
+    sinks, rank = narrowest(site.bind["sinks"]), len(shape_of(site.bind["sinks"]))
+    batch, heads, rows, _ = _sizes(sinks, rank)
     if batch != 1 or rows != 1 or heads not in (1, _sizes(query)[1]):
         return Reject(
             f"the sinks, {said(sinks)}, of shape {shape_of(sinks)} are not one number per head",

@@ -2,8 +2,8 @@
 
 Law: `ridgeline.ir.attention`. Two kernels share the work: `attention_kernel`, whose vector lanes
 are query rows, and `attention_decode_kernel` for few rows, whose lanes are positions in the head.
-Each is compiled once per head dimensions, dtype, kind of mask and sinks, and instruction set; batch,
-heads, lengths and strides are values that it reads at run time, so a growing cache compiles
+Each is compiled once per head dimensions, dtype, kind of mask and sinks, and instruction set;
+batch, heads, lengths and strides are values that it reads at run time, so a growing cache compiles
 nothing.
 
 The result lies in memory as [B,Sq,H,Dv], because what follows is nearly always

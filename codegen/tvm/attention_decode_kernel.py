@@ -115,7 +115,7 @@ def build(spec: Spec) -> Any:
             read_query(x, w, r, depth // LANES * LANES, depth % LANES)
         w.top[w.item, r, lanes(0)] = splat(T.float32(LOWEST))
         w.total[w.item, r, lanes(0)] = splat(T.float32(0))
-        if spec.sinks is not None:
+        if spec.sinks is not None:  # noqa: SIM102 - decided as the kernel is built, the next as it runs
             if start == 0:
                 # no T.let: TVM does not legalise a cast from bf16 there
                 w.top[w.item, r, lanes(0)] = splat(sink_score(spec, x.sink(r)))

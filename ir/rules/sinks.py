@@ -76,7 +76,8 @@ def _weights_uncopied(node: fx.Node) -> bool:
 def _multiplied_alone(node: fx.Node) -> bool:
     """Do only products of matrices read the value, which take it with any strides?"""
     return all(
-        user.target is aten.matmul.default or (is_cast(user) and _multiplied_alone(user))
+        user.target is aten.matmul.default
+        or ((is_cast(user) or user.target is aten.transpose.int) and _multiplied_alone(user))
         for user in node.users
     )
 

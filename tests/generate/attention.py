@@ -19,6 +19,7 @@ from generate.attention_words import (
     PRODUCTS,
     REPEATS,
     SCALES,
+    SINKS,
     SOFTMAXES,
     TRIANGLES,
     VALUES,
@@ -32,7 +33,7 @@ class Attention:
 
     keep: which keys a query reads: "all", "causal" (j <= i), "causal from the end"
     (j <= i + Sk - Sq), "window" (the last three), "given" (a boolean input), "bias" (an additive
-    input). A scale of None is 1/√D.
+    input). A scale of None is 1/√D. sinks: does each head have a score without a value?
     """
 
     heads: int = 4
@@ -44,6 +45,7 @@ class Attention:
     dtype: torch.dtype = torch.float32
     batch: int = 2  # 1: the inputs have no batch dimension
     dim: int = 8
+    sinks: bool = False
 
     @property
     def factor(self) -> float:
@@ -60,6 +62,8 @@ def axes(meaning: Attention, form: str = "spelt out") -> dict[str, tuple[str, ..
         found["repeat"] = (*REPEATS, *(("enable_gqa",) if form == "fused" else ()))
     triangles = tuple(TRIANGLES) if meaning.keep == "causal" else ()
     if form == "fused":
+        if meaning.sinks:
+            raise ValueError("the fused call has no sinks")
         found["fused"] = tuple(FUSED)
         if meaning.keep in KEEPS:
             found["mask"] = tuple(KEEPS[meaning.keep])
@@ -73,6 +77,8 @@ def axes(meaning: Attention, form: str = "spelt out") -> dict[str, tuple[str, ..
             found["exclusion"] = (*EXCLUSIONS, *triangles)
         if meaning.keep == "bias":
             found["bias"] = tuple(BIASES)
+        if meaning.sinks:
+            found["sinks"] = tuple(SINKS)
         found |= {"softmax": tuple(SOFTMAXES), "dropout": tuple(DROPOUTS), "value": tuple(VALUES)}
     return found | {"output": tuple(OUTPUTS)}
 
@@ -90,8 +96,8 @@ def case(
     """The module for one choice on each axis (the plainest where none is given).
 
     spoilt: stage ("operands", "before", "product", "after", "keep", "exclusion", "bias",
-    "softmax", "dropout", "value", "output") -> other statements in its place, or, after a "+",
-    more statements behind it; `forbidden` says what they forbid.
+    "sinks", "softmax", "dropped", "dropout", "value", "output") -> other statements in its place,
+    or, after a "+", more statements behind it; `forbidden` says what they forbid.
     """
     known = axes(meaning, form)
     if unknown := {a: c for a, c in choices.items() if c not in known.get(a, ())}:
@@ -149,6 +155,8 @@ def _inputs(m: Attention, chosen: Mapping[str, str]) -> tuple[Input, ...]:
         inputs.append(Input("keep", (m.batch, 1, m.q, m.k), torch.bool))
     if m.keep == "bias":
         inputs.append(Input("bias", (m.batch, 1, m.q, m.k), m.dtype))
+    if m.sinks:
+        inputs.append(Input("sinks", (m.heads,), m.dtype))
     return tuple(inputs)
 
 
@@ -183,7 +191,9 @@ def _stages(m: Attention, form: str, chosen: Mapping[str, str]) -> dict[str, str
         stages |= {"before": before, "product": PRODUCTS[chosen["product"]], "after": after}
         stages["exclusion"] = (EXCLUSIONS | TRIANGLES).get(exclusion, "")
         stages["bias"] = BIASES[chosen["bias"]] if m.keep == "bias" else ""
+        stages["sinks"], dropped = SINKS[chosen["sinks"]] if m.sinks else ("", "")
         stages["softmax"] = SOFTMAXES[chosen["softmax"]]
+        stages["dropped"] = dropped
         stages["dropout"] = DROPOUTS[chosen["dropout"]]
         stages["value"] = VALUES[chosen["value"]]
     return stages | {"output": OUTPUTS[chosen["output"]]}
@@ -202,13 +212,15 @@ MEANINGS = st.builds(
     scale=st.sampled_from((None, 0.3)),
     dtype=st.sampled_from((torch.float32, torch.float32, torch.bfloat16)),
     batch=st.sampled_from((2, 2, 2, 1)),
+    sinks=st.sampled_from((False, False, False, True)),
 )
 
 
 @st.composite
 def spellings(draw: st.DrawFn) -> Case:
     """A random meaning, spelt at random."""
-    meaning, form = draw(MEANINGS), draw(st.sampled_from((*FORMS[:1] * 4, FORMS[1])))
+    meaning = draw(MEANINGS)
+    form = FORMS[0] if meaning.sinks else draw(st.sampled_from((*FORMS[:1] * 4, FORMS[1])))
     known = axes(meaning, form)
     return case(meaning, form, {a: draw(st.sampled_from(o)) for a, o in known.items()})
 
@@ -216,10 +228,11 @@ def spellings(draw: st.DrawFn) -> Case:
 def single_choices() -> list[Case]:
     """Every choice once, all else plain."""
     keeps = ("all", "causal", "given", "bias", "window", "causal from the end")
-    meanings = [Attention(keep=keep) for keep in keeps] + [Attention(kv_heads=2)]
+    meanings = [Attention(keep=keep) for keep in keeps]
+    meanings += [Attention(kv_heads=2), Attention(sinks=True)]
     found: dict[tuple[str, str, str], Case] = {}
     for meaning in meanings:
-        for form in FORMS:
+        for form in FORMS[:1] if meaning.sinks else FORMS:
             for axis, options in axes(meaning, form).items():
                 for choice in options:
                     key = (meaning.keep if axis == "mask" else form, axis, choice)

@@ -25,6 +25,8 @@ GIVEN = Attention(keep="given")
 BIAS = Attention(keep="bias")
 SQUARE = Attention(q=8, k=8)
 GROUPED = Attention(kv_heads=2)
+SINKS = Attention(sinks=True)
+COLUMN = "sinks.view(1, {H}, 1, 1).expand(z.shape[0], -1, z.shape[2], 1)"
 
 NO_REWRITE = {
     "softmax over queries": ({"softmax": "p = torch.softmax(z, -2)"}, Attention()),
@@ -90,6 +92,25 @@ NO_REWRITE = {
         Attention(),
     ),
     "a sink": ({"softmax": "p = torch.softmax(F.pad(z, (1, 0)), -1)[..., 1:]"}, Attention()),
+    "a key dropped for the sink": ({"dropped": "p = p[..., 1:]"}, SINKS),
+    "a sink kept": ({"dropped": "", "value": "o = p @ F.pad(v, (0, 0, 0, 1), value=1.0)"}, SINKS),
+    "a key dropped too": ({"dropped": "p = p[..., :-2]", "value": "o = p @ v[:, :, 1:]"}, SINKS),
+    "two sinks": (
+        {"sinks": f"z = torch.cat((z, {COLUMN}, {COLUMN}), -1)", "dropped": "p = p[..., :-2]"},
+        SINKS,
+    ),
+    "a sink per query": ({"sinks": "z = torch.cat((z, z.mean(-1, keepdim=True)), -1)"}, SINKS),
+    "a sink per sequence": (
+        {"sinks": "z = torch.cat((z, q.mean((2, 3), keepdim=True).expand(-1, -1, {Sq}, 1)), -1)"},
+        SINKS,
+    ),
+    "sinks beside the queries": (
+        {
+            "sinks": "z = torch.cat((z, sinks.view(1, {H}, 1, 1).expand(2, -1, 1, {Sk})), 2)",
+            "dropped": "p = p[:, :, :-1]",
+        },
+        SINKS,
+    ),
     "alpha of the mask": ({"bias": "z = torch.add(z, bias, alpha=2)"}, BIAS),
     "bias divided too late": ({"after": "", "bias": "z = bias / z"}, BIAS),
     "values on the left": ({"value": "o = v.mT @ p"}, Attention()),
@@ -118,6 +139,16 @@ EQUAL = {
         Attention(),
     ),
     "einsum over heads": ({"value": "o = torch.einsum('bhqk,bgkd->bhqd', p, v)"}, Attention()),
+    "scaled after the sinks": ({"sinks": f"z = torch.cat((z, {COLUMN}), -1) * 2"}, SINKS),
+    "weights of the keys renormalised": (
+        {"dropped": "p = p[..., :-1]; p = p / p.sum(-1, keepdim=True)"},
+        SINKS,
+    ),
+    "every second weight": (
+        {"dropped": "p = p[..., : 2 * {Sk} : 2]", "value": "o = p @ v[:, :, : p.shape[-1]]"},
+        SINKS,
+    ),
+    "sinks of other heads": ({"sinks": f"z = torch.cat((z, {COLUMN}.flip(1)), -1)"}, SINKS),
     "heads of another query": ({"operands": "+q = q.flip(1)"}, Attention()),
     "scale three times": (
         {"before": "q = q * {c}; k = k / {d}", "after": "z = z * {c}"},
@@ -268,6 +299,8 @@ def _keeps(t: Trap, axis: str) -> bool:
     """May the axis vary: the trap names neither it nor anything that it would put away?"""
     if "operands" in t.spoilt and not t.spoilt["operands"].startswith("+"):
         return axis not in ("query", "key", "repeat")
+    if axis == "sinks":
+        return False  # where the sink stands says what is spoilt
     if axis == "exclusion" and t.form == "spelt out":
         return False  # a triangle of its own would replace the spoilt mask
     return axis not in t.fixed

@@ -237,6 +237,26 @@ SOFTMAXES = {
     "maximum first": "p = torch.softmax(z - z.amax(-1, keepdim=True), -1)",
 }
 
+_COLUMN = "sinks.view(1, {H}, 1, 1).expand(z.shape[0], -1, z.shape[2], 1)"
+_GPT_OSS = "sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)"
+_REPEATED = "sinks[None, :, None, None].repeat(z.shape[0], 1, z.shape[2], 1)"
+
+SINKS = {
+    "last, sliced": (f"z = torch.cat((z, {_COLUMN}), -1)", "p = p[..., :-1]"),
+    "last, of gpt-oss": (f"z = torch.cat([z, {_GPT_OSS}], dim=-1)", "p = p[..., :-1]"),
+    "last, repeated": (f"z = torch.cat((z, {_REPEATED}), 3)", "p = p[:, :, :, :-1]"),
+    "last, narrow": (f"z = torch.cat((z, {_COLUMN}), -1)", "p = p.narrow(-1, 0, k.shape[2])"),
+    "last, up to the keys": (f"z = torch.cat((z, {_COLUMN}), -1)", "p = p[..., : k.shape[2]]"),
+    "last, cast": (
+        f"z = torch.cat((z, {_COLUMN}.to(z.dtype)), -1)",
+        "p = p[..., :-1].contiguous().to(q.dtype)",
+    ),
+    "first, sliced": (f"z = torch.cat(({_COLUMN}, z), -1)", "p = p[..., 1:]"),
+    "first, narrow": (f"z = torch.concat(({_COLUMN}, z), -1)", "p = p.narrow(3, 1, k.shape[2])"),
+    "first, from the end": (f"z = torch.cat(({_COLUMN}, z), -1)", "p = p[..., -k.shape[2] :]"),
+}
+"""A score per head beside those of the keys, and the way its weight is dropped."""
+
 DROPOUTS = {
     "none": "",
     "p = 0": "p = F.dropout(p, 0.0)",

@@ -41,6 +41,10 @@ def softmax(x: Tensor) -> Tensor:
     return torch.softmax(x, -1)
 
 
+def _after_sinks(scores: Tensor) -> Tensor:
+    return softmax(scores - scores.amax(-1, keepdim=True))
+
+
 W, BIAS = Constant((6, D)), Constant((6,))
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -136,6 +140,18 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "weights in three dimensions": (
         lambda q, k: softmax((q @ k.mT).flatten(0, 1)).view(B, H, S, S),
         (Q, K),
+    ),
+    "sinks first": (
+        lambda q, k, v, s: _after_sinks(torch.cat((s, q @ k.mT), -1))[..., 1:] @ v,
+        (Q, K, V, (B, H, S, 1)),
+    ),
+    "sinks last, by length": (
+        lambda q, k, v, s: softmax(torch.cat((q @ k.mT, s), -1)).narrow(3, 0, S) @ v,
+        (Q, K, V, (B, H, S, 1)),
+    ),
+    "maximum of sinks and scores": (
+        lambda q, k, v, s: _after_sinks(torch.cat((q @ k.mT, s), -1))[..., :-1].contiguous() @ v,
+        (Q, K, V, (B, H, S, 1)),
     ),
     "scale in three dimensions": (
         lambda q, k: softmax((q @ k.mT / 2).unflatten(0, (B, H))),

@@ -214,7 +214,7 @@ def test_the_unwritten_end_of_a_cache_is_not_read():
 
 @pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(2, dtype=torch.int64)], ids=str)
 def test_sinks_that_are_not_one_per_head_are_refused(sinks):
-    with pytest.raises(UnsupportedProblem, match="expected .* sinks .* found"):
+    with pytest.raises(UnsupportedProblem, match=r"expected .* sinks .* found"):
         attention(*operands(1, 2, 1, 3, 5), None, sinks, scale=1.0)
 
 
