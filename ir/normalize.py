@@ -14,6 +14,7 @@ from ridgeline.ir.rules.common import can_hold, insert, is_cast, reads_changed_m
 from ridgeline.ir.rules.exact import EXACT
 from ridgeline.ir.rules.linear import LINEAR
 from ridgeline.ir.rules.products import PRODUCTS
+from ridgeline.ir.rules.rows import ROWS
 from ridgeline.ir.rules.scores import SCORES
 from ridgeline.ir.rules.sinks import SINKS
 from ridgeline.ir.rules.views import merge_views
@@ -22,7 +23,7 @@ from ridgeline.ir.symbolic import shape_of
 __all__ = ["can_hold", "is_cast", "normalize"]
 
 aten = torch.ops.aten
-REASSOCIATING = (*EXACT, *PRODUCTS, *LINEAR, *SCORES, *BIASES, *SINKS)
+REASSOCIATING = (*EXACT, *PRODUCTS, *LINEAR, *ROWS, *SCORES, *BIASES, *SINKS)
 """Their results may hold what the exact rules know, so these are among them."""
 
 

@@ -6,6 +6,7 @@ Equal in real arithmetic. Source of the spellings: transformers' Conv1D, hand-wr
 import torch
 from torch import fx
 
+from ridgeline.ir.layout import keep_layout
 from ridgeline.ir.rules.common import Rule, insert, reads_changed_memory
 from ridgeline.ir.symbolic import shape_of
 
@@ -52,6 +53,58 @@ def _linear_from_addmm(node: fx.Node) -> bool:
     return True
 
 
+def _linear_from_inner(node: fx.Node) -> bool:
+    """inner(x, W) and tensordot(x, W, last, 1) -> linear(x, W); tensordot(x, W.T, last, 0)."""
+    if node.target not in (aten.inner.default, aten.tensordot.default) or node.kwargs:
+        return False
+    x, weight, *dims = node.args
+    if weight.op != "get_attr" or weight.meta["val"].dim() != 2:
+        return False
+    summed = 1
+    if dims:
+        (mine,), (summed,) = dims if [len(d) for d in dims] == [1, 1] else ((0,), (0,))
+        rank = x.meta["val"].dim()
+        if mine % rank != rank - 1:
+            return False
+    if summed % 2 == 0:
+        weight = insert(node, aten.t.default, weight)
+    node.target, node.args = aten.linear.default, (x, weight)
+    return True
+
+
+def _linear_turned_back(node: fx.Node) -> bool:
+    """(W @ x.mT).mT and conv1d(x.mT, W[..., None], b).mT -> linear(x, W, b)."""
+    product = _untransposed(node)
+    if product is None or len(product.users) > 1 or reads_changed_memory(node):
+        return False
+    bias = ()
+    if product.target is aten.matmul.default:
+        weight, turned = product.args
+    elif product.target is aten.conv1d.default and not product.kwargs:
+        turned, kernel, *rest = product.args  # bias, stride, padding, dilation, groups
+        if rest[1:] != [[1], [0], [1], 1][: len(rest[1:])]:
+            return False
+        bias = tuple(b for b in rest[:1] if b is not None)
+        one = kernel.target is aten.unsqueeze.default and shape_of(kernel)[-1] == 1
+        weight = kernel.args[0] if one else kernel
+    else:
+        return False
+    x = _untransposed(turned)
+    if x is None or weight.op != "get_attr" or weight.meta["val"].dim() != 2:
+        return False
+    linear = insert(node, aten.linear.default, x, weight, *bias)
+    node.replace_all_uses_with(linear)
+    keep_layout(linear, node)
+    node.graph.erase_node(node)
+    return True
+
+
+def _untransposed(node: fx.Node) -> fx.Node | None:
+    """x of a transpose of x's last two dimensions."""
+    rank = node.meta["val"].dim() if node.target is aten.transpose.int else 0
+    return node.args[0] if rank and sorted(node.args[1:]) == [rank - 2, rank - 1] else None
+
+
 def _bias_into_linear(node: fx.Node) -> bool:
     """linear(x, W) + b -> linear(x, W, b), for a constant b."""
     if node.target is not aten.add.Tensor or node.kwargs:
@@ -89,6 +142,8 @@ def _linear_without_views(node: fx.Node) -> bool:
 LINEAR: tuple[Rule, ...] = (
     _linear_from_matmul,
     _linear_from_addmm,
+    _linear_from_inner,
+    _linear_turned_back,
     _bias_into_linear,
     _linear_without_views,
 )

@@ -261,6 +261,70 @@ _SPOILT: dict[str, tuple[dict[str, str], str]] = {
     "bias of one number": ({"bias": "y = y + self.bias[0]"}, "nothing"),
     "bias twice": ({"product": _F, "bias": "y = y + self.bias + self.bias"}, "nothing"),
     "dropout": ({"input": "x = F.dropout(x, 1.0)"}, "nothing"),
+    "convolution of two positions": (
+        {
+            "product": "w = torch.stack((self.weight, self.weight), -1)\n"
+            "y = F.conv1d(x.mT, w, padding=1)[..., 1:].mT"
+        },
+        "any rewrite",
+    ),
+    "convolution with a stride": (
+        {
+            "product": "y = F.conv1d(x.mT, self.weight[..., None], stride=2).mT",
+            "bias": "",
+            "output": "return y",
+        },
+        "nothing",
+    ),
+    "convolution with padding": (
+        {
+            "product": "y = F.conv1d(x.mT, self.weight[..., None], padding=1).mT",
+            "bias": "",
+            "output": "return y",
+        },
+        "nothing",
+    ),
+    "convolution in groups": (
+        {"product": "y = F.conv1d(x.mT, self.weight[:, :32, None], groups=2).mT"},
+        "nothing",
+    ),
+    "convolution not turned back": (
+        {
+            "product": "y = F.conv1d(x.mT, self.weight[..., None])",
+            "bias": "",
+            "output": "return y.view(2, 320)",
+        },
+        "nothing",
+    ),
+    "turned weight first": ({"product": "y = (self.weight.T @ x.mT).mT"}, "nothing"),
+    "weight first, turned otherwise": (
+        {"product": "y = (self.weight @ x.mT).transpose(0, 1).flatten(1).view(x.shape)"},
+        "nothing",
+    ),
+    "weight first, the input written between": (
+        {"product": "t = x.mT\nx.mul_(2)\ny = (self.weight @ t).mT"},
+        "nothing",
+    ),
+    "tensordot over another dimension": (
+        {"product": "y = torch.tensordot(x, self.weight, dims=([-1], [0]))"},
+        "nothing",
+    ),
+    "tensordot over the length": (
+        {
+            "product": "y = torch.tensordot(x[:, :, :5], self.weight[:, :5], dims=([1], [1]))",
+            "bias": "",
+            "output": "return y",
+        },
+        "nothing",
+    ),
+    "tensordot over two dimensions": (
+        {
+            "product": "y = torch.tensordot(x, self.weight[:5], dims=2)",
+            "bias": "",
+            "output": "return y",
+        },
+        "any rewrite",
+    ),
     "batch of weights": (
         {"product": "y = torch.bmm(x, torch.stack((self.weight, self.weight.T)))"},
         "any rewrite",

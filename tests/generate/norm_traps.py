@@ -45,6 +45,36 @@ _SPOILT: dict[str, tuple[Norm, dict[str, str], str]] = {
         {"squares": "s = h.pow(2).sum(-1, keepdim=True) / 15"},
         _EVERY,
     ),
+    "sum over the count of another axis": (
+        Norm(),
+        {"squares": "s = h.pow(2).sum(-1, keepdim=True) / h.shape[1]"},
+        _EVERY,
+    ),
+    "mean unsqueezed in front": (
+        Norm(),
+        {"squares": "s = h[:, :1].pow(2).mean(-1).unsqueeze(1)"},
+        "nothing",
+    ),
+    "unbiased var_mean": (
+        LAYER,
+        {"squares": "s, m = torch.var_mean(h, dim=-1, keepdim=True)\nh = h - m"},
+        _EVERY,
+    ),
+    "mean and variance exchanged": (
+        LAYER,
+        {"squares": "m, s = torch.var_mean(h, -1, unbiased=False, keepdim=True)\nh = h - m"},
+        _EVERY,
+    ),
+    "deviation not squared": (
+        LAYER,
+        {"squares": "s = h.std(-1, unbiased=False, keepdim=True)\nh = h - h.mean(-1, True)"},
+        _EVERY,
+    ),
+    "deviation cubed": (
+        LAYER,
+        {"squares": "s = h.std(-1, False, True) ** 3\nh = h - h.mean(-1, keepdim=True)"},
+        _EVERY,
+    ),
     "mean of half the row": (
         Norm(),
         {"squares": "s = h[..., :8].pow(2).mean(-1, keepdim=True)"},

@@ -141,6 +141,29 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda q, k: softmax((q @ k.mT).flatten(0, 1)).view(B, H, S, S),
         (Q, K),
     ),
+    "inner": (lambda x, w: torch.inner(x, w), (Q, W)),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, ([3], [1])), (Q, W)),
+    "tensordot, the other way": (
+        lambda x, w: torch.tensordot(x, w, ([-1], [-2])),
+        ((B, 6), W),
+    ),
+    "weight first": (lambda x, w: (w @ x.mT).mT, (FLAT, W)),
+    "convolution of one position": (
+        lambda x, w, b: F.conv1d(x.mT, w[..., None], b).mT,
+        (FLAT, W, BIAS),
+    ),
+    "square of a magnitude": (lambda x: x.abs().square(), (Q,)),
+    "mean unsqueezed": (lambda x: x.mean(2).unsqueeze(2) + x.mean(-1).unsqueeze(-1), (Q,)),
+    "mean from a sum": (lambda x: x.sum(-1, True) / D + x.sum(2, True) * (1 / S), (Q,)),
+    "variance and mean": (
+        lambda x: sum(torch.var_mean(x, -1, keepdim=True)) + sum(torch.var_mean(x, correction=0)),
+        (Q,),
+    ),
+    "variance from a deviation": (
+        lambda x: x.std(-1, unbiased=False, keepdim=True) ** 2 + x.std(2, keepdim=True) ** 2,
+        (Q,),
+    ),
+    "glu": (lambda x: F.glu(x, 1) * F.glu(x[:, :2], -3), ((B, 2, S, D),)),
     "sinks first": (
         lambda q, k, v, s: _after_sinks(torch.cat((s, q @ k.mT), -1))[..., 1:] @ v,
         (Q, K, V, (B, H, S, 1)),
