@@ -1,7 +1,8 @@
 """The spellings of attention that are left in normal form, as patterns.
 
 The softmax form is softmax(c Q Kᵀ + M) V, its factor c and mask M there or not; sinks are a last
-column of the scores, whose weight is dropped (`ridgeline.ir.rules.sinks`).
+column of the scores, whose weight is dropped (`ridgeline.ir.rules.sinks`). A soft cap is a tanh of
+the scores over the cap.
 """
 
 import functools
@@ -57,6 +58,36 @@ def sinks_unmasked_unscaled(query: Tensor, key_t: Tensor, value: Tensor, sinks: 
     return _with_sinks(query @ key_t, sinks, value)
 
 
+def capped_masked(
+    query: Tensor, key_t: Tensor, value: Tensor, mask: Tensor, scale: float, soft_cap: float
+) -> Tensor:
+    return torch.softmax(torch.tanh(query @ key_t * scale) * soft_cap + mask, -1) @ value
+
+
+def capped_unmasked(
+    query: Tensor, key_t: Tensor, value: Tensor, scale: float, soft_cap: float
+) -> Tensor:
+    return torch.softmax(torch.tanh(query @ key_t * scale) * soft_cap, -1) @ value
+
+
+def sinks_capped_masked(
+    query: Tensor,
+    key_t: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    sinks: Tensor,
+    scale: float,
+    soft_cap: float,
+) -> Tensor:
+    return _with_sinks(torch.tanh(query @ key_t * scale) * soft_cap + mask, sinks, value)
+
+
+def sinks_capped_unmasked(
+    query: Tensor, key_t: Tensor, value: Tensor, sinks: Tensor, scale: float, soft_cap: float
+) -> Tensor:
+    return _with_sinks(torch.tanh(query @ key_t * scale) * soft_cap, sinks, value)
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
@@ -92,6 +123,7 @@ def patterns() -> tuple[Pattern, ...]:
     mask, scale = torch.empty(2, 1, 6, 5), 0.37
     sinks = torch.empty(2, 4, 6, 1)
     raw = {"query": q, "key_t": k.transpose(2, 3), "value": v}
+    capped = {"scale": scale, "soft_cap": 5.5}
     whole = {"query": q, "key": k, "value": v}
     softmax, fused = aten.softmax.int, aten.scaled_dot_product_attention.default
     return (
@@ -103,6 +135,10 @@ def patterns() -> tuple[Pattern, ...]:
         trace(sinks_unmasked, softmax, **raw, sinks=sinks, scale=scale),
         trace(sinks_masked_unscaled, softmax, **raw, mask=mask, sinks=sinks),
         trace(sinks_unmasked_unscaled, softmax, **raw, sinks=sinks),
+        trace(capped_masked, softmax, **raw, **capped, mask=mask),
+        trace(capped_unmasked, softmax, **raw, **capped),
+        trace(sinks_capped_masked, softmax, **raw, **capped, mask=mask, sinks=sinks),
+        trace(sinks_capped_unmasked, softmax, **raw, **capped, sinks=sinks),
         trace(sdpa_masked, fused, **whole, mask=mask, scale=scale),
         trace(sdpa_causal, fused, **whole, scale=scale),
         trace(sdpa, fused, **whole, scale=scale),

@@ -3,8 +3,8 @@
 Law: see `ridgeline.ir.attention`. The rewrite is equal in real arithmetic; scores are formed in
 fp32 and never written to memory. A mask proven causal becomes a diagonal, one proven to keep
 everything disappears, any other stays as it is. A column of sinks beside the scores (gpt-oss) is
-taken where it holds one number per head. Source: Dao, FlashAttention-2; the value preconditions
-are proven by `ridgeline.ir.masks`.
+taken where it holds one number per head, and so is a soft cap of the scores (Gemma 2).
+Source: Dao, FlashAttention-2; the value preconditions are proven by `ridgeline.ir.masks`.
 """
 
 from collections.abc import Mapping
@@ -53,6 +53,7 @@ class Call:
     sinks: fx.Node | None
     scale: float
     diagonal: int | str | None
+    soft_cap: float | None
 
 
 def _sizes(node: fx.Node, rank: int = 0) -> list[sympy.Expr]:
@@ -86,8 +87,12 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     if mask.diagonal is not None and diagonal is None:  # a triangle that no argument can express
         rest = site.bind["mask"]
     sinks = narrowest(site.bind["sinks"]) if "sinks" in site.bind else None
-    scale = site.literals.get("scale", 1.0)
-    call = Call(query, key, value, transposed, rest, sinks, scale, diagonal)
+    scale, soft_cap = site.literals.get("scale", 1.0), site.literals.get("soft_cap")
+    if soft_cap is not None:  # what the tanh reads is scaled by scale / soft_cap
+        scale *= soft_cap
+    if soft_cap == 0:
+        return Reject("scores are capped at 0", site.outs[0], "leave out the factor of 0")
+    call = Call(query, key, value, transposed, rest, sinks, scale, diagonal, soft_cap)
     return [
         Candidate(
             rewrite=FLASH_ATTENTION,
@@ -240,7 +245,10 @@ def _diagonal(mask: Mask, q_len: sympy.Expr, k_len: sympy.Expr) -> int | str | N
 def _proven(
     site: Site, mask: Mask, diagonal: int | str | None, rest: fx.Node | None
 ) -> tuple[str, ...]:
-    proven = [f"softmax over the last dimension, scale {site.literals.get('scale', 1.0):g}"]
+    scale, cap = site.literals.get("scale", 1.0), site.literals.get("soft_cap")
+    proven = [f"softmax over the last dimension, scale {scale * (cap or 1.0):g}"]
+    if cap is not None:
+        proven.append(f"scores capped by {cap:g} tanh(z / {cap:g}) before any mask")
     if diagonal is not None:
         proven.append(f"the mask keeps j <= i + ({diagonal}) for every size")
     if "mask" in site.bind:
@@ -304,7 +312,7 @@ def apply(
         new = graph.call_function(
             ATTENTION.overload,
             arguments,
-            {"scale": call.scale, "diagonal": diagonal},
+            {"scale": call.scale, "diagonal": diagonal, "soft_cap": call.soft_cap},
         )
         new.meta = dict(out.meta)
         new.meta["val"] = _fake(query, value)

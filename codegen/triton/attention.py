@@ -3,6 +3,7 @@
 Law, for query head h reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
+    or soft_cap * tanh(scale * q[i]·k[j] / soft_cap) + mask[i,j]
     z[i,j] excluded unless j <= i + diagonal        (diagonal None: every j is kept)
     out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
     p[i,j] = exp(z[i,j] - lse[i])
@@ -41,6 +42,14 @@ def _dot(a, b, UPCAST_DOT: tl.constexpr):
 
 
 @triton.jit
+def _tanh(y):
+    """By an exponential that does not overflow; the error is that of 1 in fp32."""
+    e = tl.math.exp2(tl.abs(y) * -2.8853900817779268)
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(y < 0, -t, t)
+
+
+@triton.jit
 def _attend(
     accumulator,
     peak,
@@ -61,11 +70,13 @@ def _attend(
     key_length,
     diagonal,
     scale,
+    soft_cap,
     stride_kn,
     stride_vn,
     stride_mask_n,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    CAPPED: tl.constexpr,
     ON_EDGE: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
@@ -74,7 +85,8 @@ def _attend(
 ):
     """Folds key tiles [first, last) into the running softmax (accumulator, peak, total).
 
-    `peak` has the unit of the scores: raw q·k, or scale * q·k + mask where a mask is added.
+    `peak` has the unit of the scores: raw q·k, or z itself where a mask is added or scores are
+    capped; for these `scale` is the law's over the cap.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     for start in range(first, last, BLOCK_N):
@@ -87,7 +99,9 @@ def _attend(
         else:
             key = tl.load(key_ptr + key_tile)
         z = _dot(query, key, UPCAST_DOT)
-        if MASK == 2:
+        if CAPPED:
+            z = soft_cap * _tanh(z * scale)
+        elif MASK == 2:
             z = z * scale
         if MASK != 0:
             if ON_EDGE:
@@ -108,7 +122,7 @@ def _attend(
             anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         else:
             anchor = new_peak
-        if MASK == 2:
+        if MASK == 2 or CAPPED:
             decay = tl.math.exp2((peak - anchor) * LOG2E)
             p = tl.math.exp2((z - anchor[:, None]) * LOG2E)
         else:  # one fused multiply-add per score
@@ -154,6 +168,7 @@ def attention_forward(
     key_length,
     diagonal,
     scale,
+    soft_cap,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -177,6 +192,7 @@ def attention_forward(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     SINKS: tl.constexpr,
+    CAPPED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -233,19 +249,19 @@ def attention_forward(
     accumulator, peak, total, key_ptr, value_ptr, mask_ptr = _attend(
         accumulator, peak, total, query, key_ptr, value_ptr, mask_ptr,
         key_tile, value_tile, mask_tile, 0, inside,
-        rows, in_rows, in_d, in_dv, key_length, diagonal, scale,
+        rows, in_rows, in_d, in_dv, key_length, diagonal, scale, soft_cap,
         stride_kn, stride_vn, stride_mask_n,
-        CAUSAL, MASK, False, BLOCK_D != D, BLOCK_DV != DV, BLOCK_N, UPCAST_DOT,
+        CAUSAL, MASK, CAPPED, False, BLOCK_D != D, BLOCK_DV != DV, BLOCK_N, UPCAST_DOT,
     )  # fmt: skip
     accumulator, peak, total, key_ptr, value_ptr, mask_ptr = _attend(
         accumulator, peak, total, query, key_ptr, value_ptr, mask_ptr,
         key_tile, value_tile, mask_tile, inside, stop,
-        rows, in_rows, in_d, in_dv, key_length, diagonal, scale,
+        rows, in_rows, in_d, in_dv, key_length, diagonal, scale, soft_cap,
         stride_kn, stride_vn, stride_mask_n,
-        CAUSAL, MASK, True, BLOCK_D != D, BLOCK_DV != DV, BLOCK_N, UPCAST_DOT,
+        CAUSAL, MASK, CAPPED, True, BLOCK_D != D, BLOCK_DV != DV, BLOCK_N, UPCAST_DOT,
     )  # fmt: skip
 
-    natural = peak if MASK == 2 else peak * scale
+    natural = peak if MASK == 2 or CAPPED else peak * scale
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         natural = tl.where(total == 0.0, float("-inf"), natural)  # -inf * 0 would be NaN
@@ -276,6 +292,7 @@ def attention(
     *,
     scale: float,
     diagonal: int | None = None,
+    soft_cap: float | None = None,
     block_m: int,
     block_n: int,
     num_warps: int,
@@ -318,7 +335,8 @@ def attention(
         query_length,
         key_length,
         0 if diagonal is None else diagonal,
-        scale,
+        scale if soft_cap is None else scale / soft_cap,
+        0.0 if soft_cap is None else soft_cap,
         *query.stride(),
         *key.stride(),
         *value.stride(),
@@ -327,6 +345,7 @@ def attention(
         CAUSAL=diagonal is not None,
         MASK=kind,
         SINKS=sinks is not None,
+        CAPPED=soft_cap is not None,
         D=head_dim,
         DV=value_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),

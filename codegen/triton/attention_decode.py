@@ -3,6 +3,7 @@
 Law, for query head h reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
+    or soft_cap * tanh(scale * q[i]·k[j] / soft_cap) + mask[i,j]
     z[i,j] excluded unless j <= i + diagonal        (diagonal None: every j is kept)
     p[i,j] = exp(z[i,j]) / (sum_n exp(z[i,n]) + exp(sinks[h]))      (no sinks: without that term)
     out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
@@ -40,6 +41,14 @@ def _dot(a, b, UPCAST_DOT: tl.constexpr):
 
 
 @triton.jit
+def _tanh(y):
+    """By an exponential that does not overflow; the error is that of 1 in fp32."""
+    e = tl.math.exp2(tl.abs(y) * -2.8853900817779268)
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(y < 0, -t, t)
+
+
+@triton.jit
 def attention_decode_part(
     query_ptr,
     key_ptr,
@@ -55,6 +64,7 @@ def attention_decode_part(
     keys_per_part,
     diagonal,
     scale,
+    soft_cap,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -73,6 +83,7 @@ def attention_decode_part(
     stride_mask_n,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    CAPPED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -122,6 +133,8 @@ def attention_decode_part(
         in_columns = j < end
         key = tl.load(key_ptr + key_tile, mask=in_d[:, None] & in_columns[None, :], other=0.0)
         z = _dot(query, key, UPCAST_DOT) * scale
+        if CAPPED:  # the scale is then the law's over the cap
+            z = soft_cap * _tanh(z)
         keep = in_columns[None, :]
         if CAUSAL:
             keep = keep & (j[None, :] <= i[:, None] + diagonal)
@@ -214,6 +227,7 @@ def attention_decode(
     *,
     scale: float,
     diagonal: int | None = None,
+    soft_cap: float | None = None,
     splits: int,
     block_m: int,
     block_n: int,
@@ -260,13 +274,15 @@ def attention_decode(
         key_length,
         keys_per_part,
         0 if diagonal is None else diagonal,
-        scale,
+        scale if soft_cap is None else scale / soft_cap,
+        0.0 if soft_cap is None else soft_cap,
         *query.stride(),
         *key.stride(),
         *value.stride(),
         *mask_strides,
         CAUSAL=diagonal is not None,
         MASK=kind,
+        CAPPED=soft_cap is not None,
         D=head_dim,
         DV=value_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),

@@ -78,6 +78,7 @@ def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
         mask=kind,
         mask_dtype=mask.meta["val"].dtype if kind == "added" else None,
         sinks_dtype=None if sinks is None else sinks.meta["val"].dtype,
+        capped=node.kwargs.get("soft_cap") is not None,
         value_dim=hints(value)[3],  # pyright: ignore[reportArgumentType]
         multiprocessors=target.cores,
     )

@@ -27,7 +27,9 @@ def device_arch(index: int) -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def _launch_attention(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
+def _launch_attention(
+    query, key, value, mask=None, sinks=None, *, scale, diagonal=None, soft_cap=None
+):
     if not query.dtype == key.dtype == value.dtype:
         raise UnsupportedProblem(
             "triton_attention expects query, key and value of one dtype,"
@@ -47,6 +49,7 @@ def _launch_attention(query, key, value, mask=None, sinks=None, *, scale, diagon
         mask=kind,
         mask_dtype=mask.dtype if kind == "added" else None,
         sinks_dtype=None if sinks is None else sinks.dtype,
+        capped=soft_cap is not None,
         value_dim=value.shape[-1],
         multiprocessors=multiprocessors,
     )
@@ -60,7 +63,8 @@ def _launch_attention(query, key, value, mask=None, sinks=None, *, scale, diagon
             launch = functools.partial(
                 attention_decode, splits=config.config.splits, **config.config.launch()
             )
-        out, _ = launch(query, key, value, mask, sinks, scale=scale, diagonal=diagonal)
+        options = {"scale": scale, "diagonal": diagonal, "soft_cap": soft_cap}
+        out, _ = launch(query, key, value, mask, sinks, **options)
     # The decoding kernel writes rows in the order of [B,H,Sq], the same memory where Sq is 1.
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -111,7 +115,9 @@ def _elsewhere(first: Tensor, *_arguments, **_options):
     )
 
 
-def _fake_attention(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
+def _fake_attention(
+    query, key, value, mask=None, sinks=None, *, scale, diagonal=None, soft_cap=None
+):
     return heads_side_by_side(query, (*query.shape[:-1], value.shape[-1]))
 
 
@@ -123,7 +129,7 @@ def _fake_quantized_linear(
 
 LIBRARY.define(
     "triton_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None,"
-    " Tensor? sinks=None, *, float scale, SymInt? diagonal=None) -> Tensor"
+    " Tensor? sinks=None, *, float scale, SymInt? diagonal=None, float? soft_cap=None) -> Tensor"
 )
 LIBRARY.define(
     "triton_quantized_linear(Tensor x, Tensor packed, Tensor scale, Tensor? offset=None,"

@@ -33,13 +33,15 @@ def compile_attention(
     mask: str = "none",
     mask_dtype: torch.dtype | None = None,
     sinks_dtype: torch.dtype | None = None,
+    capped: bool = False,
     value_dim: int | None = None,
     multiprocessors: int | None = None,
 ) -> Compiled:
     """The kernel that computes attention of these shapes on `arch`; no GPU is needed.
 
     query_shape [B,H,Sq,D], key_shape [B,Hk,Sk,D]; mask "none", "boolean" or "added" (then of
-    mask_dtype, default `dtype`); sinks_dtype None: there are none; multiprocessors: of the
+    mask_dtype, default `dtype`); sinks_dtype None: there are none; capped: scores
+    pass through a tanh; multiprocessors: of the
     device, default the family's largest.
     Few rows per key head give the decoding kernel, cut along the keys, and its combination.
     Raises UnsupportedProblem, UnknownArchitecture, KernelRejected, BackendMissing.
@@ -58,10 +60,11 @@ def compile_attention(
         raise UnsupportedProblem(f"expected a mask of {', '.join(_MASKS)}, found {mask!r}")
     _type_name(dtype)
     mask_type = {"none": dtype, "boolean": torch.uint8, "added": mask_dtype or dtype}[mask]
+    problem = arch, head_dim, value_dim, dtype, causal, mask, mask_type, sinks_dtype, capped
     if not choose.is_decode(query_length, heads, key_heads):
-        return _prefill(arch, head_dim, value_dim, dtype, causal, mask, mask_type, sinks_dtype)
+        return _prefill(*problem)
     rows = choose.padded(query_length * (heads // key_heads))
-    part = _decode(arch, rows, head_dim, value_dim, dtype, causal, mask, mask_type, sinks_dtype)
+    part = _decode(rows, *problem)
     config = choose.split_decode(
         part.config,
         heads=batch * key_heads,
@@ -154,6 +157,7 @@ def _prefill(
     mask: str,
     mask_type: torch.dtype,
     sinks_dtype: torch.dtype | None,
+    capped: bool,
 ) -> Compiled:
     require_triton()
     from ridgeline.codegen.triton.attention import attention_forward
@@ -173,7 +177,7 @@ def _prefill(
     return first_accepted(
         lambda config: _attention(
             attention_forward, pointers, config, arch, head_dim, value_dim, dtype, causal, mask,
-            mask_type, sinks_dtype is not None,
+            mask_type, sinks_dtype is not None, capped,
         ),
         candidates,
     )  # fmt: skip
@@ -181,8 +185,8 @@ def _prefill(
 
 @functools.lru_cache(maxsize=1024)
 def _decode(
-    arch: str,
     rows: int,
+    arch: str,
     head_dim: int,
     value_dim: int,
     dtype: torch.dtype,
@@ -190,6 +194,7 @@ def _decode(
     mask: str,
     mask_type: torch.dtype,
     sinks_dtype: torch.dtype | None,
+    capped: bool,
 ) -> Compiled:
     require_triton()
     from ridgeline.codegen.triton import attention_decode
@@ -198,7 +203,7 @@ def _decode(
     part = first_accepted(
         lambda config: _attention(
             attention_decode.attention_decode_part, pointers, config, arch, head_dim, value_dim,
-            dtype, causal, mask, mask_type, sinks_dtype is not None,
+            dtype, causal, mask, mask_type, sinks_dtype is not None, capped,
         ),
         choose.decode_candidates(architecture(arch), rows=rows),
     )  # fmt: skip
@@ -238,6 +243,7 @@ def _attention(
     mask: str,
     mask_type: torch.dtype,
     sinks: bool,
+    capped: bool,
 ) -> Compiled:
     """Either attention kernel, for tensors whose last dimension is contiguous."""
     block_d, block_dv = choose.padded(head_dim), choose.padded(value_dim)
@@ -245,6 +251,7 @@ def _attention(
         "CAUSAL": causal,
         "MASK": _MASKS[mask],
         "SINKS": sinks,
+        "CAPPED": capped,
         "D": head_dim,
         "DV": value_dim,
         "BLOCK_D": block_d,
@@ -259,7 +266,7 @@ def _attention(
     arguments = {name: "i32" for name in kernel.arg_names if name not in constants}
     for name in config.constexprs():
         del arguments[name]
-    arguments["scale"] = "fp32"
+    arguments |= dict.fromkeys(("scale", "soft_cap"), "fp32")
     arguments |= dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), _pointer(dtype))
     arguments |= {"mask_ptr": _pointer(mask_type), **pointers}
     aligned = {name for name in arguments if name.endswith("_ptr")}

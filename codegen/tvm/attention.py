@@ -2,9 +2,9 @@
 
 Law: `ridgeline.ir.attention`. Two kernels share the work: `attention_kernel`, whose vector lanes
 are query rows, and `attention_decode_kernel` for few rows, whose lanes are positions in the head.
-Each is compiled once per head dimensions, dtype, kind of mask and sinks, and instruction set;
-batch, heads, lengths and strides are values that it reads at run time, so a growing cache compiles
-nothing.
+Each is compiled once per head dimensions, dtype, kind of mask and sinks, cap or none, and
+instruction set; batch, heads, lengths and strides are values that it reads at run time, so a
+growing cache compiles nothing.
 
 The result lies in memory as [B,Sq,H,Dv], because what follows is nearly always
 ``transpose(1, 2).reshape(B, Sq, H * Dv)``, which is then free.
@@ -43,6 +43,7 @@ def _prim_func(
     dtype: torch.dtype,
     mask: torch.dtype | None,
     sinks: torch.dtype | None,
+    capped: bool,
     isa: str,
     parallel: bool,
 ) -> Any:
@@ -59,7 +60,7 @@ def _prim_func(
         )
     build = attention_decode_kernel.build if decode else attention_kernel.build
     names = DTYPES[dtype], MASKS[mask], SINKS[sinks]
-    return build(Spec(head_dim, value_dim, *names, isa, parallel))
+    return build(Spec(head_dim, value_dim, *names, capped, isa, parallel))
 
 
 @functools.cache
@@ -76,10 +77,11 @@ def host_kernel(
     dtype: torch.dtype,
     mask: torch.dtype | None,
     sinks: torch.dtype | None,
+    capped: bool,
     parallel: bool,
 ) -> Callable[..., None]:
     """`kernel` for `host_isa()`, which is asked once: reading it costs as much as a small call."""
-    return kernel(decode, head_dim, value_dim, dtype, mask, sinks, host_isa(), parallel)
+    return kernel(decode, head_dim, value_dim, dtype, mask, sinks, capped, host_isa(), parallel)
 
 
 def source(
@@ -89,6 +91,7 @@ def source(
     dtype: torch.dtype,
     mask: torch.dtype | None = None,
     sinks: torch.dtype | None = None,
+    capped: bool = False,
     decode: bool = False,
     isa: str | None = None,
     parallel: bool = True,
@@ -96,12 +99,13 @@ def source(
     """The TVMScript text of a kernel, to read or to take away.
 
     head_dim, value_dim (by default equal): multiples of 8. mask, sinks: their dtypes, None where
-    absent. decode: the kernel for at most `DECODE_ROWS` query rows per key head.
+    absent. capped: do scores pass through a tanh? decode: the kernel for at most `DECODE_ROWS`
+    query rows per key head.
     Raises UnsupportedProblem for what no kernel is built for.
     """
-    return _prim_func(
-        decode, head_dim, value_dim or head_dim, dtype, mask, sinks, isa or host_isa(), parallel
-    ).script()
+    kinds = dtype, mask, sinks, capped
+    isa = isa or host_isa()
+    return _prim_func(decode, head_dim, value_dim or head_dim, *kinds, isa, parallel).script()
 
 
 def attention(
@@ -113,6 +117,7 @@ def attention(
     *,
     scale: float,
     diagonal: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """The law of `ridgeline.ir.attention.reference`, for fp32, bf16 and fp16 on the CPU.
 
@@ -123,7 +128,8 @@ def attention(
     if not query.dim() == key.dim() == value.dim() == 4:
         raise _problem(query, key, value, mask, sinks)
     out = _empty(query, value.shape[3])
-    attention_out(query, key, value, mask, sinks, scale=scale, diagonal=diagonal, out=out)
+    options = {"scale": scale, "diagonal": diagonal, "soft_cap": soft_cap}
+    attention_out(query, key, value, mask, sinks, **options, out=out)
     return out
 
 
@@ -136,6 +142,7 @@ def attention_out(
     *,
     scale: float,
     diagonal: int | None,
+    soft_cap: float | None = None,
     out: Tensor,
 ) -> None:
     """`attention` into `out`, for compiled graphs: no dispatcher, no allocation.
@@ -145,7 +152,7 @@ def attention_out(
     batch, heads, queries, head_dim = query.shape
     _, key_heads, length, value_dim = value.shape
     if head_dim % 8 or value_dim % 8:
-        _padded(query, key, value, mask, sinks, scale, diagonal, out)
+        _padded(query, key, value, mask, sinks, scale, diagonal, soft_cap, out)
         return
     if not (batch and heads and queries and length):
         _check(query, key, value, mask, sinks)
@@ -173,16 +180,19 @@ def attention_out(
     parallel = (
         threads > 1 and batch * heads * queries * length * (head_dim + value_dim) >= PARALLEL_WORK
     )
-    sinks_dtype = given[0].dtype if given else None
-    run = host_kernel(decode, head_dim, value_dim, query.dtype, mask_dtype, sinks_dtype, parallel)
+    kinds = query.dtype, mask_dtype, given[0].dtype if given else None, soft_cap is not None
+    run = host_kernel(decode, head_dim, value_dim, *kinds, parallel)
+    cap = 0.0
+    if soft_cap is not None:
+        scale, cap = scale / soft_cap, soft_cap
     reach = length if diagonal is None else max(-queries, min(diagonal, length))
     try:
         if decode:
-            run(query, key, value, entries, out, scale, reach, *given)
+            run(query, key, value, entries, out, scale, reach, cap, *given)
         else:
             # 128 rows share a copied tile, where that leaves each thread two blocks or more
             large = batch * key_heads * (rows // 128) >= 2 * threads
-            run(query, key, value, entries, out, scale, reach, 2 if large else 1, *given)
+            run(query, key, value, entries, out, scale, reach, 2 if large else 1, cap, *given)
     except (ValueError, TypeError, RuntimeError):
         _check(query, key, value, mask, sinks)
         raise
@@ -220,6 +230,7 @@ def _padded(
     sinks: Tensor | None,
     scale: float,
     diagonal: int | None,
+    soft_cap: float | None,
     out: Tensor,
 ) -> None:
     """Head dimensions that are no multiple of 8: zeros add nothing to a product."""
@@ -233,6 +244,7 @@ def _padded(
         sinks,
         scale=scale,
         diagonal=diagonal,
+        soft_cap=soft_cap,
     )
     out.copy_(wider[..., :value_dim])
 
@@ -279,7 +291,7 @@ def _check(
 
 LIBRARY.define(
     "tvm_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None,"
-    " Tensor? sinks=None, *, float scale, SymInt? diagonal=None) -> Tensor"
+    " Tensor? sinks=None, *, float scale, SymInt? diagonal=None, float? soft_cap=None) -> Tensor"
 )
 LIBRARY.impl("tvm_attention", attention, "CPU")
 OP = torch.ops.ridgeline.tvm_attention.default
@@ -291,7 +303,7 @@ OP.unmasked_out = lambda query, key, value, sinks, **rest: attention_out(
 
 
 @torch.library.register_fake("ridgeline::tvm_attention")
-def _fake(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
+def _fake(query, key, value, mask=None, sinks=None, *, scale, diagonal=None, soft_cap=None):
     return _empty(query, value.shape[-1])
 
 
@@ -303,7 +315,7 @@ def register_lowering() -> None:
         from torch._inductor import ir, lowering
 
     @lowering.register_lowering(OP, type_promotion_kind=None)
-    def lower(query, key, value, mask=None, sinks=None, *, scale, diagonal=None):
+    def lower(query, key, value, mask=None, sinks=None, *, scale, diagonal=None, soft_cap=None):
         batch, heads, queries, _ = query.get_size()
         dim = value.get_size()[3]
         row = heads * dim
@@ -317,7 +329,7 @@ def register_lowering() -> None:
                 [queries * row, dim, row, 1],
             ),
             inputs=[ir.ExternKernel.realize_input(x) for x in present],
-            kwargs={"scale": scale, "diagonal": diagonal},
+            kwargs={"scale": scale, "diagonal": diagonal, "soft_cap": soft_cap},
             python_kernel_name=f"torch.ops.ridgeline.tvm_attention.default.{name}",
             op_overload=OP,
         )

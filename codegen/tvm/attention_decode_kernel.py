@@ -3,6 +3,7 @@
 Law, for query head h of H reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
+    or cap * tanh(scale * q[i]·k[j] / cap) + mask[i,j]
     z[i,j] excluded unless j <= i + diagonal
     p[i,j] = exp(z[i,j]) / (sum_n exp(z[i,n]) + exp(sinks[h]))      (no sinks: without that term)
     out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
@@ -31,10 +32,11 @@ from tvm.script import tirx as T
 from ridgeline.codegen.tvm.attention_tiles import Head
 from ridgeline.codegen.tvm.attention_vectors import (
     LANES,
-    LOG2_E,
     LOWEST,
     Spec,
+    cap_of,
     exponential,
+    factor_of,
     fma,
     kernel_of,
     lanes,
@@ -44,6 +46,7 @@ from ridgeline.codegen.tvm.attention_vectors import (
     multiply_add,
     per_head,
     registers,
+    scores,
     sink_score,
     sink_total,
     splat,
@@ -81,10 +84,11 @@ def _parts(length: Any) -> Any:
 
 
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal), then sinks; for Sk > 0.
+    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal, cap, sinks), for Sk > 0.
 
     mask [B,H,Sq,Sk] of any strides, or fp32 [1,1,1,1] where `spec.mask` is None; diagonal between
-    -Sq and Sk; sinks [H], where `spec.sinks` names their dtype.
+    -Sq and Sk; cap: not read unless `spec.capped`, where scale is that of the law over the cap;
+    sinks [H], absent unless `spec.sinks` names their dtype.
     """
     depth, dim, pairs, dtype = spec.depth, spec.value_dim, spec.pairs, spec.dtype
     depth16, masked = -(-depth // LANES) * LANES, spec.mask is not None
@@ -166,9 +170,10 @@ def build(spec: Spec) -> Any:
             products(x, w, sums, r, first, final, c * LANES, LANES)
         if depth % LANES != 0:
             products(x, w, sums, r, first, final, depth // LANES * LANES, depth % LANES)
-        w.s[r, lanes(chunk * LANES)] = fma(
+        w.s[r, lanes(chunk * LANES)] = scores(
+            spec,
+            x,
             vector("rl_sum16", *[sums[j, lanes(0)] for j in range(LANES)]),
-            splat(x.factor),
             w.s[r, lanes(chunk * LANES)],
         )
 
@@ -343,6 +348,7 @@ def build(spec: Spec) -> Any:
         out_: T.handle,
         scale: T.float32,
         diagonal: T.int64,
+        soft_cap: T.float32,
         sinks_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
@@ -359,7 +365,8 @@ def build(spec: Spec) -> Any:
             items = T.meta_var(batch * key_heads * _parts(length))
             group = T.meta_var(heads // key_heads)
             rows = T.meta_var(queries * (heads // key_heads))
-            factor: T.let = scale if spec.natural else scale * T.float32(LOG2_E)
+            factor: T.let = factor_of(spec, scale)
+            cap: T.let = cap_of(spec, soft_cap)
             parts = T.meta_var(_parts(length))
             part_keys = T.meta_var((length + parts - 1) // parts)
             top = T.alloc_buffer((items, rows, LANES), "float32")
@@ -374,7 +381,7 @@ def build(spec: Spec) -> Any:
                 h = T.meta_var(item // parts % key_heads)
                 start = T.meta_var(item % parts * part_keys)
                 attend_part(
-                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor),
+                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap),
                     State(qw, s, p, alpha, top, total, o, item),
                     start,
                     T.min(length, start + part_keys) - 1,
@@ -385,7 +392,7 @@ def build(spec: Spec) -> Any:
                 h = T.meta_var(n % key_heads)
                 for r in T.serial(rows):
                     combine(
-                        Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor),
+                        Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap),
                         State(None, None, None, None, top, total, o, n * parts),
                         parts,
                         r,

@@ -3,6 +3,7 @@
 Law, for query head h of H reading key/value head h // (H / Hk):
 
     z[i,j] = scale * q[i]·k[j] + mask[i,j]          (boolean mask: False -> excluded)
+    or cap * tanh(scale * q[i]·k[j] / cap) + mask[i,j]
     z[i,j] excluded unless j <= i + diagonal
     p[i,j] = exp(z[i,j]) / (sum_n exp(z[i,n]) + exp(sinks[h]))      (no sinks: without that term)
     out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
@@ -31,16 +32,18 @@ from tvm.script import tirx as T
 from ridgeline.codegen.tvm.attention_tiles import Head, Tiles, copies
 from ridgeline.codegen.tvm.attention_vectors import (
     LANES,
-    LOG2_E,
     LOWEST,
     Spec,
+    cap_of,
     exponential,
+    factor_of,
     fma,
     kernel_of,
     lanes,
     multiply_add,
     per_head,
     registers,
+    scores,
     sink_score,
     sink_total,
     splat,
@@ -59,11 +62,12 @@ SUB_BLOCKS = 2
 
 
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal, sub_blocks), then sinks.
+    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal, sub_blocks, cap, sinks).
 
     mask [B,H,Sq,Sk] of any strides, or fp32 [1,1,1,1] where `spec.mask` is None; diagonal between
-    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; sinks
-    [H], where `spec.sinks` names their dtype.
+    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; cap: not
+    read unless `spec.capped`, where scale is that of the law over the cap; sinks [H], absent unless
+    `spec.sinks` names their dtype.
     """
     depth, dim, pairs, masked = spec.depth, spec.value_dim, spec.pairs, spec.mask is not None
     depth16, dim16 = -(-depth // LANES) * LANES, -(-dim // LANES) * LANES
@@ -93,10 +97,10 @@ def build(spec: Spec) -> Any:
             for j in T.unroll(nk):
                 for v in T.unroll(nv):
                     if masked:
-                        bias = w.bias[block * nk + j, part + v, lanes(0)]
-                        z[j, v, lanes(0)] = fma(z[j, v, lanes(0)], splat(x.factor), bias)
+                        bias = T.meta_var(w.bias[block * nk + j, part + v, lanes(0)])
+                        z[j, v, lanes(0)] = scores(spec, x, z[j, v, lanes(0)], bias)
                     else:
-                        z[j, v, lanes(0)] = z[j, v, lanes(0)] * splat(x.factor)
+                        z[j, v, lanes(0)] = scores(spec, x, z[j, v, lanes(0)])
                     if cut:
                         z[j, v, lanes(0)] = T.Select(
                             splat(T.Cast("int32", first + block * nk + j))
@@ -234,6 +238,7 @@ def build(spec: Spec) -> Any:
         scale: T.float32,
         diagonal: T.int64,
         sub_blocks: T.int64,
+        soft_cap: T.float32,
         sinks_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
@@ -249,7 +254,8 @@ def build(spec: Spec) -> Any:
         with T.attr(0, "pragma_import_llvm", spec.helpers):
             group = heads // key_heads
             rows = queries * group
-            factor = scale if spec.natural else scale * T.float32(LOG2_E)
+            factor = factor_of(spec, scale)
+            cap = cap_of(spec, soft_cap)
             blocks = (rows + sub_blocks * SUB_BLOCK - 1) // (sub_blocks * SUB_BLOCK)
             for item in loop(batch * key_heads * blocks):
                 qt = T.alloc_buffer((SUB_BLOCKS, depth16, VECTORS, LANES), spec.word)
@@ -275,7 +281,7 @@ def build(spec: Spec) -> Any:
                 turn = item % blocks
                 block = T.if_then_else(turn % 2 == 0, turn // 2, blocks - 1 - turn // 2)
                 attend_block(
-                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor),
+                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap),
                     Tiles(
                         qt,
                         kt,

@@ -42,6 +42,7 @@ class Head(NamedTuple):
     rows: Any
     length: Any
     factor: Any
+    cap: Any
 
     def query_row(self, tensor: Any, row: Any, column: Any) -> Any:
         """Element `column` of a row of q, mask or out."""

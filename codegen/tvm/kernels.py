@@ -54,6 +54,7 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
         dtype=dtype,
         mask=None if mask is None else mask.meta["val"].dtype,
         sinks=None if sinks is None else sinks.meta["val"].dtype,
+        capped=node.kwargs.get("soft_cap") is not None,
         decode=decode,
     )
     return KernelReport(
@@ -63,7 +64,8 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
         f"{host_isa()}, {_name(dtype)}, {'decoding' if decode else 'tiled'},"
         f" D {query[3]}/{value[3]}, {query[1]} heads on {key[1]}"
         f"{', causal' if causal else ''}{', masked' if mask is not None else ''}"
-        f"{', sinks' if sinks is not None else ''}",
+        f"{', sinks' if sinks is not None else ''}"
+        f"{', capped' if node.kwargs.get('soft_cap') is not None else ''}",
         source,
     )
 

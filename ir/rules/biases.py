@@ -22,13 +22,13 @@ from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
 _UNFLATTEN = (aten.view.default, aten.reshape.default, aten.unflatten.int)
-_VIEWS = (*_UNFLATTEN, aten.flatten.using_ints)
+_STEPS = (*_UNFLATTEN, aten.flatten.using_ints, aten.tanh.default)
 _PRODUCTS = (aten.matmul.default, aten.einsum.default, aten.baddbmm.default)
 
 
 def is_product(scores: fx.Node) -> bool:
-    """A product of matrices, scaled, cast or viewed, and nothing added to it."""
-    while constant_factor(scores) is not None or is_cast(scores) or scores.target in _VIEWS:
+    """A product of matrices, scaled, capped, cast or viewed, and nothing added to it."""
+    while constant_factor(scores) is not None or is_cast(scores) or scores.target in _STEPS:
         scores = next(a for a in scores.args if isinstance(a, fx.Node) and a.meta["val"].dim())
     return scores.target in _PRODUCTS
 

@@ -20,7 +20,7 @@ _SCORE_STEPS = (
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.where.self),
     *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar),
     *(aten.masked_fill.Tensor, aten.view.default, aten.reshape.default, aten.unflatten.int),
-    *(aten.flatten.using_ints, aten.cat.default),
+    *(aten.flatten.using_ints, aten.cat.default, aten.tanh.default),
 )
 
 

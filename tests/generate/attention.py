@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from generate.attention_words import (
     BIASES,
+    CAPS,
     DROPOUTS,
     EXCLUSIONS,
     FUSED,
@@ -34,6 +35,7 @@ class Attention:
     keep: which keys a query reads: "all", "causal" (j <= i), "causal from the end"
     (j <= i + Sk - Sq), "window" (the last three), "given" (a boolean input), "bias" (an additive
     input). A scale of None is 1/√D. sinks: does each head have a score without a value?
+    capped: is a score z 5 tanh(z / 5) before it is masked?
     """
 
     heads: int = 4
@@ -46,6 +48,12 @@ class Attention:
     batch: int = 2  # 1: the inputs have no batch dimension
     dim: int = 8
     sinks: bool = False
+    capped: bool = False
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Those of `FORMS` that can say it."""
+        return FORMS[:1] if self.sinks or self.capped else FORMS
 
     @property
     def factor(self) -> float:
@@ -62,8 +70,8 @@ def axes(meaning: Attention, form: str = "spelt out") -> dict[str, tuple[str, ..
         found["repeat"] = (*REPEATS, *(("enable_gqa",) if form == "fused" else ()))
     triangles = tuple(TRIANGLES) if meaning.keep == "causal" else ()
     if form == "fused":
-        if meaning.sinks:
-            raise ValueError("the fused call has no sinks")
+        if form not in meaning.forms:
+            raise ValueError("the fused call has neither sinks nor a cap")
         found["fused"] = tuple(FUSED)
         if meaning.keep in KEEPS:
             found["mask"] = tuple(KEEPS[meaning.keep])
@@ -72,6 +80,8 @@ def axes(meaning: Attention, form: str = "spelt out") -> dict[str, tuple[str, ..
             found["exclusion"] += ("is_causal",)
     else:
         found |= {"scale": tuple(SCALES), "product": tuple(PRODUCTS)}
+        if meaning.capped:
+            found["cap"] = tuple(CAPS)
         if meaning.keep in KEEPS:
             found["mask"] = tuple(KEEPS[meaning.keep])
             found["exclusion"] = (*EXCLUSIONS, *triangles)
@@ -95,7 +105,7 @@ def case(
 ) -> Case:
     """The module for one choice on each axis (the plainest where none is given).
 
-    spoilt: stage ("operands", "before", "product", "after", "keep", "exclusion", "bias",
+    spoilt: stage ("operands", "before", "product", "after", "capped", "keep", "exclusion", "bias",
     "sinks", "softmax", "dropped", "dropout", "value", "output") -> other statements in its place,
     or, after a "+", more statements behind it; `forbidden` says what they forbid.
     """
@@ -189,6 +199,7 @@ def _stages(m: Attention, form: str, chosen: Mapping[str, str]) -> dict[str, str
     else:
         before, after = SCALES[chosen["scale"]]
         stages |= {"before": before, "product": PRODUCTS[chosen["product"]], "after": after}
+        stages["capped"] = CAPS[chosen["cap"]] if m.capped else ""
         stages["exclusion"] = (EXCLUSIONS | TRIANGLES).get(exclusion, "")
         stages["bias"] = BIASES[chosen["bias"]] if m.keep == "bias" else ""
         stages["sinks"], dropped = SINKS[chosen["sinks"]] if m.sinks else ("", "")
@@ -213,6 +224,7 @@ MEANINGS = st.builds(
     dtype=st.sampled_from((torch.float32, torch.float32, torch.bfloat16)),
     batch=st.sampled_from((2, 2, 2, 1)),
     sinks=st.sampled_from((False, False, False, True)),
+    capped=st.sampled_from((False, False, False, True)),
 )
 
 
@@ -220,7 +232,7 @@ MEANINGS = st.builds(
 def spellings(draw: st.DrawFn) -> Case:
     """A random meaning, spelt at random."""
     meaning = draw(MEANINGS)
-    form = FORMS[0] if meaning.sinks else draw(st.sampled_from((*FORMS[:1] * 4, FORMS[1])))
+    form = draw(st.sampled_from((*FORMS[:1] * 4, meaning.forms[-1])))
     known = axes(meaning, form)
     return case(meaning, form, {a: draw(st.sampled_from(o)) for a, o in known.items()})
 
@@ -229,10 +241,10 @@ def single_choices() -> list[Case]:
     """Every choice once, all else plain."""
     keeps = ("all", "causal", "given", "bias", "window", "causal from the end")
     meanings = [Attention(keep=keep) for keep in keeps]
-    meanings += [Attention(kv_heads=2), Attention(sinks=True)]
+    meanings += [Attention(kv_heads=2), Attention(sinks=True), Attention(capped=True)]
     found: dict[tuple[str, str, str], Case] = {}
     for meaning in meanings:
-        for form in FORMS[:1] if meaning.sinks else FORMS:
+        for form in meaning.forms:
             for axis, options in axes(meaning, form).items():
                 for choice in options:
                     key = (meaning.keep if axis == "mask" else form, axis, choice)

@@ -26,6 +26,7 @@ BIAS = Attention(keep="bias")
 SQUARE = Attention(q=8, k=8)
 GROUPED = Attention(kv_heads=2)
 SINKS = Attention(sinks=True)
+CAPPED = Attention(capped=True)
 COLUMN = "sinks.view(1, {H}, 1, 1).expand(z.shape[0], -1, z.shape[2], 1)"
 
 NO_REWRITE = {
@@ -66,7 +67,17 @@ NO_REWRITE = {
     "reciprocal scores": ({"after": "z = {c} / z"}, Attention()),
     "rounded scores": ({"after": "z = torch.div(z, {d}, rounding_mode='floor')"}, Attention()),
     "squared scores": ({"after": "z = (z * {c}) ** 2"}, Attention()),
-    "capped scores": ({"after": "z = 5 * torch.tanh(z / 5)"}, Attention()),
+    "capped by a sigmoid": ({"after": "z = 5 * torch.sigmoid(z / 5)"}, Attention()),
+    "capped by data": ({"after": "m = z.amax()\nz = m * torch.tanh(z / m)"}, Attention()),
+    "capped after the mask": (
+        {"softmax": "z = 5 * torch.tanh(z / 5)\np = torch.softmax(z, -1)"},
+        Attention(keep="causal"),
+    ),
+    "capped after the bias": ({"bias": "z = 5 * torch.tanh((z + bias) / 5)"}, BIAS),
+    "capped twice": (
+        {"after": "z = 5 * torch.tanh(z / 5)\nz = 3 * torch.tanh(z / 3)"},
+        Attention(),
+    ),
     "weights returned": ({"output": "return o, p"}, Attention()),
     "scores returned": ({"output": "return o, z"}, Attention()),
     "sum of the weights returned": ({"output": "return o, p.sum(-1)"}, Attention()),
@@ -154,6 +165,11 @@ EQUAL = {
         {"before": "q = q * {c}; k = k / {d}", "after": "z = z * {c}"},
         Attention(),
     ),
+    "capped at another height": ({"capped": "z = 5 * torch.tanh(z / 3)"}, CAPPED),
+    "capped at nought": ({"capped": "z = 0.0 * torch.tanh(z / 3)"}, CAPPED),
+    "capped below": ({"capped": "z = -2 * torch.tanh(z / 3)"}, CAPPED),
+    "capped and scaled": ({"capped": "+z = z * 0.5"}, CAPPED),
+    "weights of the cap returned": ({"capped": "+t = z.sum()", "output": "return o, t"}, CAPPED),
     "negative scale": ({"after": "z = z * -{c}"}, Attention()),
     "scale of zero": ({"after": "z = z * 0.0"}, Attention()),
     "scale from data on the query": ({"before": "q = q * q.abs().mean()"}, Attention()),

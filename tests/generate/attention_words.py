@@ -67,6 +67,17 @@ SCALES = {
 }
 """Statements before and after the product for a scale c = 1/d = 1/√e."""
 
+CAPS = {
+    "div, tanh, mul": "z = z / 5.0\nz = torch.tanh(z)\nz = z * 5.0",
+    "commuted": "z = 5.0 * torch.tanh(z / 5.0)",
+    "mul": "z = torch.tanh(z * 0.2) * 5.0",
+    "functions": "z = torch.mul(torch.tanh(torch.div(z, 5.0)), 5.0)",
+    "method": "z = (z / 5).tanh() * 5",
+    "tensor": "z = torch.tanh(z / torch.tensor(5.0, dtype=z.dtype)) * 5.0",
+    "divided": "z = torch.tanh(z / 5.0) / 0.2",
+}
+"""A cap of 5 on the scores; it comes before the mask."""
+
 PRODUCTS = {
     "transpose(-1, -2)": "z = q @ k.transpose(-1, -2)",
     "transpose(2, 3)": "z = torch.matmul(q, k.transpose(2, 3))",

@@ -215,8 +215,8 @@ def test_a_sink_is_a_key_without_a_value():
 
 @pytest.mark.parametrize("mask", ["none", "boolean", "floating", "broadcast"])
 @pytest.mark.parametrize("diagonal", [None, 0, -1])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_gradients_of_attention(mask, diagonal, with_sinks):
+@pytest.mark.parametrize(("with_sinks", "soft_cap"), [(False, None), (True, None), (True, 0.8)])
+def test_gradients_of_attention(mask, diagonal, with_sinks, soft_cap):
     # With diagonal -1 the first row has no key: its gradient is 0, not NaN.
     q, k, v = _grad(1, 4, 3, 2), _grad(1, 2, 4, 2, seed=1), _grad(1, 2, 4, 3, seed=2)
     given = {
@@ -227,7 +227,8 @@ def test_gradients_of_attention(mask, diagonal, with_sinks):
     }[mask]
     sinks = _grad(4, seed=4) if with_sinks else None
     assert torch.autograd.gradcheck(
-        lambda *a: ops.attention(*a, scale=0.7, diagonal=diagonal), (q, k, v, given, sinks)
+        lambda *a: ops.attention(*a, scale=0.7, diagonal=diagonal, soft_cap=soft_cap),
+        (q, k, v, given, sinks),
     )
 
 

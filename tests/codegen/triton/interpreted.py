@@ -99,6 +99,10 @@ def attention_errors() -> dict[str, float]:
         taken = attention_law.reference(*wide, wide_mask, sinks.double(), **options)
         out, with_sinks = attention(query, key, value, mask, sinks, **options, **TILES)
         errors[f"attention-sinks-{name}"] = relative(out, taken)
+        capped = options | {"soft_cap": 1.5}
+        expected_capped = attention_law.reference(*wide, wide_mask, **capped)
+        out, _ = attention(query, key, value, mask, **capped, **TILES)
+        errors[f"attention-capped-{name}"] = relative(out, expected_capped)
         few = rows if rows * heads // key_heads <= 32 else 5
         mask = None if mask is None else mask[:, :, : min(few, mask.shape[2])]
         wide_mask = None if wide_mask is None else wide_mask[:, :, : min(few, wide_mask.shape[2])]
@@ -107,6 +111,11 @@ def attention_errors() -> dict[str, float]:
             query[:, :, :few], key, value, mask, splits=3, **options, **TILES
         )
         errors[f"decode-{name}"] = relative(decode, expected)
+        decode_capped, _ = attention_decode(
+            query[:, :, :few], key, value, mask, splits=3, **capped, **TILES
+        )
+        taken = attention_law.reference(wide[0][:, :, :few], *wide[1:], wide_mask, **capped)
+        errors[f"decode-capped-{name}"] = relative(decode_capped, taken)
         errors[f"decode-lse-{name}"] = unequal(decode_lse, lse[:, :, :few])
         decode, decode_lse = attention_decode(
             query[:, :, :few], key, value, mask, sinks, splits=3, **options, **TILES

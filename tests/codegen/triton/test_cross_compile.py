@@ -46,8 +46,8 @@ def test_causal_attention(arch: str, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 512])
-def test_attention_with_sinks(queries: int) -> None:
-    options = {"dtype": torch.bfloat16, "arch": "sm_80", "causal": True}
+def test_attention_with_sinks_and_a_cap(queries: int) -> None:
+    options = {"dtype": torch.bfloat16, "arch": "sm_80", "causal": True, "capped": True}
     shapes = (2, 64, queries, 64), (2, 8, 512, 64)
     check(problems.compile_attention(*shapes, sinks_dtype=torch.bfloat16, **options), "sm_80")
 
@@ -86,6 +86,7 @@ def test_a_spilling_configuration_is_rejected() -> None:
         return problems._attention(
             *(attention_forward, pointers, config, "sm_80", 128, 128, bf16, True, "none", bf16),
             sinks=False,
+            capped=False,
         )
 
     with pytest.raises(KernelRejected, match=r"expected no spilled registers, found \d+ B"):

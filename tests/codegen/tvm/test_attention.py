@@ -35,11 +35,10 @@ def operands(batch, heads, key_heads, queries, keys, dim=16, value_dim=None, dty
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def check(q, k, v, mask=None, sinks=None, *, scale=0.25, diagonal=None, exact=torch.float64):
-    out = attention(q, k, v, mask, sinks, scale=scale, diagonal=diagonal)
-    expected = reference(
-        q.to(exact), k.to(exact), v.to(exact), mask, sinks, scale=scale, diagonal=diagonal
-    ).double()
+def check(q, k, v, mask=None, sinks=None, *, exact=torch.float64, scale=0.25, **options):
+    out = attention(q, k, v, mask, sinks, scale=scale, **options)
+    wide = (x.to(exact) for x in (q, k, v))
+    expected = reference(*wide, mask, sinks, scale=scale, **options).double()
     assert out.shape == expected.shape
     assert out.dtype == q.dtype
     assert not out.isnan().any()
@@ -125,6 +124,29 @@ def test_sinks_take_their_share(isa, dtype):
             check(q, k, v, None, given)
         for mask in (noise > 0.5, noise.masked_fill(noise > 1, -torch.inf)):
             check(q, k, v, mask, sinks, diagonal=keys - queries)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_capped(isa, dtype):
+    for queries, keys in [(1, 1), (1, 700), (5, 17), (77, 130)]:
+        q, k, v = operands(2, 4, 2, queries, keys, dtype=dtype)
+        noise = torch.randn(queries, keys, generator=torch.Generator().manual_seed(1))
+        for cap in (50.0, 0.5, -2.0):
+            check(q, k, v, soft_cap=cap, diagonal=keys - queries)
+        check(q, k, v, noise > -0.5, soft_cap=3.0)
+        check(q, k, v, noise.masked_fill(noise > 1, -torch.inf), noise[0, :1].repeat(4), soft_cap=3)
+
+
+@pytest.mark.parametrize("queries", [3, 70])
+def test_scores_beyond_the_cap(queries):
+    q, k, v = operands(1, 2, 1, queries, 150)
+    q, k = q.round(), k.round()
+    check(q, k, v, scale=1e4, soft_cap=30.0)
+    check(q, k, v, scale=1e-30, soft_cap=30.0)
+    q[0, 0, 1, 0] = torch.nan
+    out = attention(q, k, v, scale=1.0, soft_cap=30.0)
+    assert out[0, 0, 1].isnan().all()
+    assert not out[0, 1].isnan().any()
 
 
 @pytest.mark.parametrize("queries", [3, 70])
