@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ridgeline.ir.aliases import views
+from ridgeline.ir.aliases import writes
 from ridgeline.ir.symbolic import strides_of
 
 aten = torch.ops.aten
@@ -53,21 +53,30 @@ def _call(target: torch._ops.OpOverload, x: fx.Node, *rest: list[int]) -> fx.Nod
 
 
 def _is_seen(node: fx.Node, value: Any) -> bool:
-    """Can a reader tell that `node` is laid out as `value`: a view that this layout forbids, or
-    the caller?"""
+    """Can a reader tell that `node` is laid out as `value`: a view that this layout forbids, a
+    write through what is a view in one layout and a copy in the other, or the caller; be it of what
+    elementwise operations make of it, which is laid out alike?"""
+    if writes(node):
+        return True
     for user in node.users:
         if user.op == "output" or getattr(user.target, "overloadpacket", None) is aten.as_strided:
             return True
-        if node not in views(user):
-            continue
         args, kwargs = fx.node.map_arg(
             (user.args, user.kwargs), lambda n: value if n is node else n.meta["val"]
         )
         try:
-            viewed = user.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            result = user.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         except (RuntimeError, ValueError):
             return True
-        alike = isinstance(viewed, Tensor) and viewed.stride() == user.meta["val"].stride()
-        if not alike and _is_seen(user, viewed):
+        if not _alike(result, user.meta["val"]) and _is_seen(user, result):
             return True
     return False
+
+
+def _alike(result: Any, expected: Any) -> bool:
+    """Do tensors, or all of several, lie in memory the same way?"""
+    if isinstance(result, Tensor):
+        return result.stride() == expected.stride()
+    if isinstance(result, list | tuple):
+        return all(map(_alike, result, expected))
+    return True

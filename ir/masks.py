@@ -6,8 +6,10 @@ diagonal (`torch.tril`'s convention); any other atom stays a mask. An additive m
 ``where(M, 0, fill)`` keeps what M keeps when `fill` removes a score entirely.
 """
 
+import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -108,7 +110,20 @@ def _constant(node: fx.Node) -> float | None:
     operands = [_constant(a) if isinstance(a, fx.Node) else a for a in node.args]
     if not all(isinstance(o, int | float) for o in operands):
         return None
-    return float(packet(*(torch.tensor(o, dtype=torch.float64) for o in operands)))
+    exact = float(packet(*(torch.tensor(o, dtype=torch.float64) for o in operands)))
+    return exact if _holds(exact, node, operands) else None
+
+
+def _holds(exact: float, node: fx.Node, operands: list[Any]) -> bool:
+    """Is it what the model computes, but for rounding: nothing wraps and nothing overflows?"""
+    given = [
+        torch.tensor(o, dtype=a.meta["val"].dtype) if isinstance(a, fx.Node) else o
+        for a, o in zip(node.args, operands, strict=True)
+    ]
+    held = float(node.target(*given))  # pyright: ignore[reportCallIssue]
+    dtype = node.meta["val"].dtype
+    slack = 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return math.isclose(held, exact, rel_tol=slack) or (math.isnan(held) and math.isnan(exact))
 
 
 def _as_held(number: float, node: fx.Node) -> float:

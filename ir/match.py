@@ -139,6 +139,21 @@ class _Attempt:
             Reject(f"an argument of {said(last)} is {difference}", last, needed, depth=depth)
         )
 
+    def _stands_between(self, found: fx.Node, wanted: str, state: dict) -> None:
+        """Note that an operation is another than the pattern's."""
+        reason, way = f"{said(found)} stands where '{wanted}' is needed", _way_past(found, wanted)
+        cap = next((u for u in found.users if operator(u.target) == "tanh"), None)
+        if cap is not None and wanted == "mul":
+            reason, way = f"{said(found)} stands between the product and {said(cap)}", _SOFT_CAP
+        depth = 2 + sum(isinstance(k, fx.Node) for k in state)
+        self._note(Reject(reason, found, way, depth=depth))
+
+    def _two_values(self, found: fx.Node, wanted: fx.Node, state: dict) -> None:
+        """Note that two places read different values where the pattern reads one."""
+        depth = 2 + sum(isinstance(k, fx.Node) for k in state)
+        reason = f"{said(found)} stands where {said(wanted)} is needed"
+        self._note(Reject(reason, found, "use one value in both places", depth=depth))
+
     def _downstream(
         self, start: fx.Node, anchor: fx.Node, out: fx.Node, depth: int = 1
     ) -> Iterator[fx.Node]:
@@ -185,6 +200,8 @@ class _Attempt:
                 yield from self._unify_all(list(zip(p, g, strict=True)), state)
             else:
                 expected = "a number known before the run" if name is not None else f"{p}"
+                if isinstance(p, list | tuple) and any(x in self.pattern.literals for x in p):
+                    expected = f"a list of {len(p)}"
                 found = said(g) if isinstance(g, fx.Node) else f"{g}"
                 self._differs(f"{found}, where {expected} is needed", f"pass {expected}", state)
             return
@@ -194,6 +211,8 @@ class _Attempt:
         if p.op == "placeholder":
             if state.get(p, g) is g:
                 yield {**state, p: g}
+            else:
+                self._two_values(g, state[p], state)
             return
         seen = []
         while is_cast(g) and g.target is not p.target:
@@ -203,16 +222,11 @@ class _Attempt:
         if p in state:
             if state[p] is g:
                 yield state
+            else:
+                self._two_values(g, state[p], state)
             return
         if g.target is not p.target:
-            self._note(
-                Reject(
-                    f"{said(g)} stands where '{operator(p.target)}' is needed",
-                    g,
-                    _way_past(g, operator(p.target)),
-                    depth=2 + sum(isinstance(k, fx.Node) for k in state),
-                )
-            )
+            self._stands_between(g, operator(p.target), state)
             return
         state = {**state, p: g}
         if p.kwargs.keys() != g.kwargs.keys() or len(p.args) != len(g.args):
@@ -260,9 +274,7 @@ class _Attempt:
         return Site(bind, literals, ordered, outs, pattern.name)
 
 
-_SOFT_CAP = (
-    "leave the soft-cap (tanh) out if the model was trained without one; else it stays eager"
-)
+_SOFT_CAP = "add masks and biases after the soft-cap (tanh), where the model means the same by it"
 _DROPOUT = "call model.eval(), or set its probability to 0"
 
 
@@ -271,8 +283,6 @@ def _way_past(node: fx.Node, wanted: str) -> str:
     name = operator(node.target) if node.op == "call_function" else node.op
     if node.op != "call_function":
         return f"compute it inside forward with '{wanted}'"
-    if name == "tanh" and wanted == "matmul":
-        return _SOFT_CAP
     if "dropout" in name:
         return _DROPOUT
     if name.endswith("_"):

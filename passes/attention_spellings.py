@@ -59,7 +59,7 @@ def sinks_unmasked_unscaled(query: Tensor, key_t: Tensor, value: Tensor, sinks: 
 
 
 def capped_masked(
-    query: Tensor, key_t: Tensor, value: Tensor, mask: Tensor, scale: float, soft_cap: float
+    query: Tensor, key_t: Tensor, value: Tensor, scale: float, soft_cap: float, mask: Tensor
 ) -> Tensor:
     return torch.softmax(torch.tanh(query @ key_t * scale) * soft_cap + mask, -1) @ value
 
@@ -74,16 +74,16 @@ def sinks_capped_masked(
     query: Tensor,
     key_t: Tensor,
     value: Tensor,
-    mask: Tensor,
-    sinks: Tensor,
     scale: float,
     soft_cap: float,
+    mask: Tensor,
+    sinks: Tensor,
 ) -> Tensor:
     return _with_sinks(torch.tanh(query @ key_t * scale) * soft_cap + mask, sinks, value)
 
 
 def sinks_capped_unmasked(
-    query: Tensor, key_t: Tensor, value: Tensor, sinks: Tensor, scale: float, soft_cap: float
+    query: Tensor, key_t: Tensor, value: Tensor, scale: float, soft_cap: float, sinks: Tensor
 ) -> Tensor:
     return _with_sinks(torch.tanh(query @ key_t * scale) * soft_cap, sinks, value)
 

@@ -14,7 +14,7 @@ from ridgeline.cost_model import Target, estimate, load_target, work_of_graph
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
-from ridgeline.passes.apply import apply
+from ridgeline.passes.apply import apply, copy_graph
 from ridgeline.passes.base import Candidate, Pass, Setting, location
 from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
 from ridgeline.passes.decide import Choice, Objective, choose, decision, refusal_decision
@@ -107,6 +107,7 @@ class Compiler:
         self._labels[id(program)] = label
         self.plan.seconds[label] = spent
         with spent("normalize"):
+            captured, _ = copy_graph(program.module)
             module = normalize(program.module)
         observed = Observation(module, program)
         setting = Setting(self.target, program.training, self.tolerance, observed, self._weights)
@@ -129,8 +130,10 @@ class Compiler:
         with spent("certify"):
             evidence, unsound = self._certified(choice.chosen)
         sound = [c for c in choice.chosen if c not in unsound]
-        origin, kept, back, error = self._settled(program, module, setting, choice, sound)
+        origin, kept, back, error = self._settled(program, captured, module, setting, choice, sound)
         with spent("apply"):
+            if not kept:
+                module = captured  # what was captured runs, not another spelling of it
             rewritten = apply(module, kept)
             if not program.training:
                 fold_stacks(rewritten, self._weights)
@@ -168,6 +171,7 @@ class Compiler:
     def _settled(
         self,
         program: Program,
+        captured: fx.GraphModule,
         module: fx.GraphModule,
         setting: Setting,
         choice: Choice,
@@ -178,14 +182,16 @@ class Compiler:
         with spent("fold weights"):
             origin = {c.rewrite.prepare(c, setting): c for c in sound}
         with spent("measure"):
-            kept, back, error = settle(program, module, list(origin), self.tolerance)
+            kept, back, error = settle(program, captured, module, list(origin), self.tolerance)
         # A site whose form went too far may still take its safest one.
         if safer := choice.safer(origin[c] for c in back):
             with spent("fold weights"):
                 again = {c.rewrite.prepare(c, setting): c for c in safer}
             origin |= again
             with spent("measure"):
-                kept, lost, error = settle(program, module, [*kept, *again], self.tolerance)
+                kept, lost, error = settle(
+                    program, captured, module, [*kept, *again], self.tolerance
+                )
             won = {c.site for c in kept}
             back = {c: why for c, why in (back | lost).items() if c.site not in won}
             back = {c: why for c, why in back.items() if c not in again}

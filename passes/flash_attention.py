@@ -111,11 +111,8 @@ def _untransposed(site: Site) -> tuple[fx.Node, bool]:
         return site.bind["key"], False
     key_t = site.bind["key_t"]
     rank = key_t.meta["val"].dim()
-    turned = key_t
-    while turned.target in (aten.contiguous.default, aten.clone.default):
-        turned = turned.args[0]  # pyright: ignore[reportAssignmentType]
-    if turned.target is aten.transpose.int and turned.args[1:] == (rank - 2, rank - 1):
-        return turned.args[0], False
+    if key_t.target is aten.transpose.int and key_t.args[1:] == (rank - 2, rank - 1):
+        return key_t.args[0], False
     return key_t, True
 
 

@@ -30,12 +30,19 @@ ErrorOf = Callable[[Sequence[Candidate]], float]
 
 
 def settle(
-    program: Program, module: fx.GraphModule, chosen: Sequence[Candidate], tolerance: float
+    program: Program,
+    captured: fx.GraphModule,
+    module: fx.GraphModule,
+    chosen: Sequence[Candidate],
+    tolerance: float,
 ) -> tuple[list[Candidate], dict[Candidate, str], float]:
-    """(kept, given back -> the reason, measured output error) of the `chosen`."""
+    """(kept, given back -> the reason, measured output error) of the `chosen`.
+
+    captured: what the program was before `module`, its normal form; outputs are compared with its.
+    """
     if not chosen:
         return [], {}, 0.0
-    expected = outputs_of(module, program)
+    expected = outputs_of(captured, program)
 
     def error_of(candidates: Sequence[Candidate]) -> float:
         return relative_error(outputs_of(apply(module, candidates), program), expected)

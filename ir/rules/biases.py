@@ -17,7 +17,14 @@ import torch
 from torch import fx
 
 from ridgeline.ir.masks import ABSORBING, scalar_value
-from ridgeline.ir.rules.common import Rule, constant_factor, feeds_softmax, insert, is_cast
+from ridgeline.ir.rules.common import (
+    Rule,
+    constant_factor,
+    feeds_softmax,
+    insert,
+    is_cast,
+    is_tensor,
+)
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
@@ -34,18 +41,38 @@ def is_product(scores: fx.Node) -> bool:
 
 
 def biased(node: object) -> tuple[fx.Node, fx.Node] | None:
-    """(s, a) where the node is s + a, of the shape and dtype of s, and is read once."""
+    """(s, a) where the node is s + a, of one dtype and the shape of s, and is read once."""
     if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs:
         return None
     if len(node.users) != 1:
         return None
+    dtype = node.meta["val"].dtype
     for s, a in (node.args, node.args[::-1]):
         if not (isinstance(s, fx.Node) and isinstance(a, fx.Node)):
             return None
-        same = s.meta["val"].dtype == node.meta["val"].dtype and shape_of(s) == shape_of(node)
+        same = s.meta["val"].dtype == a.meta["val"].dtype == dtype and shape_of(s) == shape_of(node)
         if same and a.meta["val"].dim() and is_product(s):
             return s, a
     return None
+
+
+def _bias_of_one_dtype(node: fx.Node) -> bool:
+    """s + a -> s + a.to(dtype of the sum), in which torch adds them: a narrower bias would round
+    what is added to it or scaled with it. (Integers stay: they are seldom meant as numbers.)"""
+    if node.target is not aten.add.Tensor or node.kwargs or not feeds_softmax(node):
+        return False
+    dtype = node.meta["val"].dtype
+    for position, a in enumerate(node.args):
+        other = node.args[1 - position]
+        if not is_tensor(a) or not is_tensor(other) or other.meta["val"].dtype != dtype:
+            continue
+        own = a.meta["val"]
+        narrow = own.is_floating_point() and own.dtype != dtype
+        if own.dim() and narrow and not is_product(a):
+            wide = insert(node, aten.to.dtype, a, dtype)
+            node.args = (wide, other) if position == 0 else (other, wide)
+            return True
+    return False
 
 
 def _one_bias(node: fx.Node) -> bool:
@@ -55,6 +82,8 @@ def _one_bias(node: fx.Node) -> bool:
     for inner, b in (node.args, node.args[::-1]):
         split = biased(inner)
         if split is None or not isinstance(b, fx.Node) or not _same_kind(inner, node):
+            continue
+        if b.meta["val"].dtype != node.meta["val"].dtype:
             continue
         s, a = split
         known = (
@@ -123,6 +152,8 @@ def _floor_of_finite(node: fx.Node) -> bool:
     if split is None or least is None or not feeds_softmax(node) or not _same_kind(inner, node):
         return False
     _, mask = split
+    while is_cast(mask):  # to the dtype of the sum, which holds every number of its own
+        mask = mask.args[0]
     if mask.target not in (aten.where.Scalar, aten.where.ScalarOther, aten.where.self):
         return False
     kept, fill = (scalar_value(x) for x in mask.args[1:])
@@ -189,6 +220,7 @@ def _same_kind(inner: fx.Node, node: fx.Node) -> bool:
 
 
 BIASES: tuple[Rule, ...] = (
+    _bias_of_one_dtype,
     _one_bias,
     _floor_of_finite,
     _scale_under_bias,

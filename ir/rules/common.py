@@ -7,7 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, fx
 
-from ridgeline.ir.aliases import written_between
+from ridgeline.ir.aliases import sharing, writes, written_between
 from ridgeline.ir.masks import scalar_value
 from ridgeline.ir.provenance import KEPT
 
@@ -21,6 +21,7 @@ _SCORE_STEPS = (
     *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar),
     *(aten.masked_fill.Tensor, aten.view.default, aten.reshape.default, aten.unflatten.int),
     *(aten.flatten.using_ints, aten.cat.default, aten.tanh.default),
+    *(aten.maximum.default, aten.max.other),
 )
 
 
@@ -29,6 +30,12 @@ def reads_changed_memory(node: fx.Node) -> bool:
     near = list(node.all_input_nodes)
     near += [n for i in node.all_input_nodes for n in i.all_input_nodes]
     return written_between(near, node) is not None
+
+
+def copy_is_unseen(node: fx.Node) -> bool:
+    """Neither the copy nor what it copies is ever written, in the program or by its caller."""
+    given_out = any(user.op == "output" for value in sharing(node) for user in value.users)
+    return not (given_out or writes(node) or writes(node.args[0]))
 
 
 def is_cast(node: fx.Node) -> bool:

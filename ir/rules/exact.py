@@ -5,9 +5,8 @@ import math
 import torch
 from torch import fx
 
-from ridgeline.ir.aliases import sharing, writes
 from ridgeline.ir.rules.calls import explicit_layer_norm, explicit_rms_norm, plain_power
-from ridgeline.ir.rules.common import Rule, forward, insert, packet_of
+from ridgeline.ir.rules.common import Rule, copy_is_unseen, forward, insert, packet_of
 from ridgeline.ir.symbolic import shape_of, strides_of
 
 aten = torch.ops.aten
@@ -153,19 +152,13 @@ def _drop_identity(node: fx.Node) -> bool:
     copies = packet in (aten.lift_fresh_copy, aten._to_copy, aten.to, aten.clone) or (
         packet is aten.mul and args[1] == 1
     )
-    return copies and _copy_is_unseen(node) and forward(node)
+    return copies and copy_is_unseen(node) and forward(node)
 
 
 def _asks_for_a_copy(node: fx.Node) -> bool:
     """Is `copy` given as true, by name or by place?"""
     names = [a.name for a in node.target._schema.arguments]  # pyright: ignore[reportAttributeAccessIssue]
     return bool({**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("copy"))
-
-
-def _copy_is_unseen(node: fx.Node) -> bool:
-    """Neither the copy nor what it copies is ever written, in the program or by its caller."""
-    given_out = any(user.op == "output" for value in sharing(node) for user in value.users)
-    return not (given_out or writes(node) or writes(node.args[0]))
 
 
 def _plain_dims(node: fx.Node) -> bool:

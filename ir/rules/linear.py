@@ -60,10 +60,13 @@ def _linear_from_inner(node: fx.Node) -> bool:
     x, weight, *dims = node.args
     if weight.op != "get_attr" or weight.meta["val"].dim() != 2:
         return False
-    summed = 1
+    summed, rank = 1, x.meta["val"].dim()
+    if rank == 0:
+        return False
     if dims:
-        (mine,), (summed,) = dims if [len(d) for d in dims] == [1, 1] else ((0,), (0,))
-        rank = x.meta["val"].dim()
+        if [len(d) for d in dims] != [1, 1]:
+            return False
+        (mine,), (summed,) = dims
         if mine % rank != rank - 1:
             return False
     if summed % 2 == 0:

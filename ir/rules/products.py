@@ -6,7 +6,7 @@ Equal in real arithmetic: the terms of each sum stay, their order is the library
 import torch
 from torch import fx
 
-from ridgeline.ir.rules.common import Rule, feeds_softmax, insert, is_cast
+from ridgeline.ir.rules.common import Rule, copy_is_unseen, feeds_softmax, forward, insert, is_cast
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
@@ -154,7 +154,25 @@ def _product_in_order(node: fx.Node) -> bool:
     return True
 
 
+def _operand_uncopied(node: fx.Node) -> bool:
+    """contiguous(x) -> x, where products of attention alone read it, which take any strides."""
+    if node.target not in (aten.contiguous.default, aten.clone.default):
+        return False
+    readers = list(node.users)
+    products = all(u.target is aten.matmul.default and _in_attention(u) for u in readers)
+    return products and bool(readers) and copy_is_unseen(node) and forward(node)
+
+
+def _in_attention(product: fx.Node) -> bool:
+    """Does it make scores, or weigh values?"""
+    weights = product.args[0]
+    while is_cast(weights):
+        weights = weights.args[0]
+    return feeds_softmax(product) or weights.target is aten.softmax.int
+
+
 PRODUCTS: tuple[Rule, ...] = (
+    _operand_uncopied,
     _matmul_from_einsum,
     _sum_from_baddbmm,
     _product_without_views,

@@ -4,6 +4,8 @@ They look only at what feeds or spells a softmax, where no rounding of the moved
 beside that of the product itself.
 """
 
+import operator
+
 import torch
 from torch import fx
 
@@ -91,6 +93,8 @@ def _sum_from_difference(node: fx.Node) -> bool:
         return False
     if shape_of(scores) != shape_of(node) or _constant_along_last(bias):
         return False
+    if bias.meta["val"].dim() and bias.meta["val"].dtype != node.meta["val"].dtype:
+        bias = insert(node, aten.to.dtype, bias, node.meta["val"].dtype)  # -1 is no uint8
     node.target, node.args = aten.add.Tensor, (scores, insert(node, aten.neg.default, bias))
     return True
 
@@ -101,7 +105,8 @@ def _constant_along_last(x: fx.Node) -> bool:
 
 
 def _softmax_of_shifted(node: fx.Node) -> bool:
-    """softmax(x - m) -> softmax(x), for m with one entry per row, cast or not."""
+    """softmax(x - max x) -> softmax(x), the maximum of each row, cast or not. Another number would
+    do in real arithmetic, but not where it is so large that the scores vanish beside it."""
     if node.target is not aten.softmax.int or node.args[1] != -1:
         return False
     cast = node.args[0] if is_cast(node.args[0]) else None
@@ -109,7 +114,7 @@ def _softmax_of_shifted(node: fx.Node) -> bool:
     if shifted.target is not aten.sub.Tensor or shifted.kwargs:
         return False
     x, m = shifted.args
-    if not (isinstance(x, fx.Node) and isinstance(m, fx.Node) and _constant_along_last(m)):
+    if not (isinstance(x, fx.Node) and isinstance(m, fx.Node) and _is_row_maximum(m, x)):
         return False
     same = shape_of(x) == shape_of(shifted) and x.meta["val"].dtype == shifted.meta["val"].dtype
     if not same or shape_of(x)[-1] == 1:
@@ -120,6 +125,18 @@ def _softmax_of_shifted(node: fx.Node) -> bool:
         x = insert(node, cast.target, x, *cast.args[1:], **cast.kwargs)
     node.args = (x, -1)
     return True
+
+
+def _is_row_maximum(m: fx.Node, x: fx.Node) -> bool:
+    """Is it amax(x, -1, keepdim=True) or max(x, -1, keepdim=True)[0]?"""
+    if not _constant_along_last(m):
+        return False
+    while m.target is aten.detach.default:
+        m = m.args[0]
+    if m.target is operator.getitem and m.args[1] == 0:
+        m = m.args[0]
+        return m.target is aten.max.dim and m.args[0] is x
+    return m.target is aten.amax.default and m.args[0] is x
 
 
 def _softmax_between_views(node: fx.Node) -> bool:

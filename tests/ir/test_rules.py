@@ -141,6 +141,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda q, k: softmax((q @ k.mT).flatten(0, 1)).view(B, H, S, S),
         (Q, K),
     ),
+    "operand copied": (
+        lambda q, k, v: softmax(q.contiguous() @ k.mT.contiguous()) @ v.flip(2).contiguous(),
+        (Q, K, V),
+    ),
+    "bias of a narrower dtype": (
+        lambda q, k, m: softmax((q @ k.mT + torch.where(m, 0.5, MIN)) + torch.ones(S).bfloat16()),
+        (Q, K, _keep),
+    ),
     "inner": (lambda x, w: torch.inner(x, w), (Q, W)),
     "tensordot": (lambda x, w: torch.tensordot(x, w, ([3], [1])), (Q, W)),
     "tensordot, the other way": (

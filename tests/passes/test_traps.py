@@ -62,8 +62,8 @@ def weights_sharpened(q, k, v):
     return torch.softmax(q @ k.transpose(-1, -2) / 4, -1).square() @ v
 
 
-def softcapped(q, k, v):
-    return torch.softmax(5 * torch.tanh(q @ k.transpose(-1, -2) / 20), -1) @ v
+def squashed(q, k, v):
+    return torch.softmax(5 * torch.sigmoid(q @ k.transpose(-1, -2) / 20), -1) @ v
 
 
 def temperature(q, k, v):
@@ -114,7 +114,7 @@ def mask_widens_the_heads(q, k, v):
         (weights_returned_too, "inside the site, is also read by the model's return value"),
         (scores_returned_too, "inside the site, is also read by the model's return value"),
         (weights_sharpened, "is read by 'square' at "),
-        (softcapped, "mul"),
+        (squashed, "mul"),
         (temperature, "where a number known before the run is needed"),
         (scale_per_head, "where a number known before the run is needed"),
         (mask_with_alpha, "add"),
