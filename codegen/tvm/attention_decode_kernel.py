@@ -29,14 +29,19 @@ from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
+from ridgeline.codegen.tvm.attention_scores import (
+    cap_of,
+    factor_of,
+    scores,
+    sink_score,
+    sink_total,
+)
 from ridgeline.codegen.tvm.attention_tiles import Head
 from ridgeline.codegen.tvm.attention_vectors import (
     LANES,
     LOWEST,
     Spec,
-    cap_of,
     exponential,
-    factor_of,
     fma,
     kernel_of,
     lanes,
@@ -46,9 +51,6 @@ from ridgeline.codegen.tvm.attention_vectors import (
     multiply_add,
     per_head,
     registers,
-    scores,
-    sink_score,
-    sink_total,
     splat,
     tensor,
     vector,
@@ -170,12 +172,8 @@ def build(spec: Spec) -> Any:
             products(x, w, sums, r, first, final, c * LANES, LANES)
         if depth % LANES != 0:
             products(x, w, sums, r, first, final, depth // LANES * LANES, depth % LANES)
-        w.s[r, lanes(chunk * LANES)] = scores(
-            spec,
-            x,
-            vector("rl_sum16", *[sums[j, lanes(0)] for j in range(LANES)]),
-            w.s[r, lanes(chunk * LANES)],
-        )
+        added = T.meta_var(vector("rl_sum16", *[sums[j, lanes(0)] for j in range(LANES)]))
+        w.s[r, lanes(chunk * LANES)] = scores(spec, x, added, w.s[r, lanes(chunk * LANES)])
 
     @T.inline
     def soften(w, r, chunks):

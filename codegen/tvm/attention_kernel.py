@@ -29,23 +29,25 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from ridgeline.codegen.tvm.attention_scores import (
+    cap_of,
+    factor_of,
+    scores,
+    sink_score,
+    sink_total,
+)
 from ridgeline.codegen.tvm.attention_tiles import Head, Tiles, copies
 from ridgeline.codegen.tvm.attention_vectors import (
     LANES,
     LOWEST,
     Spec,
-    cap_of,
     exponential,
-    factor_of,
     fma,
     kernel_of,
     lanes,
     multiply_add,
     per_head,
     registers,
-    scores,
-    sink_score,
-    sink_total,
     splat,
     tensor,
     vector,
