@@ -6,7 +6,7 @@ Law: ridgeline.ir.quantized_linear. The schemes are
     "zero_point"  scale[n,g] (code - offset[n,g])                          uniform, offset uint8
     "minimum"     scale[n,g] code + offset[n,g]                            uniform, offset floating
     "binary"      sum_i α[r,g,i] (2 bit_i(code) - 1) (+ offset[r,g])       one α per plane and group
-    "shift"       scale[r,g] sum_t ±2**-e_t                                one code per sign and shift
+    "shift"       scale[r,g] sum_t ±2**-e_t  one code per sign and shift
 
 A symmetric scale may be negative: that puts the 2**(bits-1) extra level on the positive side, as
 GGUF's Q4_0 does. Scale (and minimum) are fp16. They are fp32, both, where a group's scale is out of
@@ -77,7 +77,7 @@ class Codec:
             )
         shared = self.scheme == "binary" and self.group_size in (1, 8)
         whole = isinstance(self.group_size, int) and not isinstance(self.group_size, bool)
-        if not whole or not (shared or self.group_size > 0 and self.group_size % GROUP_STEP == 0):
+        if not whole or not (shared or (self.group_size > 0 and self.group_size % GROUP_STEP == 0)):
             raise QuantizationError(
                 f"codec group_size is {self.group_size!r}; choose a multiple of {GROUP_STEP}, or"
                 " with scheme 'binary' 1 or 8 beside group_rows"
@@ -87,7 +87,7 @@ class Codec:
                 f"codec group_rows is {self.group_rows!r}; choose 1, or more with scheme 'binary'"
             )
         least, most = {"binary": (0, LARGEST_TERMS), "shift": (1, 2)}.get(self.scheme, (0, 0))
-        if not least <= self.terms <= most or self.scheme == "shift" and self.bits % self.terms:
+        if not least <= self.terms <= most or (self.scheme == "shift" and self.bits % self.terms):
             raise QuantizationError(
                 f"codec terms is {self.terms!r}; with scheme {self.scheme!r} choose {least} to"
                 f" {most}" + (", a divisor of bits" if self.scheme == "shift" else "")
