@@ -185,7 +185,7 @@ def reference(
     )
     if multiply == torch.bfloat16 and x.shape[:-1].numel() >= MANY_ROWS:
         weight = weight.to(multiply).float()
-    read = x if permutation is None else x[..., permutation]
+    read = x if permutation is None else x[..., permutation.long()]  # torch indexes by no int16
     rounded = fixed_point(read) if multiply == torch.int16 else read.to(multiply).float()
     y = rounded @ weight.T
     if row_scale is not None:
@@ -213,7 +213,7 @@ def _backward(ctx, grad):
     wide = grad.float() if row_scale is None else grad.float() * row_scale.float()
     dx = wide @ weight
     if permutation is not None:
-        dx = torch.zeros_like(dx).index_copy(-1, permutation, dx)
+        dx = torch.zeros_like(dx).index_copy(-1, permutation.long(), dx)
     d_bias = grad.float().flatten(0, -2).sum(0).to(grad.dtype) if ctx.with_bias else None
     return dx.to(grad.dtype), None, None, None, d_bias, None, None
 

@@ -6,16 +6,20 @@ from ridgeline.passes.quantization.calibrate import collect_hessians, stream_hes
 from ridgeline.passes.quantization.codec import Codec, QuantizationError, QuantizedWeight
 from ridgeline.passes.quantization.gptq import gptq
 from ridgeline.passes.quantization.search import calibration_free, round_to_nearest
+from ridgeline.passes.quantization.store import bits_per_weight, load_quantized, save_quantized
 
 __all__ = [
     "Codec",
     "QuantizationError",
     "QuantizedWeight",
+    "bits_per_weight",
     "calibration_free",
     "collect_hessians",
     "gptq",
+    "load_quantized",
     "quantize",
     "round_to_nearest",
+    "save_quantized",
     "stream_hessians",
 ]
 

@@ -108,6 +108,7 @@ EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "group_rational": _rational,
     "merged_linear": _beside,
     "quantized_linear": _linear,
+    "shift_add_linear": _linear,
     "norm": _norm,
     "gated_activation": _gated,
     "rotary": _rotary,
