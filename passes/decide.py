@@ -75,7 +75,7 @@ def choose(
     for c in candidates:
         if objective == "latency" and c.memory_bytes > 0:
             price[c] += PRICE_OF_MEMORY * costs[c][0].seconds
-    useful = [c for c in candidates if worth[c] > price[c]]
+    useful = _undominated([c for c in candidates if worth[c] > price[c]], worth)
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
@@ -105,6 +105,28 @@ def choose(
 
     refused = _others(candidates, chosen, costs, worth, price, target, enough, objective)
     return Choice(chosen, refused, costs, worth)
+
+
+NEXT_TO_NOTHING = 0.01
+"""A relative difference of errors that is none: what was observed tells no more."""
+
+
+def _undominated(candidates: Sequence[Candidate], worth: dict[Candidate, float]) -> list[Candidate]:
+    """Without the forms beside which the same pass has one, for the same values, that wins more,
+    holds no more memory and is as exact but for next to nothing."""
+    sites: dict[tuple[str, tuple[fx.Node, ...]], list[Candidate]] = {}
+    for c in candidates:
+        sites.setdefault((c.rewrite.name, c.site.outs), []).append(c)
+
+    def dominated(c: Candidate) -> bool:
+        return any(
+            worth[d] > worth[c]
+            and d.memory_bytes <= c.memory_bytes
+            and d.error <= c.error * (1 + NEXT_TO_NOTHING)
+            for d in sites[c.rewrite.name, c.site.outs]
+        )
+
+    return [c for c in candidates if not dominated(c)]
 
 
 PRICE_OF_TOLERANCE = 0.05
