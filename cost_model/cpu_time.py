@@ -27,8 +27,8 @@ MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multipli
 UNPACK_FLOPS = 2
 PLANE_FLOPS, SHIFT_FLOPS = 1, 3  # beyond it for a plane; instead, for a power of two
 # Of one lookup, for four weights of one plane, in a table of fixed-point numbers (two byte shuffles
-# and two additions) and of fp32 ones; the 4-bit kernel's bf16 products and unpacking are 12 for four
-# weights. From prototypes on one Zen 4 core that read their operands from the caches. Of a table,
+# and two additions) and of fp32 ones; four weights take the 4-bit kernel 12, for bf16 products and
+# unpacking. From prototypes on one Zen 4 core that read their operands from the caches. Of a table,
 # per activation: four sums, split and transposed.
 LOOKUP_FLOPS, FP32_LOOKUP_FLOPS, TABLE_FLOPS = 5, 8, 16
 ATTENTION_ROWS = 32

@@ -80,26 +80,31 @@ _FIRST = ("defect", "certificate", "pattern", "precondition", "overlap", "budget
 
 
 def summaries(decisions: Sequence["Decision"]) -> list[tuple[str, list["Decision"]]]:
-    """Decisions for people: sites refused alike under one heading, the most telling ones first."""
+    """Decisions for people: sites refused alike under one heading, the most telling ones first; and
+    passes that refuse the same sites alike in one line."""
     alike: dict[tuple[Any, ...], list[tuple[str, list[Decision]]]] = {}
     for heading, members in grouped(decisions):
         first = members[0]
         key = (first.rewrite, first.variant, first.refused_by, first.reason, first.needed)
         alike.setdefault(key, []).append((heading, members))
-    joined = [
-        (_listed([h for h, _ in groups]), [d for _, ds in groups for d in ds])
-        for groups in alike.values()
-    ]
+    joined: dict[tuple[Any, ...], list[Decision]] = {}
+    for (rewrite, *told), groups in alike.items():
+        heading, refused = _listed([h for h, _ in groups]), groups[0][1][0].refused_by
+        joined.setdefault((heading, refused is None and rewrite, *told), []).extend(
+            d for _, ds in groups for d in ds
+        )
     rank = {by: i for i, by in enumerate(_FIRST)}
-    return sorted(joined, key=lambda g: (rank.get(g[1][0].refused_by or "", -1), -len(g[1])))
+    lines = [(heading, members) for (heading, *_), members in joined.items()]
+    return sorted(lines, key=lambda g: (rank.get(g[1][0].refused_by or "", -1), -len(g[1])))
 
 
 def sentence(heading: str, members: Sequence["Decision"], *, detail: bool = False) -> str:
     """One line: the rewrite, where, how often, and why (not) and what to do."""
-    first = members[0]
-    often = f" x{len(members)}" if len(members) > 1 else ""
+    first, rewrites = members[0], list(dict.fromkeys(d.rewrite for d in members))
+    sites = len(members) // len(rewrites)
+    often = f" x{sites}" if sites > 1 else ""
     why = _why(list(members), detail) if detail or not first.refused_by else _reason(first)
-    return f"{first.rewrite} {heading}{often}: {why}"
+    return f"{', '.join(rewrites)} {heading}{often}: {why}"
 
 
 def _reason(decision: "Decision") -> str:
