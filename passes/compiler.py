@@ -213,17 +213,15 @@ class Compiler:
             path = location(node).partition(":")[0]
             return any(fnmatch.fnmatch(path, pattern) for pattern in self.ignore)
 
-        out = {location(o): c for c in candidates for o in c.site.outs if ignored(o)}
+        out = {
+            (c.rewrite.name, location(o)): c.rewrite.exactness
+            for c in candidates
+            for o in c.site.outs
+            if ignored(o)
+        }
         lines = [
-            Decision(
-                c.rewrite.name,
-                at,
-                c.rewrite.exactness,
-                "precondition",
-                "listed in ignore=",
-                phase,
-            )
-            for at, c in out.items()
+            Decision(name, at, exactness, "precondition", "listed in ignore=", phase)
+            for (name, at), exactness in out.items()
         ]
         return [c for c in candidates if not any(map(ignored, c.site.outs))], lines
 
