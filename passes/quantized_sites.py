@@ -21,7 +21,7 @@ from ridgeline.ir.match import Pattern, Reject, Site, trace
 from ridgeline.ir.provenance import said
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes.base import Candidate, Pass, Setting
-from ridgeline.passes.quantization import Codec, QuantizedWeight
+from ridgeline.passes.quantization import Codec, QuantizationError, QuantizedWeight
 from ridgeline.passes.quantized_forms import Layer, Products, error_of, forms
 from ridgeline.passes.side_by_side import constant_biases, constant_weight, split, stacked
 
@@ -61,8 +61,8 @@ class Call:
     quantized: QuantizedWeight | None = None
 
 
-Offer = Callable[[Sequence[Layer], Setting], "Sequence[tuple[Codec, Products]] | Reject"]
-"""The codecs that a pass offers for some layers, with their products; or why it has none."""
+Offer = Callable[[Sequence[Layer], Setting], Sequence[tuple[Codec, Products]]]
+"""The codecs that a pass offers for some layers, with the dtypes of their products."""
 
 
 def propose_forms(
@@ -85,9 +85,10 @@ def propose_forms(
             x,
             "capture with inputs on which the model is finite",
         )
-    offered = offer(layers, setting)
-    if isinstance(offered, Reject):
-        return offered if len(layers) == 1 else []
+    try:
+        offered = list(forms(layers, offer(layers, setting), setting))
+    except QuantizationError as error:  # a Hessian that is none
+        return Reject(str(error), site.outs[0]) if len(layers) == 1 else []
     before = sum((work_of(n) for n in site.nodes), Work())
     beside = f", {len(layers)} layers side by side" if len(layers) > 1 else ""
     return [
@@ -105,7 +106,7 @@ def propose_forms(
                 + ", ".join(f"{layer.name} {tuple(layer.weight.shape)}" for layer in layers),
             ),
         )
-        for form in forms(layers, offered, setting)
+        for form in offered
     ]
 
 

@@ -35,19 +35,28 @@ FEW_ROWS = 8
 """Rows up to which a product by lookup is worth offering: each makes tables of its own."""
 
 
-def offer(layers: Sequence[Layer], setting: Setting) -> list[tuple[Codec, Products]] | Reject:
+def offer(layers: Sequence[Layer], setting: Setting) -> list[tuple[Codec, Products]]:
     """Binary codes where the layers were calibrated, shift codes everywhere."""
     products = floating_products(layers, setting)
     few = setting.target.kind == "cpu" and rows_of(layers) <= FEW_ROWS
     by_lookup: Products = (torch.int16,) if few else ()
-    calibrated = all(layer.name in setting.weights.hessians for layer in layers)
-    binary = BINARY if calibrated else ()
+    binary = BINARY if _calibrated(layers, setting) else ()
     return [(c, (*by_lookup, *products)) for c in binary] + [(c, products) for c in SHIFT]
 
 
-def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
+def _calibrated(layers: Sequence[Layer], setting: Setting) -> bool:
+    return all(layer.name in setting.weights.hessians for layer in layers)
+
+
+def accepts(site: Site, setting: Setting) -> Sequence[Candidate | Reject] | Reject:
     """Every form of the layers of `site`, or why they stay."""
-    return propose_forms(SHIFT_ADD, offer, site, setting)
+    found = propose_forms(SHIFT_ADD, offer, site, setting)
+    if isinstance(found, Reject) or not found or _calibrated(found[0].call.layers, setting):
+        return found
+    if len(site.outs) > 1:  # each layer says it for itself
+        return found
+    reason = "binary codes fitted without calibration data lose what real models live by"
+    return [*found, Reject(reason, site.outs[0], "pass calibration=")]
 
 
 SHIFT_ADD = Pass(

@@ -162,6 +162,17 @@ def test_layers_side_by_side_are_one_product(cpu):
         assert (module(x)[0] - expected).norm() <= 0.6 * expected.norm()
 
 
+def test_without_calibration_data_there_are_no_binary_codes(cpu):
+    compiler, _ = rewritten(
+        Stack(256, 1), torch.randn(1, 256), cpu, tolerance=0.6, objective="memory",
+        calibrated=False, passes=(SHIFT_ADD,),
+    )  # fmt: skip
+    assert variants(compiler) == ["5-bit shift g128, 1 power of two"]
+    (refused,) = compiler.plan.refused
+    assert "binary codes" in refused.reason
+    assert refused.needed == "pass calibration="
+
+
 def test_both_passes_refuse_for_themselves(cpu):
     compiler, module = rewritten(Stack(128, 1), torch.randn(2, 128), cpu, tolerance=0.0)
     assert {(d.rewrite, d.reason) for d in compiler.plan.refused} == {
