@@ -10,10 +10,19 @@ from ridgeline.cost_model.target import (
     load_target,
     target_names,
 )
-from ridgeline.cost_model.work import Attention, Collective, Gemm, Norm, Stream, Work
+from ridgeline.cost_model.work import (
+    Attention,
+    BinaryAttention,
+    Collective,
+    Gemm,
+    Norm,
+    Stream,
+    Work,
+)
 
 __all__ = [
     "Attention",
+    "BinaryAttention",
     "Choice",
     "Collective",
     "Cost",

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from ridgeline.cost_model.work import Attention, Gemm, Kernel, Norm, Stream, Work
+from ridgeline.cost_model.work import Attention, BinaryAttention, Gemm, Kernel, Norm, Stream, Work
 from ridgeline.ir.errors import RidgelineError
 
 aten = torch.ops.aten
@@ -267,21 +267,45 @@ def _attention(query, key, value, causal: bool, kv: int, node: fx.Node) -> Atten
 
 
 def _quantized_linear(node: fx.Node) -> Kernel:
-    x = _val(node, 0)
-    offset = _argument(node, "offset")
-    scheme = "symmetric"
-    if offset is not None:
-        scheme = "minimum" if offset.meta["val"].is_floating_point() else "zero_point"
-    shape = _shape(x)
+    x, scale, offset = _val(node, 0), _val(node, 2), _argument(node, "offset")
+    scheme = _argument(node, "codec", "uniform")
+    if scheme == "uniform":
+        scheme = "symmetric"
+        if offset is not None:
+            scheme = "minimum" if offset.meta["val"].is_floating_point() else "zero_point"
+    powers = scheme == "binary" and not scale.is_floating_point()
+    shape, multiply = _shape(x), _argument(node, "multiply")
+    beside = _tensors([_argument(node, "row_scale"), _argument(node, "permutation")])
     return Gemm(
         m=prod(shape[:-1]),
         n=_shape(_val(node, 1))[0],
         k=shape[-1],
-        dtype=_argument(node, "multiply") or x.dtype,
+        dtype=multiply or x.dtype,
         weight_bits=_argument(node, "bits"),
         group_size=_argument(node, "group_size"),
         scheme=scheme,
         bias=_argument(node, "bias") is not None,
+        stored=None if multiply is None else x.dtype,
+        group_rows=_argument(node, "group_rows"),
+        terms=_shape(scale)[-1] if powers else _argument(node, "terms") * (scheme == "shift"),
+        centred=scheme != "binary" or offset is None,
+        scale_bytes=scale.dtype.itemsize if scale.is_floating_point() else 2,
+        beside_bytes=sum(map(_size_bytes, beside)),
+    )
+
+
+def _binary_attention(node: fx.Node) -> Kernel:
+    query, key, value = (_val(node, i) for i in range(3))
+    batch, heads, q, head_dim = _shape(query)
+    return BinaryAttention(
+        batch,
+        heads,
+        q,
+        kv=_shape(key)[-2],
+        head_dim=head_dim,
+        value_dim=_shape(value)[-1],
+        dtype=value.dtype,
+        input_bytes=_size_bytes(query) + _size_bytes(key),
     )
 
 
@@ -345,6 +369,7 @@ _LAWS: dict[Any, Callable[[fx.Node], Kernel]] = {
 _RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
     "attention": _ridgeline_attention,
     "quantized_linear": _quantized_linear,
+    "binary_attention": _binary_attention,
     "group_rational": _group_rational,
     "group_rational_backward": _group_rational,
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), _norm),

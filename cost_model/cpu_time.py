@@ -7,20 +7,30 @@ the level that holds all that the program reads between two uses of one of them.
 over ceil(chunks/threads) threads' rounds. A norm's compute is that of its passes over a row that
 lies in the first cache, in equivalents of the fp32 unit's flops. Integer weights add two vector
 operations per element and pass of 32 rows, 128 where the weight is decoded first (unpack, scale),
-on the fp32 unit.
+on the fp32 unit; binary codes add one per plane, shift codes take three per power of two. Binary
+codes that aren't decoded first are looked up: the compute is that of the tables, made once for each
+row, and of the lookups, both in equivalents of the fp32 unit's flops. Additions alone run at half
+of its rate.
 """
 
 from math import ceil
 
 import torch
 
+from ridgeline.cost_model.operations import lookups
 from ridgeline.cost_model.target import Target
-from ridgeline.cost_model.work import Attention, Gemm, Kernel, Norm, Stream
+from ridgeline.cost_model.work import Attention, BinaryAttention, Gemm, Kernel, Norm, Stream
 from ridgeline.ir.quantized_linear import MANY_ROWS
 
 CHUNK_M, CHUNK_N = 32, 64  # one thread's share of a GEMM
 MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multiplied
 UNPACK_FLOPS = 2
+PLANE_FLOPS, SHIFT_FLOPS = 1, 3  # beyond it for a plane; instead, for a power of two
+# Of one lookup, for four weights of one plane, in a table of fixed-point numbers (two byte shuffles
+# and two additions) and of fp32 ones; four weights take the 4-bit kernel 12, for bf16 products and
+# unpacking. From prototypes on one Zen 4 core that read their operands from the caches. Of a table,
+# per activation: four sums, split and transposed.
+LOOKUP_FLOPS, FP32_LOOKUP_FLOPS, TABLE_FLOPS = 5, 8, 16
 ATTENTION_ROWS = 32
 # torch's CPU attention forms its products in fp32 whatever the dtype; its time over ours without a
 # mask, 128 to 2048 rows on two Zen 4 cores. A causal one is further behind, up to 2.4x and 4.3x.
@@ -62,6 +72,9 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
         if kernel.library == "torch":
             rate /= TORCH_ATTENTION.get(kernel.dtype, 1.0)
         return kernel.flops / (rate * _parallel(chunks, target)), memory, fixed
+    if isinstance(kernel, BinaryAttention):
+        busy = _parallel(kernel.batch * kernel.heads, target)
+        return 2 * kernel.flops / (target.peak(torch.float32) * busy), memory, fixed
     if isinstance(kernel, Norm):
         plain, second = NORM_CALL_S[kernel.library]
         return _norm_compute(kernel, target), memory, fixed + plain + second * kernel.residual
@@ -72,13 +85,24 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
 
 def _gemm_compute(g: Gemm, target: Target) -> float:
     decoded_first = g.weight_bits is not None and g.dtype == torch.bfloat16 and g.m >= MANY_ROWS
+    if g.scheme == "binary" and not decoded_first:
+        tables = TABLE_FLOPS * g.batch * g.m * g.k * max(target.threads, 1)  # by one thread
+        busy = _parallel(g.batch * ceil(g.n / CHUNK_N), target)
+        each = LOOKUP_FLOPS if g.lookup else FP32_LOOKUP_FLOPS
+        return (tables + each * lookups(g) / busy) / target.peaks["float32"]
     rows = ceil(g.m / (MANY_CHUNK_M if decoded_first else CHUNK_M))
     parallel = _parallel(g.batch * rows * ceil(g.n / CHUNK_N), target)
     compute = g.flops / (target.peak(g.dtype) * target.gemm_efficiency * parallel)
     if g.weight_bits is not None:
-        unpacked = UNPACK_FLOPS * g.batch * g.n * g.k * rows
+        unpacked = _unpack_flops(g) * g.batch * g.n * g.k * rows
         compute += unpacked / (target.peaks["float32"] * parallel)
     return compute
+
+
+def _unpack_flops(g: Gemm) -> int:
+    if g.scheme == "binary":
+        return UNPACK_FLOPS + PLANE_FLOPS * (g.weight_bits or 0)
+    return SHIFT_FLOPS * g.terms if g.scheme == "shift" else UNPACK_FLOPS
 
 
 def _norm_compute(n: Norm, target: Target) -> float:

@@ -3,10 +3,8 @@
     seconds  sum over kernels (`gpu_time`, `cpu_time`, collectives); launched one by one
              (launch="eager") at least the host's time, plus one launch
     eflops   sum of flops + I · bytes, I = peak of the executing unit / bandwidth   (Kinetics)
-    energy   sum of flops · unit energy + bytes · DRAM energy
-
-Energy uses the unit costs of a 45 nm process (Horowitz, ISSCC 2014; DRAM: 200 pJ per 16 bits).
-They rank number formats; they aren't watts of this chip and are never turned into time.
+    energy   operations by kind and dtype, and bytes, times unit energies: `energy`, whose figures
+             rank number formats and codecs; they aren't watts of this chip, nor turned into time
 
 The interval is t / (1+e) ... t · (1+e); errors of one kind of kernel are shared, so they add. On
 GPUs e is the mean relative error, on GPUs left out of the fit, of an earlier fit of this same form
@@ -20,15 +18,23 @@ from dataclasses import dataclass
 import torch
 
 from ridgeline.cost_model import cpu_time, gpu_time
+from ridgeline.cost_model.energy import joules
 from ridgeline.cost_model.target import InvalidTarget, Target
-from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Norm, Stream, Work
+from ridgeline.cost_model.work import (
+    Attention,
+    BinaryAttention,
+    Collective,
+    Gemm,
+    Kernel,
+    Norm,
+    Stream,
+    Work,
+)
 
-DRAM_JOULES_PER_BYTE = 100e-12
-# (multiply + add) / 2 in joules per FLOP.
-_UNIT_JOULES = {1: 0.115e-12, 2: 0.75e-12, 4: 2.3e-12, 8: 9.2e-12}
 # Mean relative errors (see above): GEMM 0.19, integer weights 0.28, elementwise 0.34,
 # reductions 0.50, prefill 0.34, decode 0.24, collectives 1.14 (all-reduce).
 _ERROR = {"gemm": 0.19, "quantized": 0.28, "elementwise": 0.34, "reduction": 0.50, "gather": 0.50}
+_VECTOR = BinaryAttention | Norm | Stream
 _PREFILL_ERROR, _DECODE_ERROR, _COLLECTIVE_ERROR, _CPU_ERROR = 0.34, 0.24, 1.14, 0.30
 
 
@@ -36,6 +42,7 @@ _PREFILL_ERROR, _DECODE_ERROR, _COLLECTIVE_ERROR, _CPU_ERROR = 0.34, 0.24, 1.14,
 class Cost:
     """seconds within [low, high]; bytes moved; flops; eflops in FLOPs; energy_joules (45 nm units).
 
+    weight_bytes: of the weights among `bytes`.
     bound: "compute", "memory", "launch" or "communication", whichever takes most of the time.
     """
 
@@ -47,6 +54,7 @@ class Cost:
     eflops: float
     energy_joules: float
     bound: str
+    weight_bytes: float = 0.0
 
 
 def estimate(
@@ -62,7 +70,7 @@ def estimate(
     if launch not in ("graph", "eager"):
         raise ValueError(f"launch: expected 'graph' or 'eager', found {launch!r}")
     parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
-    seconds = low = high = moved = flops = eflops = energy = 0.0
+    seconds = low = high = moved = flops = eflops = energy = weights = 0.0
     spent = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
     for kernel in work.kernels:
         kernel_bytes = sum(kernel.bytes.values())
@@ -74,23 +82,24 @@ def estimate(
             busy = gpu_time.smoothmax(compute, memory)
             spent["compute" if compute > memory else "memory"] += busy
             spent["launch"] += fixed
-            unit = torch.float32 if isinstance(kernel, Norm | Stream) else kernel.dtype
+            unit = torch.float32 if isinstance(kernel, _VECTOR) else kernel.dtype
             intensity = target.peak(unit) / target.bandwidth_bytes_per_s
             eflops += kernel.flops + intensity * kernel_bytes
-            energy += kernel.flops * _UNIT_JOULES[unit.itemsize]
-            energy += kernel_bytes * DRAM_JOULES_PER_BYTE
+            energy += joules(kernel)
         error = _relative_error(kernel, target)
         seconds += busy + fixed
         low += (busy + fixed) / (1 + error)
         high += (busy + fixed) * (1 + error)
         moved += kernel_bytes
+        weights += kernel.bytes.get("weight", 0.0)
         flops += kernel.flops
     host = 0.0
     if launch == "eager" and target.kind != "cpu" and work.kernels:
         host = max(0.0, work.launches * target.eager_launch_s - seconds) + target.launch_s
         spent["launch"] += host
     bound = max(spent, key=spent.__getitem__)
-    return Cost(seconds + host, low + host, high + host, moved, flops, eflops, energy, bound)
+    times = (seconds + host, low + host, high + host)
+    return Cost(*times, moved, flops, eflops, energy, bound, weights)
 
 
 def _communication(kernel: Collective, target: Target) -> float:
@@ -111,4 +120,4 @@ def _relative_error(kernel: Kernel, target: Target) -> float:
         return _PREFILL_ERROR if kernel.q > 1 else _DECODE_ERROR
     if isinstance(kernel, Gemm):
         return _ERROR["gemm" if kernel.weight_bits is None else "quantized"]
-    return _ERROR["reduction" if isinstance(kernel, Norm) else kernel.access]
+    return _ERROR[kernel.access if isinstance(kernel, Stream) else "reduction"]

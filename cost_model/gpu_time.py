@@ -10,6 +10,7 @@ GEMM, least over tiles (Tm, Tn) and split-K s:
     t_extra   = s > 1: the partial sums through L2
 Attention: tiles of 128 queries, or with few queries the keys split over the cores.
 Stream: bytes / bandwidth with a share of the bytes in L2 where the working set fits.
+Binary attention: its additions on the vector unit at half of its rate, its bytes as a stream's.
 Norm: a stream; Inductor's kernel keeps rows of up to 1024 elements in registers and reads longer
 ones a second time, through L2, ours do so beyond 16384. That counts only with a row for every core:
 fewer rows are bound by latency.
@@ -27,7 +28,15 @@ import numpy as np
 import torch
 
 from ridgeline.cost_model.target import Target
-from ridgeline.cost_model.work import Attention, Collective, Gemm, Kernel, Norm, Stream
+from ridgeline.cost_model.work import (
+    Attention,
+    BinaryAttention,
+    Collective,
+    Gemm,
+    Kernel,
+    Norm,
+    Stream,
+)
 
 P = 4
 # Large-tile operand traffic: the efficiency of a tile relative to that of 256 x 128.
@@ -35,6 +44,9 @@ TILE_LOSS = 0.19
 FILL_K = 120  # k elements that fill the pipeline
 STEP = 120e-9  # latency of one 64-deep step of a block's loop, beyond its arithmetic
 DEQUANTIZE_STEP = 150e-9  # the same where the step also unpacks integer weights
+# Beyond that, per plane of a binary code (a bit and a signed sum per weight, where 4-bit codes come
+# two at a time) and per power of two of a shift code. Assumed, not measured.
+PLANE_STEP, SHIFT_STEP = 15e-9, 20e-9
 QUANTIZATION = 0.05  # share of wave quantization paid: libraries pick tiles that avoid it
 SATURATION = 0.8  # below this share of busy cores DRAM is not saturated
 GEMM_FLOOR = 1.2e-6  # setup and epilogue beyond the launch floor
@@ -90,6 +102,10 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
         return _gemm(kernel, target)
     if isinstance(kernel, Attention):
         return _attention(kernel, target)
+    if isinstance(kernel, BinaryAttention):
+        moved = sum(kernel.bytes.values())
+        streamed = Stream(moved, 0.0, 2 * kernel.flops, kernel.dtype, "reduction")
+        return _stream(streamed, target)
     if isinstance(kernel, Norm):
         return _norm(kernel, target)
     if isinstance(kernel, Stream):
@@ -106,6 +122,8 @@ def _gemm(g: Gemm, target: Target) -> Parts:
     if g.weight_bits is not None and g.weight_bits < 8 * g.dtype.itemsize:
         rate *= DEQUANTIZE_EFFICIENCY
         fixed, step = fixed + DEQUANTIZE_FLOOR, DEQUANTIZE_STEP
+        step += PLANE_STEP * g.weight_bits * (g.scheme == "binary")
+        step += SHIFT_STEP * g.terms * (g.scheme == "shift")
     bandwidth = target.bandwidth_bytes_per_s * target.bandwidth_efficiency
     compute, memory, extra = _best_tile(
         (g.m, g.n, g.k, g.batch),

@@ -2,12 +2,15 @@
 
     gemm       y[b,m,n] = sum_k a[b,m,k] w[b,k,n]      2 b m n k FLOPs
     attention  2 (d + dv) FLOPs per (head, query, key) pair that is kept
+    binary attention  sums over keys and queries that binary codes select, and a division per query
     norm       RMSNorm or LayerNorm of rows, with the residual sum before it
     stream     reads and writes tensors once, a few FLOPs per element
     collective bytes per rank over the link
 
-A weight of `weight_bits` < 16 with groups of `group_size` holds bits/8 bytes per element plus a
-2-byte scale per group (and an offset of 2 bytes "minimum", 1 byte "zero_point").
+A weight held as codes of `weight_bits` takes ceil(k bits/8) bytes per row, and per group (of
+`group_size` columns and `group_rows` rows) a scale ("symmetric", "shift"), with an offset of a byte
+("zero_point") or of the scale's size ("minimum"), or one α per plane ("binary": of the scale's
+size, or `terms` bytes) and an offset where its levels are not centred.
 """
 
 from collections import Counter
@@ -19,15 +22,19 @@ from typing import Any
 import torch
 
 Roles = dict[str, float]
-_OFFSET_BYTES = {"symmetric": 0, "zero_point": 1, "minimum": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """One matrix product; `dtype` is the dtype of products and activations.
 
-    weight_bits: of the right operand when it holds integer codes, else None; then `group_size` and
-        `scheme` ("symmetric", "zero_point", "minimum") say what stands beside the codes.
+    weight_bits: of the right operand when it holds integer codes, else None; then `group_size`,
+        `scheme` ("symmetric", "zero_point", "minimum", "binary", "shift") and the fields from
+        `group_rows` on say what stands beside the codes. terms: of "binary", powers of two per α,
+        0 for floating ones; of "shift", powers of two per weight. beside_bytes: row scales and
+        permutation. dtype int16: products with fixed-point activations, as in
+        `ridgeline.ir.quantized_linear`.
+    stored: dtype of activations in memory, where it isn't `dtype`.
     shared_weight: one right operand for the whole batch (a broadcast matmul).
     left_elements: elements of the left operand really in memory, where fewer than b m k (the
         implicit GEMM of a convolution reads its image once).
@@ -45,25 +52,50 @@ class Gemm:
     shared_weight: bool = False
     left_elements: int | None = None
     bias: bool = False
+    stored: torch.dtype | None = None
+    group_rows: int = 1
+    terms: int = 0
+    centred: bool = True
+    scale_bytes: int = 2
+    beside_bytes: int = 0
 
     @property
     def flops(self) -> int:
+        """Of the product as written; what kinds of operation do it: `cost_model.operations`."""
         return 2 * self.batch * self.m * self.n * self.k
 
     @property
+    def copies(self) -> int:
+        """Right operands."""
+        return 1 if self.shared_weight else self.batch
+
+    @property
+    def lookup(self) -> bool:
+        """Are sums of activations looked up instead of products formed?"""
+        return self.scheme == "binary" and self.dtype == torch.int16
+
+    @property
     def bytes(self) -> Roles:
-        size = self.dtype.itemsize
-        copies = 1 if self.shared_weight else self.batch
+        size = (self.stored or self.dtype).itemsize
         left = self.batch * self.m * self.k if self.left_elements is None else self.left_elements
-        weights = copies * self.n * self.k
-        held = weights * (size if self.weight_bits is None else self.weight_bits / 8)
-        if self.weight_bits is not None and self.group_size:
-            per_group = 2 + _OFFSET_BYTES[self.scheme]
-            held += copies * self.n * ceil(self.k / self.group_size) * per_group
+        held = self.copies * self.n * self.k * size
+        if self.weight_bits is not None:
+            held = self.copies * (self.n * ceil(self.k * self.weight_bits / 8) + self.beside_bytes)
+            if self.group_size:
+                groups = ceil(self.n / self.group_rows) * ceil(self.k / self.group_size)
+                held += self.copies * groups * self._group_bytes
         if self.bias:
             held += self.n * size
         output = self.batch * self.m * self.n * size
         return {"input": float(left * size), "weight": float(held), "output": float(output)}
+
+    @property
+    def _group_bytes(self) -> int:
+        """What stands beside the codes of one group."""
+        if self.scheme == "binary":
+            offset = 0 if self.centred else self.scale_bytes
+            return (self.terms or self.scale_bytes) * (self.weight_bits or 0) + offset
+        return self.scale_bytes + {"zero_point": 1, "minimum": self.scale_bytes}.get(self.scheme, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +146,47 @@ class Attention:
         if self.sinks:
             moved["sinks"] = float(self.heads * size)
         return moved
+
+
+@dataclass(frozen=True, slots=True)
+class BinaryAttention:
+    """Linear attention over binary codes of query and key: additions, and a division per query.
+
+    With codes of `head_dim` bits, values of `value_dim` and `kv` keys: each key adds its value, and
+    a count, to the sums that its code selects, and each query adds up the sums that its own
+    selects. input_bytes: of queries and keys as they lie in memory; dtype: of values and result.
+    """
+
+    batch: int
+    heads: int
+    q: int
+    kv: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype = torch.float32
+    input_bytes: float = 0.0
+
+    @property
+    def additions(self) -> int:
+        sums = self.batch * self.heads * (self.q + self.kv)
+        return sums * (self.head_dim + 1) * self.value_dim
+
+    @property
+    def divisions(self) -> int:
+        return self.batch * self.heads * self.q
+
+    @property
+    def flops(self) -> int:
+        return self.additions + self.divisions
+
+    @property
+    def bytes(self) -> Roles:
+        per_row = float(self.batch * self.heads * self.value_dim * self.dtype.itemsize)
+        return {
+            "input": float(self.input_bytes),
+            "kv": per_row * self.kv,
+            "output": per_row * self.q,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +250,7 @@ class Collective:
         return {"link": float(self.payload_bytes)}
 
 
-Kernel = Gemm | Attention | Norm | Stream | Collective
+Kernel = Gemm | Attention | BinaryAttention | Norm | Stream | Collective
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def reference(
     )
     if multiply == torch.bfloat16 and x.shape[:-1].numel() >= MANY_ROWS:
         weight = weight.to(multiply).float()
-    read = x if permutation is None else x[..., permutation.long()]
+    read = x if permutation is None else x[..., permutation.long()]  # torch indexes by no int16
     rounded = fixed_point(read) if multiply == torch.int16 else read.to(multiply).float()
     y = rounded @ weight.T
     if row_scale is not None:

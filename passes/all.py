@@ -8,6 +8,7 @@ from ridgeline.passes.merged_linear import MERGED_LINEAR
 from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
 from ridgeline.passes.rotary import ROTARY_EMBEDDING
+from ridgeline.passes.shift_add_linear import SHIFT_ADD
 
 PASSES: tuple[Pass, ...] = (
     FLASH_ATTENTION,
@@ -17,4 +18,5 @@ PASSES: tuple[Pass, ...] = (
     NORMS,
     MERGED_LINEAR,
     QUANTIZED,
+    SHIFT_ADD,
 )

@@ -3,6 +3,7 @@
 import fnmatch
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,13 +15,14 @@ from ridgeline.cost_model import Target, estimate, load_target, work_of_graph
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
+from ridgeline.passes.already_quantized import already_quantized
 from ridgeline.passes.apply import apply, copy_graph
 from ridgeline.passes.base import Candidate, Pass, Setting, location
 from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
 from ridgeline.passes.decide import Choice, Objective, choose, decision, refusal_decision
 from ridgeline.passes.fold import fold_stacks
 from ridgeline.passes.observe import Observation
-from ridgeline.passes.plan import Certificate, Decision, Plan, cost_to_dict
+from ridgeline.passes.plan import Certificate, Decision, Plan
 from ridgeline.passes.propose import propose
 from ridgeline.passes.record import record
 from ridgeline.passes.settle import settle
@@ -37,6 +39,13 @@ def weight_bytes(module: fx.GraphModule) -> int:
     """Bytes of the distinct tensors that the graph reads as attributes."""
     tensors = {id(t): t for n in module.graph.find_nodes(op="get_attr") for t in [constant(n)]}
     return sum(t.nbytes for t in tensors.values())
+
+
+def graph_figures(module: fx.GraphModule, target: Target) -> dict[str, Any]:
+    """What a plan says of a whole graph: its cost, and `held_bytes` of its distinct weights."""
+    held = weight_bytes(module)
+    cost = estimate(work_of_graph(module.graph), target, resident_bytes=held)
+    return {**asdict(cost), "held_bytes": held}
 
 
 class Compiler:
@@ -109,6 +118,8 @@ class Compiler:
         with spent("normalize"):
             captured, _ = copy_graph(program.module)
             module = normalize(program.module)
+        for sentence in already_quantized(module.graph):
+            self.plan.note(sentence)
         observed = Observation(module, program)
         setting = Setting(self.target, program.training, self.tolerance, observed, self._weights)
         with spent("match"):
@@ -160,9 +171,7 @@ class Compiler:
         plan.refused += ignored
         with spent("choose"):
             plan.predicted[label] = {
-                side: cost_to_dict(
-                    estimate(work_of_graph(m.graph), self.target, resident_bytes=weight_bytes(m))
-                )
+                side: graph_figures(m, self.target)
                 for side, m in (("before", module), ("after", rewritten))
             }
         record(plan, label)
@@ -204,17 +213,15 @@ class Compiler:
             path = location(node).partition(":")[0]
             return any(fnmatch.fnmatch(path, pattern) for pattern in self.ignore)
 
-        out = {location(o): c for c in candidates for o in c.site.outs if ignored(o)}
+        out = {
+            (c.rewrite.name, location(o)): c.rewrite.exactness
+            for c in candidates
+            for o in c.site.outs
+            if ignored(o)
+        }
         lines = [
-            Decision(
-                c.rewrite.name,
-                at,
-                c.rewrite.exactness,
-                "precondition",
-                "listed in ignore=",
-                phase,
-            )
-            for at, c in out.items()
+            Decision(name, at, exactness, "precondition", "listed in ignore=", phase)
+            for (name, at), exactness in out.items()
         ]
         return [c for c in candidates if not any(map(ignored, c.site.outs))], lines
 

@@ -75,7 +75,7 @@ def choose(
     for c in candidates:
         if objective == "latency" and c.memory_bytes > 0:
             price[c] += PRICE_OF_MEMORY * costs[c][0].seconds
-    useful = [c for c in candidates if worth[c] > price[c]]
+    useful = _undominated([c for c in candidates if worth[c] > price[c]], worth)
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
@@ -105,6 +105,28 @@ def choose(
 
     refused = _others(candidates, chosen, costs, worth, price, target, enough, objective)
     return Choice(chosen, refused, costs, worth)
+
+
+NEXT_TO_NOTHING = 0.01
+"""A relative difference of errors that is none: what was observed tells no more."""
+
+
+def _undominated(candidates: Sequence[Candidate], worth: dict[Candidate, float]) -> list[Candidate]:
+    """Without the forms beside which the same pass has one, for the same values, that wins more,
+    holds no more memory and is as exact but for next to nothing."""
+    sites: dict[tuple[str, tuple[fx.Node, ...]], list[Candidate]] = {}
+    for c in candidates:
+        sites.setdefault((c.rewrite.name, c.site.outs), []).append(c)
+
+    def dominated(c: Candidate) -> bool:
+        return any(
+            worth[d] > worth[c]
+            and d.memory_bytes <= c.memory_bytes
+            and d.error <= c.error * (1 + NEXT_TO_NOTHING)
+            for d in sites[c.rewrite.name, c.site.outs]
+        )
+
+    return [c for c in candidates if not dominated(c)]
 
 
 PRICE_OF_TOLERANCE = 0.05
@@ -181,6 +203,10 @@ def _others(
             continue
         if worth[best] <= 0:
             refused.append(Loss(best, "cost", _no_gain(best, *costs[best], target, objective)))
+        elif owner is not None and (rivals := _rivals(candidates, name, owner)):
+            reason = _rivalry(rivals, owner, worth, costs, objective)
+            needed = f"leave {owner.rewrite.name} out of passes= to take this one"
+            refused.append(Loss(best, "cost", reason, needed))
         elif owner is not None:
             reason = f"its nodes are part of {owner.rewrite.name} at {owner.at}"
             needed = f"leave {owner.rewrite.name} out of passes= to weigh this one alone"
@@ -210,15 +236,44 @@ def _no_gain(
     return f"not better on {target.name}: {_sides(candidate, before, after, objective)}"
 
 
+def _rivals(candidates: Sequence[Candidate], name: str, owner: Candidate) -> list[Candidate]:
+    """The forms of the pass `name` that make the very values that `owner` makes."""
+    return [c for c in candidates if c.rewrite.name == name and c.site.outs == owner.site.outs]
+
+
+def _rivalry(
+    rivals: Sequence[Candidate],
+    owner: Candidate,
+    worth: dict[Candidate, float],
+    costs: dict[Candidate, tuple[Cost, Cost]],
+    objective: Objective,
+) -> str:
+    """Both sides' numbers: of what was taken, and of the best rival that is no less exact, or else
+    of the most exact one."""
+    exact = [c for c in rivals if c.error <= owner.error]
+    best = max(exact, key=lambda c: worth[c]) if exact else min(rivals, key=lambda c: c.error)
+
+    def told(c: Candidate) -> str:
+        error = f" at an error of {c.error:.1g}" if c.error or owner.error else ""
+        return f"{_figure(costs[c][1], objective)} as {c.variant or c.rewrite.name}{error}"
+
+    return f"{owner.rewrite.name} is better there: {told(owner)}, {told(best)}"
+
+
 def _sides(candidate: Candidate, before: Cost, after: Cost, objective: Objective) -> str:
     """Both sides' numbers, in the unit of the objective."""
+    form = candidate.variant or candidate.rewrite.name
+    return f"{_figure(before, objective)} as it is, {_figure(after, objective)} as {form}"
+
+
+def _figure(cost: Cost, objective: Objective) -> str:
+    if objective == "memory" and cost.weight_bytes:
+        return f"{cost.weight_bytes / 2**10:.1f} KiB"
     unit, factor, field = {
         "energy": ("µJ", 1e6, "energy_joules"),
         "eflops": ("eMFLOPs", 1e-6, "eflops"),
     }.get(objective, ("µs", 1e6, "seconds"))
-    old, new = (getattr(cost, field) * factor for cost in (before, after))
-    form = candidate.variant or candidate.rewrite.name
-    return f"{old:.1f} {unit} as it is, {new:.1f} {unit} as {form}"
+    return f"{getattr(cost, field) * factor:.1f} {unit}"
 
 
 def decision(

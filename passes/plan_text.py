@@ -1,7 +1,7 @@
 """A plan for people: what was applied (+), what was refused (-), worth, evidence, kernels."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,7 +11,6 @@ from rich.text import Text
 from ridgeline.ir.provenance import short
 
 if TYPE_CHECKING:  # plan.py imports this module to print itself
-    from ridgeline.cost_model import Cost
     from ridgeline.passes.plan import Decision, Plan
 
 
@@ -47,6 +46,10 @@ def _phase(
         f"  predicted {_interval(before)} -> {_interval(after)}: {ratio:.2f}x,"
         f" bound by {after['bound']}; eFLOPs {before['eflops']:.3g} -> {after['eflops']:.3g}"
     )
+    console.print(
+        f"  weights {_change(before, after, 'held_bytes', _bytes)}; energy"
+        f" {_change(before, after, 'energy_joules', _energy)} (of a 45 nm process)"
+    )
     if not any(d.phase == phase for d in plan.applied):
         console.print("  nothing applied: the graph runs as it was captured")
     elif phase in plan.measured:
@@ -77,26 +80,31 @@ _FIRST = ("defect", "certificate", "pattern", "precondition", "overlap", "budget
 
 
 def summaries(decisions: Sequence["Decision"]) -> list[tuple[str, list["Decision"]]]:
-    """Decisions for people: sites refused alike under one heading, the most telling ones first."""
+    """Decisions for people: sites refused alike under one heading, the most telling ones first; and
+    passes that refuse the same sites alike in one line."""
     alike: dict[tuple[Any, ...], list[tuple[str, list[Decision]]]] = {}
     for heading, members in grouped(decisions):
         first = members[0]
         key = (first.rewrite, first.variant, first.refused_by, first.reason, first.needed)
         alike.setdefault(key, []).append((heading, members))
-    joined = [
-        (_listed([h for h, _ in groups]), [d for _, ds in groups for d in ds])
-        for groups in alike.values()
-    ]
+    joined: dict[tuple[Any, ...], list[Decision]] = {}
+    for (rewrite, *told), groups in alike.items():
+        heading, refused = _listed([h for h, _ in groups]), groups[0][1][0].refused_by
+        joined.setdefault((heading, refused is None and rewrite, *told), []).extend(
+            d for _, ds in groups for d in ds
+        )
     rank = {by: i for i, by in enumerate(_FIRST)}
-    return sorted(joined, key=lambda g: (rank.get(g[1][0].refused_by or "", -1), -len(g[1])))
+    lines = [(heading, members) for (heading, *_), members in joined.items()]
+    return sorted(lines, key=lambda g: (rank.get(g[1][0].refused_by or "", -1), -len(g[1])))
 
 
 def sentence(heading: str, members: Sequence["Decision"], *, detail: bool = False) -> str:
     """One line: the rewrite, where, how often, and why (not) and what to do."""
-    first = members[0]
-    often = f" x{len(members)}" if len(members) > 1 else ""
+    first, rewrites = members[0], list(dict.fromkeys(d.rewrite for d in members))
+    sites = len(members) // len(rewrites)
+    often = f" x{sites}" if sites > 1 else ""
     why = _why(list(members), detail) if detail or not first.refused_by else _reason(first)
-    return f"{first.rewrite} {heading}{often}: {why}"
+    return f"{', '.join(rewrites)} {heading}{often}: {why}"
 
 
 def _reason(decision: "Decision") -> str:
@@ -120,8 +128,18 @@ def _entry(console: Console, line: str, below: str) -> None:
 
 
 def _worth(members: list["Decision"]) -> str:
-    before, after = (_sum([getattr(d, side) for d in members]) for side in ("before", "after"))
-    return f"  {before} -> {after}" if before and after else ""
+    """Time before and after; weights and energy too where the weights are held differently."""
+    pairs = [(d.before, d.after) for d in members if d.before is not None and d.after is not None]
+    if not pairs:
+        return ""
+    figures = [("seconds", _time)]
+    if any(before.weight_bytes != after.weight_bytes for before, after in pairs):
+        figures += [("weight_bytes", _bytes), ("energy_joules", _energy)]
+    sums = [
+        (written, *(sum(getattr(pair[side], name) for pair in pairs) for side in (0, 1)))
+        for name, written in figures
+    ]
+    return "  " + ", ".join(f"{written(a)} -> {written(b)}" for written, a, b in sums)
 
 
 def _why(members: list["Decision"], detail: bool) -> str:
@@ -152,16 +170,29 @@ def _interval(cost: dict[str, Any]) -> str:
     return f"{_time(cost['seconds'])} ({_time(cost['low'])} to {_time(cost['high'])})"
 
 
+def _change(
+    before: dict[str, Any], after: dict[str, Any], key: str, written: Callable[[float], str]
+) -> str:
+    ratio = f" ({before[key] / after[key]:.2f}x less)" if before[key] > after[key] > 0 else ""
+    return f"{written(before[key])} -> {written(after[key])}{ratio}"
+
+
+def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
+    """`value` in the first of `units` (name, size) that it reaches, or in the last."""
+    unit, size = next(((u, s) for u, s in units if value >= s), units[-1])
+    return f"{value / size:.3g} {unit}"
+
+
 def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    return _scaled(seconds, (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)))
 
 
-def _sum(costs: list["Cost | None"]) -> str:
-    known = [c.seconds for c in costs if c is not None]
-    return _time(sum(known)) if known else ""
+def _bytes(size: float) -> str:
+    return _scaled(size, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
+
+
+def _energy(joules: float) -> str:
+    return _scaled(joules, (("J", 1.0), ("mJ", 1e-3), ("µJ", 1e-6), ("nJ", 1e-9)))
 
 
 def grouped(decisions: Iterable["Decision"]) -> list[tuple[str, list["Decision"]]]:
@@ -175,8 +206,16 @@ def grouped(decisions: Iterable["Decision"]) -> list[tuple[str, list["Decision"]
     return [(_heading([d.at for d in ds]), ds) for ds in groups.values()]
 
 
-def _heading(places: list[str]) -> str:
-    paths = [p.partition(":")[0] or p for p in places]
+def places(at: Iterable[str]) -> str:
+    """Module paths that differ in numbers only under one heading each, the first few named."""
+    alike: dict[str, list[str]] = {}
+    for place in at:
+        alike.setdefault(re.sub(r"\d+", "#", place.partition(":")[0] or place), []).append(place)
+    return _listed([_heading(group) for group in alike.values()])
+
+
+def _heading(at: list[str]) -> str:
+    paths = [p.partition(":")[0] or p for p in at]
     columns = zip(*(re.split(r"(\d+)", p) for p in paths), strict=True)
     return "".join(
         c[0] if len(set(c)) == 1 else "{" + _range(sorted({int(n) for n in c})) + "}"

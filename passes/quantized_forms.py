@@ -11,17 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from ridgeline.cost_model import Gemm, Work
-from ridgeline.ir.quantized_linear import MANY_ROWS
+from ridgeline.ir.quantized_linear import MANY_ROWS, fixed_point
 from ridgeline.passes.base import Setting
 from ridgeline.passes.quantization import Codec
 
-CODECS = (
-    Codec(bits=4, group_size=128, scheme="symmetric"),
-    Codec(bits=4, group_size=64, scheme="zero_point"),
-    Codec(bits=4, group_size=32, scheme="minimum"),
-    Codec(bits=8, group_size=32, scheme="symmetric"),
-)
-"""From the fewest bits per weight to the most."""
+Products = tuple[torch.dtype | None, ...]
+"""dtypes of products, None for the input's own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,20 +43,22 @@ class Form:
     @property
     def variant(self) -> str:
         """As the plan names it."""
-        c, products = self.codec, "" if self.multiply is None else ", bf16 products"
-        return f"{c.bits}-bit {c.scheme} g{c.group_size}{products}"
+        how = {None: "", torch.bfloat16: ", bf16 products"}.get(self.multiply, ", fixed point")
+        lookup = self.codec.scheme == "binary" and self.multiply == torch.int16
+        return f"{self.codec}{', by lookup' if lookup else how}"
 
 
-def forms(layers: Sequence[Layer], setting: Setting) -> Iterator[Form]:
-    """From the fewest bits per weight to the first that loses nothing."""
-    x = setting.observed(_input(layers))
-    held = sum(layer.weight.nbytes for layer in layers)
-    for codec in CODECS:
-        coded = [setting.weights.rounded(layer.name, layer.weight, codec) for layer in layers]
-        memory_bytes = sum(quantized.nbytes for quantized in coded) - held
-        for multiply in _products(x.dtype, setting):
+def forms(
+    layers: Sequence[Layer], offered: Sequence[tuple[Codec, Products]], setting: Setting
+) -> Iterator[Form]:
+    """Each codec with each dtype of products, to the first codec that loses nothing: list them from
+    the fewest bits per weight to the most."""
+    x = setting.observed(source_of(layers))
+    for codec, products in offered:
+        memory_bytes = sum(_held(layer, codec, setting) - layer.weight.nbytes for layer in layers)
+        for multiply in products:
             error = error_of(layers, codec, multiply, setting)
-            work = _work(layers, codec, multiply or x.dtype)
+            work = _work(layers, codec, multiply, x.dtype)
             yield Form(codec, multiply, error, memory_bytes, work)
         if error_of(layers, codec, None, setting) == 0.0:
             return  # codecs after this one hold more bytes and gain nothing
@@ -75,39 +72,59 @@ def error_of(
     *,
     refined: bool = False,
 ) -> float:
-    """Relative errors of the layers' outputs, as root of the sum of squares: of weights rounded to
-    nearest, or of the `refined` ones, and of the products' dtype."""
-    weights, source = setting.weights, _input(layers)
-    code = weights.refined if refined else weights.rounded
+    """Relative errors of the layers' outputs, as root of the sum of squares: of the store's
+    `sketch` of the weights, or of the `refined` ones, and of the products' dtype."""
+    weights, source = setting.weights, source_of(layers)
     x, total = setting.observed(source), 0.0
 
     def of_weight(layer: Layer) -> float:
-        coded = code(layer.name, layer.weight, codec)
-        return _output_error(x, layer.weight, coded.dequantize())
+        if refined:
+            part, coded = layer.weight, weights.refined(layer.name, layer.weight, codec)
+        else:
+            part, coded = weights.sketch(layer.name, layer.weight, codec)
+        return _output_error(x, part, coded.dequantize())
 
     for layer in layers:
         known = (source, layer.name, codec, refined)
         total += weights.memo(known, functools.partial(of_weight, layer)) ** 2
         if multiply is not None:
-            rounding = functools.partial(_rounding_error, x, layer.weight)
-            total += weights.memo((source, layer.name), rounding) ** 2
+            rounding = functools.partial(_rounding_error, x, layer.weight, multiply)
+            total += weights.memo((source, layer.name, multiply), rounding) ** 2
     return total**0.5
 
 
-def _input(layers: Sequence[Layer]) -> fx.Node:
+def source_of(layers: Sequence[Layer]) -> fx.Node:
     """What every one of the layers reads."""
     x = layers[0].out.args[0]
     assert isinstance(x, fx.Node)
     return x
 
 
-def _products(dtype: torch.dtype, setting: Setting) -> tuple[torch.dtype | None, ...]:
-    """The dtypes in which the products may be formed on this machine."""
+def rows_of(layers: Sequence[Layer]) -> int:
+    """Rows of the layers' input, symbolic sizes at their captured value."""
+    rows = 1
+    for size in source_of(layers).meta["val"].shape[:-1]:
+        rows *= size if isinstance(size, int) else size.node.hint
+    return rows
+
+
+def floating_products(layers: Sequence[Layer], setting: Setting) -> Products:
+    """The floating dtypes in which the products may be formed on this machine."""
     peaks = setting.target.peaks
     faster = peaks.get("bfloat16", 0) > 1.2 * peaks.get("float32", 0)
+    dtype = setting.observed(source_of(layers)).dtype
     if dtype == torch.float32 and setting.target.kind == "cpu" and faster:
         return (None, torch.bfloat16)
     return (None,)
+
+
+def _held(layer: Layer, codec: Codec, setting: Setting) -> int:
+    """Bytes of the layer's weight in `codec`."""
+    part, coded = setting.weights.sketch(layer.name, layer.weight, codec)
+    if len(part) == len(layer.weight):
+        return coded.nbytes
+    n, k = layer.weight.shape
+    return round(codec.average_bits(k, n) * n * k / 8)
 
 
 def _output_error(x: Tensor, weight: Tensor, other: Tensor) -> float:
@@ -119,29 +136,37 @@ def _output_error(x: Tensor, weight: Tensor, other: Tensor) -> float:
     return _ratio(rows @ (wide - other).T, rows @ wide.T)
 
 
-def _rounding_error(x: Tensor, weight: Tensor) -> float:
-    """What bf16 products do to X Wᵀ: x is rounded, and for many rows W."""
+def _rounding_error(x: Tensor, weight: Tensor, multiply: torch.dtype) -> float:
+    """What products in `multiply` do to X Wᵀ: x is rounded, and W where bf16 ones have many
+    rows."""
     rows, wide = x.detach().float().flatten(0, -2)[:256], weight.float()
-    rounded = wide.bfloat16().float() if len(rows) >= MANY_ROWS else wide
     whole = rows @ wide.T
-    return _ratio(rows.bfloat16().float() @ rounded.T - whole, whole)
+    if multiply == torch.int16:
+        return _ratio(fixed_point(rows) @ wide.T - whole, whole)
+    rounded = wide.to(multiply).float() if len(rows) >= MANY_ROWS else wide
+    return _ratio(rows.to(multiply).float() @ rounded.T - whole, whole)
 
 
 def _ratio(difference: Tensor, whole: Tensor) -> float:
     return (difference.norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
 
-def _work(layers: Sequence[Layer], codec: Codec, dtype: torch.dtype) -> Work:
-    rows = 1
-    for size in _input(layers).meta["val"].shape[:-1]:
-        rows *= size if isinstance(size, int) else size.node.hint
+def _work(
+    layers: Sequence[Layer], codec: Codec, multiply: torch.dtype | None, dtype: torch.dtype
+) -> Work:
+    n, k = sum(layer.weight.shape[0] for layer in layers), layers[0].weight.shape[1]
     product = Gemm(
-        m=rows,
-        n=sum(layer.weight.shape[0] for layer in layers),
-        k=layers[0].weight.shape[1],
-        dtype=dtype,
+        m=rows_of(layers),
+        n=n,
+        k=k,
+        dtype=multiply or dtype,
         weight_bits=codec.bits,
         group_size=codec.group_size,
         scheme=codec.scheme,
+        stored=None if multiply is None else dtype,
+        group_rows=codec.group_rows,
+        terms=codec.terms,
+        centred=codec.centred,
+        beside_bytes=2 * n * codec.row_scale + 2 * k * codec.act_order,
     )
     return Work((product,))

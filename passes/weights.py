@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, fx
 
 from ridgeline.codegen.kernel import constant
-from ridgeline.passes.quantization import Codec, QuantizedWeight, quantize, round_to_nearest
+from ridgeline.passes.quantization import (
+    Codec,
+    QuantizationError,
+    QuantizedWeight,
+    quantize,
+    round_to_nearest,
+)
+
+SKETCHED_ROWS = 64
+"""Rows that are encoded to learn what a codec costs, where encoding takes an optimisation."""
 
 _VERSION = operator.attrgetter("_version")
 
@@ -17,15 +26,15 @@ _VERSION = operator.attrgetter("_version")
 class WeightStore:
     """Weights by name and codec.
 
-    hessians: weight name -> H [K,K] = 2/n Σ x xᵀ from calibration data; with it GPTQ is used,
-    without it a calibration-free search.
+    hessians: weight name -> H [K,K] = 2/n Σ x xᵀ from calibration data, against which codes are
+    found; without it, by a calibration-free search.
     """
 
     def __init__(self, hessians: dict[str, Tensor] | None = None) -> None:
         self.hessians = hessians or {}
         self._sources: dict[str, Tensor] = {}
         self._versions: list[int] = []
-        self._rounded: dict[tuple[str, Codec], QuantizedWeight] = {}
+        self._sketched: dict[tuple[str, Codec], tuple[Tensor, QuantizedWeight]] = {}
         self._refined: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._stacked: dict[tuple[tuple[str, ...], Codec], QuantizedWeight] = {}
         self._held: dict[str, Tensor] = {}
@@ -46,22 +55,33 @@ class WeightStore:
         """Has a weight been changed in place since it was folded?"""
         return list(map(_VERSION, self._sources.values())) != self._versions
 
-    def rounded(self, name: str, weight: Tensor, codec: Codec) -> QuantizedWeight:
-        """Round to nearest: what the chooser weighs."""
+    def sketch(self, name: str, weight: Tensor, codec: Codec) -> tuple[Tensor, QuantizedWeight]:
+        """What the chooser weighs: rows of `weight`, and how `codec` holds them.
+
+        Uniform codes: all rows, rounded to nearest. Others, whose codes are found by an
+        optimisation: the real thing for up to `SKETCHED_ROWS` rows spread over the weight.
+        """
         key = (name, codec)
-        if key not in self._rounded:
-            self._rounded[key] = round_to_nearest(weight, codec)
-        return self._rounded[key]
+        if key not in self._sketched:
+            if codec.codec == "uniform":
+                part, coded = weight, round_to_nearest(weight, codec)
+            else:
+                shared = codec.group_rows > 1 or codec.row_scale
+                part = weight if shared else weight[:: -(-len(weight) // SKETCHED_ROWS)]
+                coded = quantize(part, codec, self.hessians.get(name))
+            self._sketched[key] = part, coded
+        return self._sketched[key]
 
     def refined(self, name: str, weight: Tensor, codec: Codec) -> QuantizedWeight:
-        """The best that can be had: lossless as it is, GPTQ with data, a search without."""
+        """The best that can be had: lossless as it is, else against data, or by a search."""
         key = (name, codec)
         if key not in self._refined:
             self._watch(name, weight)
-            rounded = self.rounded(name, weight, codec)
-            lossless = torch.equal(rounded.dequantize(), weight.float())
+            part, coded = self.sketch(name, weight, codec)
+            whole = len(part) == len(weight)
+            final = whole and (codec.codec != "uniform" or _lossless(coded, weight))
             self._refined[key] = (
-                rounded if lossless else quantize(weight, codec, self.hessians.get(name))
+                coded if final else quantize(weight, codec, self.hessians.get(name))
             )
         return self._refined[key]
 
@@ -85,28 +105,41 @@ class WeightStore:
         if len(parts) == 1:
             return parts[0]
         if (names, codec) not in self._stacked:
-            dtype = max((p.scale.dtype for p in parts), key=lambda d: d.itemsize)
-            whole = QuantizedWeight(
-                torch.cat([p.packed for p in parts]),
-                torch.cat([p.scale.to(dtype) for p in parts]),
-                _stacked_offsets(parts, dtype),
-                codec.bits,
-                codec.group_size,
-                parts[0].in_features,
-            )
+            whole = _stack(parts)
             self._stacked[names, codec] = whole
             start = 0
             for name, part in zip(names, parts, strict=True):
-                rows = slice(start, start := start + len(part.packed))
-                offset = None if whole.offset is None else whole.offset[rows]
-                self._refined[name, codec] = dataclasses.replace(
-                    part, packed=whole.packed[rows], scale=whole.scale[rows], offset=offset
-                )
+                stop = start + len(part.packed)
+                self._refined[name, codec] = whole.rows(start, stop)
+                start = stop
         return self._stacked[names, codec]
 
 
-def _stacked_offsets(parts: list[QuantizedWeight], dtype: torch.dtype) -> Tensor | None:
-    offsets = [p.offset for p in parts if p.offset is not None]
-    if not offsets:
-        return None
-    return torch.cat([o.to(dtype) if o.is_floating_point() else o for o in offsets])
+def _lossless(coded: QuantizedWeight, weight: Tensor) -> bool:
+    return torch.equal(coded.dequantize(), weight.float())
+
+
+def _stack(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    """One upon the other; their permutation is one, being that of their input."""
+    widest = max((p.scale.dtype for p in parts), key=lambda dtype: dtype.itemsize)
+
+    def joined(name: str) -> Tensor | None:
+        tensors = [t for p in parts if (t := getattr(p, name)) is not None]
+        if not tensors:
+            return None
+        if len(tensors) != len(parts):
+            raise QuantizationError(f"{name} is held by some of the stacked weights and not by all")
+        if name in ("scale", "offset") and tensors[0].is_floating_point():
+            return torch.cat([t.to(widest) for t in tensors])
+        dtype = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+        return torch.cat([t.to(dtype) for t in tensors])
+
+    for part in parts[1:]:
+        one, other = parts[0].permutation, part.permutation
+        same = one is other or (one is not None and other is not None and torch.equal(one, other))
+        if not same or part.settings != parts[0].settings or part.group_rows > 1:
+            raise QuantizationError(
+                "weights to be stacked need one codec, one permutation and groups of one row each"
+            )
+    fields = {n: joined(n) for n in ("packed", "scale", "offset", "row_scale")}
+    return dataclasses.replace(parts[0], **fields)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from ridgeline.cost_model import load_target, target_names
     from ridgeline.ir.errors import RidgelineError
     from ridgeline.passes import PASSES, optimize
+    from ridgeline.passes.quantization import bits_per_weight, load_quantized, save_quantized
 
 __version__ = "0.1.0"
 
@@ -15,17 +16,23 @@ __all__ = [
     "PASSES",
     "RidgelineError",
     "__version__",
+    "bits_per_weight",
+    "load_quantized",
     "load_target",
     "nn",
     "optimize",
+    "save_quantized",
     "target_names",
 ]
 
 _HOMES = {
     "PASSES": "ridgeline.passes",
     "RidgelineError": "ridgeline.ir.errors",
+    "bits_per_weight": "ridgeline.passes.quantization",
+    "load_quantized": "ridgeline.passes.quantization",
     "load_target": "ridgeline.cost_model",
     "optimize": "ridgeline.passes",
+    "save_quantized": "ridgeline.passes.quantization",
     "target_names": "ridgeline.cost_model",
 }
 

@@ -9,18 +9,22 @@ from ridgeline.passes.quantization.gptq import gptq
 from ridgeline.passes.quantization.layer import QuantizedLinear
 from ridgeline.passes.quantization.levels import LINEAR
 from ridgeline.passes.quantization.search import calibration_free, round_to_nearest
+from ridgeline.passes.quantization.store import bits_per_weight, load_quantized, save_quantized
 
 __all__ = [
     "Codec",
     "QuantizationError",
     "QuantizedLinear",
     "QuantizedWeight",
+    "bits_per_weight",
     "calibration_free",
     "collect_hessians",
     "descend",
     "gptq",
+    "load_quantized",
     "quantize",
     "round_to_nearest",
+    "save_quantized",
     "stream_hessians",
 ]
 

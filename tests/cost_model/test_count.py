@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import ridgeline.ir.attention
-import ridgeline.ir.quantized_linear  # noqa: F401 - registers the ops
+import ridgeline.ir.attention  # noqa: F401 - registers the op
 from ridgeline.cost_model import Attention, Gemm, Uncountable, Work, work_of, work_of_graph
+from ridgeline.passes.quantization import Codec, QuantizedWeight
+from ridgeline.passes.quantization.layer import QuantizedLinear
 
 
 def captured(function, *args, **kwargs):
@@ -131,9 +132,73 @@ def test_ridgeline_quantized_linear():
     def linear(x, scale):
         return torch.ops.ridgeline.quantized_linear(x, packed, scale, bits=4, group_size=16)
 
-    (kernel,) = work_of_graph(captured(linear, r(3, 5, 32), r(8, 2))).kernels
+    (kernel,) = work_of_graph(captured(linear, r(3, 5, 32), r(8, 2).half())).kernels
     assert kernel == Gemm(15, 8, 32, weight_bits=4, group_size=16)
     assert kernel.bytes["weight"] == 8 * 32 / 2 + 8 * 2 * 2
+
+
+CODED = {
+    "uniform": (Codec(4, 32, "symmetric"), 4, 2),
+    "zero_point": (Codec(8, 32), 8, 2 + 1),
+    "minimum": (Codec(4, 32, "minimum"), 4, 2 + 2),
+    "binary": (Codec(3, 32, "binary"), 3, 3 * 2),
+    "binary with an offset": (Codec(2, 32, "binary", centred=False), 2, 2 * 2 + 2),
+    "powers of two": (Codec(3, 32, "binary", terms=2), 3, 3 * 2),
+    "shift": (Codec(8, 32, "shift", terms=2), 8, 2),
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("multiply", [None, torch.int16], ids=str)
+def test_quantized_linear_of_every_codec_reads_the_bytes_that_it_holds(name, multiply):
+    codec, bits, per_group = CODED[name]
+    weight = _coded(codec, rows=8, columns=80)
+    layer = QuantizedLinear(weight, r(8), multiply)
+    (kernel,) = work_of_graph(captured(layer.forward, r(3, 80))).kernels
+    assert kernel.bytes["weight"] == weight.nbytes + 8 * 4
+    assert weight.nbytes == 8 * (-(-80 * bits // 8) + 3 * per_group) + 16 + 2 * 80
+    assert kernel.bytes["input"] == 3 * 80 * 4
+    assert kernel.lookup == (codec.scheme == "binary" and multiply == torch.int16)
+
+
+def _coded(codec: Codec, rows: int, columns: int) -> QuantizedWeight:
+    """Random codes and scales, with row scales and a permutation."""
+    shape = (rows, codec.groups(columns))
+    scale, offset = torch.rand(shape).half(), None
+    if codec.scheme == "binary":
+        scale = torch.rand(*shape, codec.bits).half()
+        if codec.terms:
+            scale = torch.randint(60, 70, (*shape, codec.bits, codec.terms), dtype=torch.int8)
+    if codec.scheme == "minimum" or not codec.centred:
+        offset = torch.rand(shape).half()
+    if codec.scheme == "zero_point":
+        offset = torch.zeros(shape, dtype=torch.uint8)
+    return QuantizedWeight(
+        torch.zeros(rows, -(-columns * codec.bits // 8), dtype=torch.uint8), scale, offset,
+        codec.bits, codec.group_size, columns, codec.codec, codec.group_rows,
+        codec.terms if codec.scheme == "shift" else 1, torch.rand(rows).half(),
+        torch.randperm(columns).short(),
+    )  # fmt: skip
+
+
+def test_groups_of_several_rows_share_their_scales():
+    shared = Gemm(1, 96, 64, weight_bits=3, group_size=1, scheme="binary", group_rows=96, terms=3)
+    assert shared.bytes["weight"] == 96 * 64 * 3 / 8 + 64 * 3 * 3
+
+
+def test_binary_attention():
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v, t):
+            return torch.ops.ridgeline.binary_attention(q, k, v, t, t)
+
+    binary = pytest.importorskip("ridgeline.ir.binary_attention")
+    assert binary.BINARY_ATTENTION.qualified == "ridgeline::binary_attention"
+    arguments = r(2, 3, 5, 8), r(2, 3, 7, 8), r(2, 3, 7, 16), r(3, 8)
+    (kernel,) = work_of_graph(captured(Attend().forward, *arguments)).kernels
+    assert kernel.additions == 2 * 3 * (7 + 5) * (8 + 1) * 16
+    assert kernel.divisions == 2 * 3 * 5
+    sizes = {"input": 5 * 8 + 7 * 8, "kv": 7 * 16, "output": 5 * 16}
+    assert kernel.bytes == {role: 2 * 3 * 4 * n for role, n in sizes.items()}
 
 
 def test_a_call_that_was_not_captured():

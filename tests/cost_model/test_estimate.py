@@ -8,6 +8,7 @@ import torch
 
 from ridgeline.cost_model import (
     Attention,
+    BinaryAttention,
     Collective,
     Gemm,
     InvalidTarget,
@@ -206,3 +207,50 @@ def test_cpu_reads_at_the_speed_of_the_cache_that_holds_the_data(cpu):
 
 def test_shipped_folder_is_what_names_list():
     assert sorted(p.stem for p in FOLDER.glob("*.toml")) == sorted(GPUS)
+
+
+def coded(bits, scheme, dtype, m=1, n=4096, k=11008, **options):
+    return Gemm(
+        m, n, k, dtype=dtype, weight_bits=bits, group_size=128, scheme=scheme,
+        stored=torch.float32, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2048, (4096, 11008)], ids=str)
+def test_lookups_win_at_two_bits_and_lose_at_four_on_a_cpu(cpu, size):
+    n, k = size if isinstance(size, tuple) else (size, size)
+    plain = seconds(coded(4, "symmetric", BF16, n=n, k=k), cpu)
+    lookup = {q: seconds(coded(q, "binary", torch.int16, n=n, k=k), cpu) for q in (2, 3, 4)}
+    assert lookup[2] < plain < lookup[4]
+    assert lookup[2] < lookup[3] < lookup[4]
+
+
+def test_two_bits_from_memory_are_bound_by_it(cpu):
+    model = {"resident_bytes": 1e9}
+    cost = estimate(Work((coded(2, "binary", torch.int16),)), cpu, **model)
+    assert cost.bound == "memory"
+    assert cost.seconds < seconds(coded(4, "symmetric", BF16), cpu, **model) / 1.5
+
+
+def test_many_rows_lose_by_lookup_and_win_decoded_first(cpu):
+    many = {"m": 256, "n": 1024, "k": 1024}
+    lookup = seconds(coded(2, "binary", torch.int16, **many), cpu)
+    assert lookup > 2 * seconds(coded(2, "binary", BF16, **many), cpu)
+
+
+@pytest.mark.parametrize("name", ["a100", "h100", "l4"])
+def test_planes_cost_a_gpu_arithmetic_and_save_it_bytes(name):
+    target = load_target(name)
+    binary = {q: seconds(coded(q, "binary", BF16), target) for q in (2, 4)}
+    assert binary[2] < seconds(coded(4, "symmetric", BF16), target) < binary[4]
+    assert seconds(coded(5, "shift", BF16, terms=1), target) < seconds(
+        coded(8, "shift", BF16, terms=2), target
+    )
+
+
+def test_binary_attention_is_additions(cpu):
+    attention = BinaryAttention(1, 8, 1024, 1024, 64, 64)
+    softmax = Attention(1, 8, 8, 1024, 1024, 64, 64)
+    for target in (cpu, load_target("a100")):
+        assert 0 < seconds(attention, target) < 2 * seconds(softmax, target)
+    assert seconds(attention, cpu) < seconds(softmax, cpu)

@@ -108,6 +108,7 @@ EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "group_rational": _rational,
     "merged_linear": _beside,
     "quantized_linear": _linear,
+    "shift_add_linear": _linear,
     "norm": _norm,
     "gated_activation": _gated,
     "rotary": _rotary,
@@ -125,7 +126,8 @@ def _propose(rewrite: Pass, model: nn.Module, inputs: list[Tensor]) -> Any:
         program = capture(model.eval(), inputs).program
         module = normalize(program.module)
         observed = Observation(module, program)
-        setting = Setting(load_target("a100"), False, 0.5, observed, WeightStore())
+        store = WeightStore({"weight": torch.eye(128)})  # of the linear layer, as if calibrated
+        setting = Setting(load_target("a100"), False, 0.5, observed, store)
         candidates, refusals = propose((rewrite,), module, setting)
         prepared = [rewrite.prepare(c, setting) for c in candidates]
     return module, prepared, refusals

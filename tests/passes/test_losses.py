@@ -16,6 +16,7 @@ from ridgeline.passes.decide import choose
 from ridgeline.passes.merged_linear import MERGED_LINEAR
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.propose import propose
+from ridgeline.passes.quantized_linear import QUANTIZED
 from ridgeline.passes.weights import WeightStore
 
 
@@ -50,7 +51,9 @@ def test_the_tolerance_that_a_budget_refusal_names_is_enough():
     model, x = nn.Linear(256, 256).eval(), torch.randn(4, 256)
 
     def planned(tolerance: float):
-        options = {"target": "a100", "objective": "memory", "lowering": "eager"}
+        options = {
+            "target": "a100", "objective": "memory", "lowering": "eager", "passes": (QUANTIZED,)
+        }  # fmt: skip
         return ridgeline.optimize(model, (x,), tolerance=tolerance, **options).plan
 
     refused = [d for d in planned(1e-3).refused if d.refused_by == "budget"]

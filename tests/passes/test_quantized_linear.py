@@ -36,7 +36,10 @@ def _error(fast: nn.Module, model: nn.Module, x: Tensor) -> float:
 
 def _optimized(model: nn.Module, x: Tensor, **options):
     with torch.no_grad():
-        return optimize(model, (x,), target="a100", objective="memory", lowering="eager", **options)
+        return optimize(
+            model, (x,), target="a100", objective="memory", lowering="eager", passes=(QUANTIZED,),
+            **options,
+        )  # fmt: skip
 
 
 def _on_the_q4_1_grid(linear: nn.Linear) -> None:
@@ -205,7 +208,7 @@ def test_four_bits_win_at_one_row_and_lose_at_many():
 
 def test_a_single_vector_is_left_alone():
     model, x = nn.Linear(512, 512).eval(), torch.randn(512)
-    fast = optimize(model, (x,), target="cpu", tolerance=0.5, lowering="eager")
+    fast = optimize(model, (x,), target="cpu", tolerance=0.5, lowering="eager", passes=(QUANTIZED,))
     with torch.no_grad():
         assert torch.equal(fast(x), model(x))
     assert [d.reason for d in fast.plan.refused] == ["the input is a single vector"]

@@ -154,7 +154,8 @@ def test_every_objective_settles(objective, tolerance):
     fast = ridgeline.optimize(model, (x,), objective=objective, **options)
     with torch.no_grad():
         assert relative_error([fast(x)], [model(x)]) <= tolerance
-    assert len(fast.plan.applied) + len(fast.plan.refused) == 2
+    assert {d.at.partition(":")[0] for d in fast.plan.applied + fast.plan.refused} == {"0", "2"}
+    assert len(fast.plan.applied) <= 2
     if objective == "memory" and tolerance == 0.5:
         assert len(fast.plan.applied) == 2
 
