@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from ridgeline import nn
     from ridgeline.cost_model import load_target, target_names
     from ridgeline.ir.errors import RidgelineError
-    from ridgeline.passes import PASSES, optimize
+    from ridgeline.passes import PASSES, optimize, reparameterize
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "load_target",
     "nn",
     "optimize",
+    "reparameterize",
     "target_names",
 ]
 
@@ -26,6 +27,7 @@ _HOMES = {
     "RidgelineError": "ridgeline.ir.errors",
     "load_target": "ridgeline.cost_model",
     "optimize": "ridgeline.passes",
+    "reparameterize": "ridgeline.passes",
     "target_names": "ridgeline.cost_model",
 }
 
