@@ -14,6 +14,7 @@ from ridgeline.passes.base import Pass
 from ridgeline.passes.compiler import Compiler, Objective, OptimizeError
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.quantization import collect_hessians
+from ridgeline.passes.shift_add_vit import freeze
 
 
 def optimize(
@@ -47,6 +48,9 @@ def optimize(
         saying so.
     max_graphs: how many captured graphs are kept; beyond it the least recently used is given up.
 
+    A model of `ridgeline.reparameterize` in eval mode has its shift layers packed into codes; train
+    the model that was passed, and optimize it again, where they are to change.
+
     In eval mode the result is for inference: no gradient reaches the parameters, and inputs get
     theirs only where they require it. Call `train()` to train.
 
@@ -69,7 +73,7 @@ def optimize(
         hessians=_hessians(model, calibration),
     )
     _refuse_unmatched(compiler.ignore, model)
-    fast = optimized_copy(model, compiler, strict=strict, max_graphs=max_graphs)
+    fast = optimized_copy(freeze(model), compiler, strict=strict, max_graphs=max_graphs)
     if args is not None or kwargs:
         fast.capture(*(args or ()), **(kwargs or {}))
     return fast
