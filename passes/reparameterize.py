@@ -5,9 +5,14 @@ from typing import Any
 from torch import nn
 
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.passes.quantized_model import quantized_linear, shift_add_linear
 from ridgeline.passes.shift_add_vit import shift_add_vit
 
-METHODS = {"shift_add_vit": shift_add_vit}
+METHODS = {
+    "quantized_linear": quantized_linear,
+    "shift_add_linear": shift_add_linear,
+    "shift_add_vit": shift_add_vit,
+}
 
 
 class ReparameterizeError(RidgelineError, ValueError):
@@ -18,7 +23,10 @@ def reparameterize(model: nn.Module, method: str, **options: Any) -> nn.Module:
     """A new model that computes `model` in another form; the caller's is never changed.
 
     method: "shift_add_vit" for additive attention, shift layers and mixtures, to be fine-tuned:
-        options as of `ridgeline.passes.shift_add_vit.shift_add_vit`.
+        options as of `ridgeline.passes.shift_add_vit.shift_add_vit`; "shift_add_linear" for
+        binary-coded linear layers of 2 to 4 bits, "quantized_linear" for 4 or 8 bits with scale and
+        minimum, both fitted to calibration data: options as of
+        `ridgeline.passes.quantized_model.quantized_model`.
     The new model's `report` says what became of each layer, and why others stay. Hand it to
     `ridgeline.optimize` in eval mode to run it by kernels.
 

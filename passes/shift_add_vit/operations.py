@@ -22,10 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from ridgeline.cost_model.estimate import DRAM_JOULES_PER_BYTE
+from ridgeline.cost_model.energy import movement_joules, unit_joules
 from ridgeline.passes.shift_add_vit.freeze import freeze
-
-MULTIPLY_JOULES, ADD_JOULES, SHIFT_JOULES = 3.7e-12, 0.9e-12, 0.13e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +39,15 @@ class Operations:
     def arithmetic_joules(self) -> float:
         """Energy of the operations alone, as fp32."""
         return (
-            self.multiplications * MULTIPLY_JOULES
-            + self.additions * ADD_JOULES
-            + self.shifts * SHIFT_JOULES
+            self.multiplications * unit_joules("multiply", "float32")
+            + self.additions * unit_joules("add", "float32")
+            + self.shifts * unit_joules("shift", "int32")
         )
 
     @property
     def joules(self) -> float:
-        """With the weights' way from DRAM."""
-        return self.arithmetic_joules + self.weight_bytes * DRAM_JOULES_PER_BYTE
+        """With the weights' way from DRAM and through the chip's buffer."""
+        return self.arithmetic_joules + movement_joules(self.weight_bytes)
 
 
 class _Counter(TorchDispatchMode):
