@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ridgeline.passes.copy_model import copy_model
 from ridgeline.passes.quantization import (
     Codec,
     QuantizationError,
@@ -42,6 +43,9 @@ SMALLEST = 64
 
 HESSIAN_WINDOWS, SENSITIVITY_WINDOWS = 32, 8
 """Windows that Hessians and sensitivities are measured on; distillation draws from all."""
+
+MIXED = (2, 3, 4)
+"""Widths that are given out."""
 
 RECIPES = {
     2: Recipe(steps=160, scale_rate=5e-3),
@@ -128,6 +132,10 @@ def quantized_model(
             "a quantised model is fitted to how it is used; pass calibration=, such as a text and"
             " tokenizer="
         )
+    if average_bits is not None and not MIXED[0] <= average_bits <= MIXED[-1]:
+        raise QuantizationError(
+            f"average_bits is {average_bits!r}; choose {MIXED[0]} to {MIXED[-1]}, as 3.0"
+        )
     batches = calibration_batches(calibration, tokenizer)
     names, stay = _layers(model, ignore)
     for name in names:
@@ -203,7 +211,7 @@ def _mixed(
     say: Progress,
 ) -> dict[str, Codec]:
     """Codecs of 2, 3 and 4 bits by sensitivity."""
-    offered = [codec_of(b) for b in (2, 3, 4)]
+    offered = [codec_of(b) for b in MIXED]
     harm = measure(
         copy.deepcopy(model).eval(),
         names,
@@ -237,14 +245,20 @@ def _in_sequence(
 
 
 def _assembled(model: nn.Module, found: dict[str, QuantizedWeight]) -> nn.Module:
-    """A copy of `model` with the layers in `found` replaced, whose weights are not copied."""
-    spared = {id(model.get_submodule(name).weight): None for name in found}
-    new = copy.deepcopy(model, spared)
+    """A copy of `model` with the layers in `found` replaced. It shares what stays as it is, and has
+    vectors (weights of norms, which distillation tunes) of its own."""
+    new = copy_model(model)
     for name, weight in found.items():
         parent, _, child = name.rpartition(".")
-        bias = model.get_submodule(name).bias
+        bias = new.get_submodule(name).bias
         setattr(new.get_submodule(parent), child, QuantizedLinear(weight, bias))
-    return new.requires_grad_(False).eval()
+    own: dict[int, nn.Parameter] = {}
+    for module in new.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dim() == 1:
+                copied = own.setdefault(id(p), nn.Parameter(p.detach().clone(), False))
+                setattr(module, name, copied)
+    return new.eval()
 
 
 def _recipe(distillation: Recipe | bool, codecs: dict[str, Codec]) -> Recipe | None:

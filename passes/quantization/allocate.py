@@ -3,11 +3,12 @@
 Law: to second order in the error E_l = W_l - Ŵ_l of every layer, the divergence of the model's
 outputs from what they were is the sum over layers of
 
-    D_l(b) = tokens/2 · sum_n f[n] (E H Eᵀ)[n,n] / 2,     f[n] = mean over tokens of (∂L/∂y[n])²
+    D_l(b) = 1/2 sum_n f[n] (E H Eᵀ)[n,n] / 2,     f[n] = mean over tokens of (∂L/∂y[n])²
 
 with H = 2/n sum x xᵀ, L = -log p of a token drawn from the model's own distribution (so f is the
-diagonal of the Fisher information of the layer's outputs, averaged over tokens), and E at b bits
-measured by encoding a sample of the layer's rows. Then, by the chooser of `ridgeline.cost_model`,
+diagonal of the Fisher information of the layer's outputs, averaged over tokens; of a model without
+logits, of outputs observed with an error of 1), and E at b bits measured by encoding a sample of
+the layer's rows. Then, by the chooser of `ridgeline.cost_model`,
 
     minimise sum_l D_l(b_l)   subject to   sum_l bytes_l(b_l) <= budget.
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ridgeline.cost_model import Option, solve
-from ridgeline.passes.quantization.calibrate import Batch, accumulate, shared_inputs
+from ridgeline.passes.quantization.calibrate import Batch, accumulate, call, shared_inputs
 from ridgeline.passes.quantization.codec import Codec, QuantizationError
 from ridgeline.passes.quantization.descent import descend
 from ridgeline.passes.quantization.sequence import weight_of
@@ -80,7 +81,7 @@ def measure(
     """D_l of every layer for each codec that `codecs` offers it; two passes over the batches.
 
     model: as it is before anything is quantised, with parameters that may be differentiated;
-    left as it was. Its output must have `logits` [.., V].
+    left as it was.
     """
     fisher = _fisher(model, names, batches)
     shared = shared_inputs(model, names, batches)
@@ -129,14 +130,23 @@ def _fisher(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) ->
         for p in required:
             p.requires_grad_(False)
         for batch in batches:
-            output = model(**batch) if isinstance(batch, dict) else model(batch)
-            logits = output.logits.float().flatten(0, -2)
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
-            (-logits.log_softmax(-1).gather(1, drawn).sum()).backward()
-            tokens += len(logits)
+            output = call(model, batch)
+            y = getattr(output, "logits", output)
+            rows = (y if isinstance(y, Tensor) else y[0]).float().flatten(0, -2)
+            _drawn_loss(rows, hasattr(output, "logits"), draw).backward()
+            tokens += len(rows)
     finally:
         for handle in handles:
             handle.remove()
         for p, flag in required.items():
             p.requires_grad_(flag)
     return {name: total / tokens for name, total in squares.items()}
+
+
+def _drawn_loss(rows: Tensor, logits: bool, draw: torch.Generator) -> Tensor:
+    """-log p of tokens drawn from the model's own distribution; of an output that is no logits, its
+    product with normal noise, as of an observation with an error of 1."""
+    if logits:
+        drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=draw)
+        return -rows.log_softmax(-1).gather(1, drawn).sum()
+    return (rows * torch.randn(rows.shape, generator=draw)).sum()

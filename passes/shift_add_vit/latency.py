@@ -3,6 +3,7 @@
 from torch import nn
 
 from ridgeline.cost_model import Gemm, Target, Work, estimate
+from ridgeline.passes.quantization import Codec
 from ridgeline.passes.shift_add_vit.shift_linear import ShiftLinear
 
 
@@ -12,14 +13,7 @@ def expert_latencies(linear: nn.Linear, target: Target, *, tokens: int) -> tuple
     dtype = linear.weight.dtype
     shift = ShiftLinear.of(linear)
     plain = Gemm(tokens, n, k, dtype=dtype, bias=linear.bias is not None)
-    coded = Gemm(
-        tokens,
-        n,
-        k,
-        dtype=dtype,
-        weight_bits=shift.bits,
-        group_size=shift.group_size,
-        bias=linear.bias is not None,
-    )
+    codec = Codec(shift.bits, shift.group_size, "shift", terms=shift.terms)
+    coded = codec.gemm(tokens, n, k, dtype, bias=linear.bias is not None)
     first, second = (estimate(Work((gemm,)), target).seconds for gemm in (plain, coded))
     return first, second
