@@ -28,9 +28,9 @@ from ridgeline.ir.errors import RidgelineError
 Scheme = Literal["symmetric", "zero_point", "minimum", "binary", "shift"]
 UNIFORM: tuple[Scheme, ...] = ("symmetric", "zero_point", "minimum")
 BITS: dict[Scheme, tuple[int, ...]] = {
-    "symmetric": (4, 8),
-    "zero_point": (4, 8),
-    "minimum": (4, 8),
+    "symmetric": (3, 4, 8),
+    "zero_point": (3, 4, 8),
+    "minimum": (3, 4, 8),
     "binary": (1, 2, 3, 4),
     "shift": (4, 5, 6, 8),
 }
