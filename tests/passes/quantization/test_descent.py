@@ -1,5 +1,7 @@
 """Levels linear in their parameters: fitting, feedback, descent, and what they are better than."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_descent_never_makes_it_worse(layer, terms, group_rows):
         found.append(measured())
         state.recode()
         found.append(measured())
-    assert all(b <= a * (1 + 1e-5) for a, b in zip(found, found[1:], strict=False))
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(found))
     assert found[-1] < 0.97 * found[0]
 
 

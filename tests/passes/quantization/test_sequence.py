@@ -1,4 +1,4 @@
-"""Calibration in sequence: what each layer sees, chains of blocks, and results that are taken up."""
+"""Calibration in sequence: what each layer sees, chains of blocks, results that are taken up."""
 
 import copy
 
