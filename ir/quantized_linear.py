@@ -167,7 +167,7 @@ def reference(
 ) -> Tensor:
     """The law above in plain torch.
 
-    x [..., K]; packed, scale, offset as in the law; bias, row_scale [N]; permutation int [K].
+    x [..., K]; packed, scale, offset as in the law; bias, row_scale [N]; permutation integer [K].
     multiply: the dtype in which products are formed (accumulation is fp32 always); None means
         x.dtype, int16 fixed point. Returns [..., N], x.dtype.
     """

@@ -64,7 +64,7 @@ def rounds(
         "torch int4pack bf16": lambda: int4pack(x16, *theirs()),
         "torch bf16": lambda: F.linear(x16, *w16()),
         "torch fp32": lambda: F.linear(x, *w32()),
-        KERNEL: lambda: cpu.OP(x16, *ours(), None, None, kernel),
+        KERNEL: lambda: cpu.OP(x16, *ours(), None, None, None, None, kernel),
     }
     timings = interleave(
         functions, baseline="torch int4pack bf16", rounds=samples, seconds_per_sample=0.01

@@ -10,18 +10,34 @@ from ridgeline.ir.errors import RidgelineError
 ISAS = ("generic", "avx512", "avx512_bf16")
 """From least to most: any CPU; AVX-512 F/BW/DQ/VL; the same and `vdpbf16ps`."""
 
+BYTE_TABLES = "avx512_vbmi"
+"""Beside `ISAS`, as some CPUs of either AVX-512 kind have it: `vpermb` and `vpdpbusd`."""
+
 _NEEDS = {
     "generic": (),
     "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
     "avx512_bf16": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),
+    BYTE_TABLES: ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_vnni"),
 }
+
+
+@functools.cache
+def executes(isa: str) -> bool:
+    """Does this CPU have what `isa`, one of `ISAS` or `BYTE_TABLES`, needs?"""
+    has = torch.cpu.get_capabilities()
+    return all(has.get(flag) for flag in _NEEDS[isa])
 
 
 @functools.cache
 def best_isa() -> str:
     """The most capable of `ISAS` that this CPU executes (AVX2 and Arm are "generic")."""
-    has = torch.cpu.get_capabilities()
-    return next(isa for isa in reversed(ISAS) if all(has.get(flag) for flag in _NEEDS[isa]))
+    return next(isa for isa in reversed(ISAS) if executes(isa))
+
+
+def byte_table_isa() -> str:
+    """`BYTE_TABLES` where this CPU has it and `RIDGELINE_ISA` asks for no less; or `host_isa()`."""
+    isa = host_isa()
+    return BYTE_TABLES if isa == best_isa() and executes(BYTE_TABLES) else isa
 
 
 def host_isa() -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -70,20 +71,26 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
     )
 
 
+_WEIGHT = ("offset", "row_scale", "permutation")
+"""Optional tensors of a quantised weight, beside its codes and scale."""
+
+
+def _weight(node: fx.Node) -> tuple[fx.Node, fx.Node | None, dict[str, Any]]:
+    """(x, bias, the weight's tensors and settings as `quantized_linear_layout.pack` takes them)."""
+    x, packed, scale, offset, bias, *more = (argument(node, i) for i in range(7))
+    optional = zip(_WEIGHT, (offset, *more), strict=True)
+    held = {"packed": constant(packed), "scale": constant(scale)}
+    held |= {name: None if t is None else constant(t) for name, t in optional}
+    names = ("codec", "terms", "group_rows", "bits", "group_size")
+    settings = {name: node.kwargs[name] for name in names if name in node.kwargs}
+    return x, bias, held | settings | {"in_features": hints(x)[-1]}
+
+
 def _spec(node: fx.Node) -> quantized_linear.KernelSpec:
-    x, packed, scale, offset, bias = (argument(node, i) for i in range(5))
-    weight = quantized_linear.PackedWeight(  # of which only sizes and dtypes are read here
-        constant(packed),
-        constant(scale),
-        None if offset is None else constant(offset),
-        hints(packed)[0],
-        hints(x)[-1],
-        keyword(node, "bits"),
-        keyword(node, "group_size"),
-    )
+    x, bias, weight = _weight(node)
     dtype = x.meta["val"].dtype
     return quantized_linear.kernel_spec(
-        weight,
+        quantized_linear.described(**weight),
         activation=dtype,
         multiply=keyword(node, "multiply") or dtype,
         bias=None if bias is None else bias.meta["val"].dtype,
@@ -92,42 +99,38 @@ def _spec(node: fx.Node) -> quantized_linear.KernelSpec:
 
 def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
     """Repack the canonical codes for this CPU, once per weight, and call the kernel's op."""
-    x, packed, scale, offset, bias = (argument(node, i) for i in range(5))
-    spec = _spec(node)
-    names = {p: f"{packed.target}_tvm_{p}" for p in ("codes", "scale", "offset")}
+    x, bias, weight = _weight(node)
+    spec, packed = _spec(node), argument(node, 1)
+    stem = str(packed.target).replace(".", "_")
+    names = {p: f"{stem}_tvm_{p}" for p in ("codes", "scale", *_WEIGHT)}
     if not hasattr(module, names["codes"]):
-        weight = quantized_linear.pack(
-            constant(packed),
-            constant(scale),
-            None if offset is None else constant(offset),
-            bits=spec.bits,
-            group_size=spec.group_size,
-            in_features=spec.in_features,
-        )
+        held = quantized_linear.pack(**weight)
         for part, name in names.items():
-            module.register_buffer(name, getattr(weight, part), persistent=False)
+            module.register_buffer(name, getattr(held, part), persistent=False)
     with node.graph.inserting_before(node):
-        parts = [
+        codes, scale, offset, row_scale, permutation = (
             None if getattr(module, name) is None else attribute(module, name, packed)
             for name in names.values()
-        ]
+        )
     quantized_linear.register_lowering()
     node.target = quantized_linear.OP
-    node.args = (x, *parts, bias, str(spec))
+    node.args = (x, codes, scale, offset, bias, row_scale, permutation, str(spec))
     node.kwargs = {}
 
 
 def _report_linear(node: fx.Node, target: Target) -> KernelReport:
     spec = _spec(node)
-    scheme = scheme_of(argument(node, 3))
+    scheme = scheme_of(argument(node, 3)) if spec.codec == "uniform" else spec.codec
     rows = math.prod(hints(argument(node, 0))[:-1])
     many = ", decoded first" if quantized_linear.decodes_first(spec, rows) else ""
+    shared = f" of {spec.group_rows} rows" if spec.group_rows > 1 else ""
+    products = "fixed-point" if spec.multiply == "int16" else spec.multiply
     return KernelReport(
         QUANTIZED_LINEAR.qualified,
         "tvm",
         target.name,
-        f"{spec.isa}, {spec.bits}-bit {scheme} g{spec.group_size},"
-        f" {spec.out_features}x{spec.in_features}, {spec.multiply} products{many}",
+        f"{spec.isa}, {spec.bits}-bit {scheme} g{spec.group_size}{shared},"
+        f" {spec.out_features}x{spec.in_features}, {products} products{many}",
         functools.partial(quantized_linear.source, spec, rows=rows),
     )
 

@@ -7,10 +7,14 @@ inlined. bf16 vectors travel as integers because TVM widens bf16 operands before
 rl_dpbf16(c f32x16, a i32x16, b i32x16)  c[l] + a[2l] b[2l] + a[2l+1] b[2l+1], AVX512_BF16
 rl_cvtbf16(a f32x16) -> i16x16           fp32 to bf16, nearest even
 rl_i8_bf16(a i8x32) -> i32x16            signed bytes to bf16, exact
+rl_shift_bf16(a i8x32) -> i32x16         sign and 7 bits of exponent to bf16, exact
 rl_pair_f32(a i32x16) -> f32x16          bf16 pairs, equal in all lanes, to fp32 in turn
 rl_pair_sums(a f32x16, b f32x16)         sums of neighbours, those of a before those of b
 rl_cvtf32(a i16x16) -> f32x16            bf16 to fp32, exact
 rl_half_f32(a i16x16) -> f32x16          fp16 to fp32, exact
+rl_byte_sums(s i32x16, t u8x64, i u8x64)  s[l] + sum over 4 of t[i & 63], AVX512_VBMI and _VNNI
+rl_sums_low, rl_sums_high(q i32x16) -> u8x64  for each 4 of q, byte 0 or 1 of 32768 + sum ±q[i], the
+                                         sign plus where bit i of the place among 16 is set
 rl_exp2(x f32x16)                        2**x, rel. error 2e-7, AVX512F; x is held above -127
 rl_prefetch(address) -> i32              brings a cache line nearer; any address, never faults
 rl_max, rl_hmax, rl_hsum                 maximum of two; horizontal maximum and sum; NaN is not kept
@@ -32,6 +36,14 @@ define <16 x float> @rl_dpbf16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) al
 <32 x bfloat> %b1)
   ret <16 x float> %r
 }
+declare <64 x i8> @llvm.x86.avx512.permvar.qi.512(<64 x i8>, <64 x i8>)
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+define <16 x i32> @rl_byte_sums(<16 x i32> %s, <64 x i8> %t, <64 x i8> %i) alwaysinline {
+  %e = call <64 x i8> @llvm.x86.avx512.permvar.qi.512(<64 x i8> %t, <64 x i8> %i)
+  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %s, <64 x i8> %e, \
+<64 x i8> splat (i8 1))
+  ret <16 x i32> %r
+}
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 define i32 @rl_prefetch(ptr %a) alwaysinline {
   call void @llvm.prefetch.p0(ptr %a, i32 0, i32 3, i32 1)
@@ -46,6 +58,13 @@ define <16 x i32> @rl_i8_bf16(<32 x i8> %a) alwaysinline {
   %f = sitofp <32 x i8> %a to <32 x float>
   %t = fptrunc <32 x float> %f to <32 x bfloat>
   %r = bitcast <32 x bfloat> %t to <16 x i32>
+  ret <16 x i32> %r
+}
+define <16 x i32> @rl_shift_bf16(<32 x i8> %a) alwaysinline {
+  %w = sext <32 x i8> %a to <32 x i16>
+  %s = shl <32 x i16> %w, splat (i16 7)
+  %t = and <32 x i16> %s, splat (i16 -16512)
+  %r = bitcast <32 x i16> %t to <16 x i32>
   ret <16 x i32> %r
 }
 define <16 x float> @rl_pair_f32(<16 x i32> %a) alwaysinline {
@@ -109,4 +128,24 @@ def _pair_sums() -> str:
     return ir + "  %r = fadd <16 x float> %even, %odd\n  ret <16 x float> %r\n}\n"
 
 
-LLVM_HELPERS = _FIXED + _pair_sums()
+def _sums_of_four() -> str:
+    """All 16 signed sums of each 4 of 16 integers, as bytes."""
+    ir = ""
+    for name, shift in (("low", 0), ("high", 8)):
+        ir += f"define <64 x i8> @rl_sums_{name}(<16 x i32> %q) alwaysinline {{\n"
+        ir += "  %s0 = bitcast <64 x i16> splat (i16 -32768) to <64 x i16>\n"
+        ir += "  %n = trunc <16 x i32> %q to <16 x i16>\n"
+        for i in range(4):
+            where = ", ".join(f"i32 {entry // 16 * 4 + i}" for entry in range(64))
+            sign = ", ".join(f"i16 {1 if entry >> i & 1 else -1}" for entry in range(64))
+            ir += (
+                f"  %x{i} = shufflevector <16 x i16> %n, <16 x i16> poison, <64 x i32> <{where}>\n"
+            )
+            ir += f"  %m{i} = mul <64 x i16> %x{i}, <{sign}>\n"
+            ir += f"  %s{i + 1} = add <64 x i16> %s{i}, %m{i}\n"
+        ir += f"  %t = lshr <64 x i16> %s4, splat (i16 {shift})\n"
+        ir += "  %r = trunc <64 x i16> %t to <64 x i8>\n  ret <64 x i8> %r\n}\n"
+    return ir
+
+
+LLVM_HELPERS = _FIXED + _pair_sums() + _sums_of_four()

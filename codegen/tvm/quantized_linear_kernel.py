@@ -28,6 +28,9 @@ from ridgeline.codegen.tvm.quantized_linear_parts import (
     PANEL_VECTORS,
     STEP,
     Spec,
+    bf16_table,
+    code_bits,
+    float_of_byte,
     fma,
     fp32,
     lanes,
@@ -50,10 +53,10 @@ _PERMUTE_32 = "llvm.x86.avx512.permvar.sf.512"
 
 
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`: main(x, codes, scale, offset, bias, y), a `tvm.tirx.PrimFunc`.
+    """The kernel for `spec`: main(x, codes, scale, offset, bias, row_scale, permutation, y),
+    a `tvm.tirx.PrimFunc`.
 
-    x [M, in_features] and y [M, out_features] are contiguous, [1, M, .] if `spec.lead`; codes,
-    scale and offset as `quantized_linear.pack` lays them out; offset and bias None where absent.
+    x [M, in_features] and y [M, out_features] are contiguous, [1, M, .] if `spec.lead`; X
     """
     n_out, n_in, group = spec.out_features, spec.in_features, spec.group_size
     panels, groups, steps, per_group = spec.panels, spec.groups, spec.steps, group // STEP
@@ -66,18 +69,11 @@ def build(spec: Spec) -> Any:
         shared.store,
     )
     loop = T.parallel if spec.parallel else T.serial
-    code_dtype = "int16" if spec.bits == 4 else "int8"
-    code_shape = (panels, steps, 1 if spec.bits == 4 else 4, nv, 2 * LANES)
+    code_dtype = "int8" if spec.wide else "int16"
+    code_shape = (panels, steps, spec.terms, 4 if spec.wide else 1, nv, 2 * LANES)
     group_shape = (panels, groups, nv, LANES)
     xw_row, xw_dtype = (groups * group // 2, "int32") if dot else (groups * group, "float32")
     most = spec.row_blocks[0]
-    ramp = lanes(0)
-    even = T.bitwise_and(ramp * splat(2), splat(15)) - splat(centre)
-    even_bits = T.reinterpret(T.Cast("float32x16", even), dtype="int32x16")
-    odd_bits = T.reinterpret(T.Cast("float32x16", even + splat(1)), dtype="int32x16")
-    low_half = T.bitwise_and(T.shift_right(even_bits, splat(16)), splat(0xFFFF))
-    bf16_table = T.bitwise_or(low_half, odd_bits)
-    fp32_table = T.reinterpret(T.Cast("float32x16", ramp - splat(centre)), dtype="int32x16")
     permute_32 = T.llvm_lookup_intrinsic_id(_PERMUTE_32) if spec.isa != "generic" else None
 
     def trips(g):
@@ -95,29 +91,36 @@ def build(spec: Spec) -> Any:
         return 2 if rows == 1 and spec.isa != "generic" else 1
 
     def prefetched(rows):
-        return rows == 1 and spec.bits == 4
+        return rows == 1 and not spec.wide
 
     def widened(rows):
         """One row of 8-bit codes is multiplied in fp32, the pairs of features in neighbouring
         lanes: turning the codes to bf16 for one product takes longer than the product."""
-        return dot and rows == 1 and spec.bits == 8
+        return dot and rows == 1 and spec.wide
 
-    def code(table, codes, panel, step, j, i):
+    def code(table, codes, panel, step, field, j, i):
         """Codes of feature 8 step + i, as 16 fp32."""
-        if spec.bits == 8:
-            word = T.reinterpret(codes[panel, step, i // 2, j, lanes(0, 32)], dtype="int16x16")
+        if spec.wide:
+            word = codes[panel, step, field, i // 2, j, lanes(0, 32)]
+            word = T.reinterpret(word, dtype="int16x16")
             top = T.shift_left(word, splat(T.Cast("int16", 8 - i % 2 * 8)))
-            return T.Cast("float32x16", T.shift_right(top, splat(T.int16(8))))
-        word = T.reinterpret(codes[panel, step, 0, j, lanes(0, 32)], dtype="int32x16")
+            octet = T.shift_right(top, splat(T.int16(8)))
+            return float_of(octet)
+        word = T.reinterpret(codes[panel, step, field, 0, j, lanes(0, 32)], dtype="int32x16")
         word = T.shift_right(word, splat(i % 2 * 16 + i // 2 * 4))
         if spec.isa != "generic":
             table_row = T.reinterpret(table[lanes(0)], dtype="float32x16")
             return T.call_llvm_pure_intrin(permute_32, table_row, word, dtype="float32x16")
-        return T.Cast("float32x16", T.bitwise_and(word, splat(15)) - splat(centre))
+        nibble = T.bitwise_and(word, splat(15))
+        return T.reinterpret(code_bits(spec, nibble), dtype="float32x16")
 
-    def half_code(half, codes, panel, step, j, i):
+    def float_of(octet):
+        """The value of wide codes."""
+        return T.Cast("float32x16", octet) if spec.codec == "uniform" else float_of_byte(octet)
+
+    def half_code(half, codes, panel, step, field, j, i):
         """Codes of features 8 step + 2 i + {0, 1} in turn, of the first or last 8 columns."""
-        return T.Cast("float32x16", codes[panel, step, i, j, lanes(half * LANES)])
+        return float_of(codes[panel, step, field, i, j, lanes(half * LANES)])
 
     def start(offset, xsum, row, panel, g, j):
         if spec.scheme == "symmetric":
@@ -134,27 +137,27 @@ def build(spec: Spec) -> Any:
         return fma(least, splat(xsum[row, g]), total)
 
     @T.inline
-    def multiply(table, codes, xw, acc, panel, first, width, step, row, rows):
-        """One step: STEP features of one panel against `rows` rows."""
+    def multiply(table, codes, xw, acc, panel, first, width, step, field, row, rows):
+        """One field of one step: STEP features of one panel against `rows` rows."""
         if widened(rows):
             pair = T.alloc_buffer((LANES,), "float32")
             for i in T.unroll(STEP // 2):
                 word = T.meta_var(splat(xw[row, step * (STEP // 2) + i]))
                 pair[lanes(0)] = T.call_extern("float32x16", "rl_pair_f32", word)
                 for j in T.unroll(width):
-                    low = T.meta_var(half_code(0, codes, panel, step, first + j, i))
-                    high = T.meta_var(half_code(1, codes, panel, step, first + j, i))
+                    low = T.meta_var(half_code(0, codes, panel, step, field, first + j, i))
+                    high = T.meta_var(half_code(1, codes, panel, step, field, first + j, i))
                     acc[0, j, 0, lanes(0)] = fma(pair[lanes(0)], low, acc[0, j, 0, lanes(0)])
                     acc[0, j, 1, lanes(0)] = fma(pair[lanes(0)], high, acc[0, j, 1, lanes(0)])
         elif dot:
             if prefetched(rows):
                 for j in T.unroll(width):
-                    ahead = T.meta_var(codes[panel, step + PREFETCH_STEPS, 0, first + j, 0])
+                    ahead = T.meta_var(codes[panel, step + PREFETCH_STEPS, field, 0, first + j, 0])
                     T.evaluate(T.call_extern("int32", "rl_prefetch", T.address_of(ahead)))
             pair = T.alloc_buffer((LANES,), "int32")
             for t in T.unroll(STEP // 2 * width):
                 i, j = order(t, STEP // 2, width, rows)
-                pair[lanes(0)] = pair_code(table, codes, panel, step, first + j, i)
+                pair[lanes(0)] = pair_code(table, codes, panel, step, field, first + j, i)
                 for m in T.unroll(rows):
                     acc[m, j, i % chains(rows), lanes(0)] = T.call_extern(
                         "float32x16",
@@ -167,7 +170,7 @@ def build(spec: Spec) -> Any:
             one = T.alloc_buffer((LANES,), "float32")
             for t in T.unroll(STEP * width):
                 i, j = order(t, STEP, width, rows)
-                one[lanes(0)] = code(table, codes, panel, step, first + j, i)
+                one[lanes(0)] = code(table, codes, panel, step, field, first + j, i)
                 for m in T.unroll(rows):
                     acc[m, j, i % chains(rows), lanes(0)] = fma(
                         splat(xw[row + m, step * STEP + i]),
@@ -176,7 +179,9 @@ def build(spec: Spec) -> Any:
                     )
 
     @T.inline
-    def block(table, codes, scale, offset, bias, xw, xsum, y, panel, row, rows, first, width):
+    def block(
+        table, codes, scale, offset, bias, row_scale, xw, xsum, y, panel, row, rows, first, width
+    ):
         """`rows` rows of y from `row` on, and `width` vectors of the panel from `first` on."""
         total = T.alloc_buffer((rows, width, LANES), "float32")
         acc = T.alloc_buffer((rows, width, chains(rows), LANES), "float32")
@@ -193,9 +198,20 @@ def build(spec: Spec) -> Any:
                     if not widened(rows):
                         acc[m, j, 0, lanes(0)] = start(offset, xsum, row + m, panel, g, first + j)
             for step in T.serial(trips(g)):
-                multiply(
-                    table, codes, xw, acc, panel, first, width, g * per_group + step, row, rows
-                )
+                for field in T.unroll(spec.terms):
+                    multiply(
+                        table,
+                        codes,
+                        xw,
+                        acc,
+                        panel,
+                        first,
+                        width,
+                        g * per_group + step,
+                        field,
+                        row,
+                        rows,
+                    )
             for j in T.unroll(width):
                 factor[lanes(0)] = fp32(scale[panel, g, first + j, lanes(0)], spec.scale)
                 for m in T.unroll(rows):
@@ -216,7 +232,7 @@ def build(spec: Spec) -> Any:
         for m in T.unroll(rows):
             for j in T.unroll(width):
                 out[lanes(0)] = total[m, j, lanes(0)]
-                store(y, bias, out, panel * PANEL + (first + j) * LANES, row + m)
+                store(y, bias, row_scale, out, panel * PANEL + (first + j) * LANES, row + m, n_out)
 
     @T.inline
     def rows_of(operands, row, rows, width):
@@ -225,7 +241,16 @@ def build(spec: Spec) -> Any:
             block(*operands, row, rows, part * width, width)
 
     @T.prim_func(s_tir=True)
-    def main(a: T.handle, b: T.handle, c: T.handle, d: T.handle, e: T.handle, f: T.handle):
+    def main(
+        a: T.handle,
+        b: T.handle,
+        c: T.handle,
+        d: T.handle,
+        e: T.handle,
+        f: T.handle,
+        g: T.handle,
+        h: T.handle,
+    ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         rows = T.int64()
         x = matrix(a, rows, n_in)
@@ -233,27 +258,33 @@ def build(spec: Spec) -> Any:
         scale = T.match_buffer(c, group_shape, spec.scale)
         offset = scale if spec.offset == "none" else T.match_buffer(d, group_shape, spec.offset)
         bias = scale if spec.bias == "none" else T.match_buffer(e, (n_out,), spec.bias)
-        y = matrix(f, rows, n_out)
+        row_scale = (
+            scale if spec.row_scale == "none" else T.match_buffer(f, (n_out,), spec.row_scale)
+        )
+        permutation = (
+            scale if spec.permutation == "none" else T.match_buffer(g, (n_in,), spec.permutation)
+        )
+        y = matrix(h, rows, n_out)
         with T.attr(0, "pragma_import_llvm", LLVM_HELPERS):
             xw = T.alloc_buffer((rows, xw_row), xw_dtype)
             xsum = T.alloc_buffer((rows, groups), "float32")
             if rows >= MANY_ROWS:
                 for m in loop(rows):
-                    prepare(x, xw, xsum, m)
+                    prepare(x, permutation, xw, xsum, m)
             else:
                 for m in T.serial(rows):
-                    prepare(x, xw, xsum, m)
+                    prepare(x, permutation, xw, xsum, m)
             chunks = (rows + (ROWS_PER_TASK - 1)) // ROWS_PER_TASK
             for task in loop(panels * chunks):
                 table = T.alloc_buffer((LANES,), "int32")
                 if dot:
-                    table[lanes(0)] = bf16_table
+                    table[lanes(0)] = bf16_table(spec)
                 else:
-                    table[lanes(0)] = fp32_table
+                    table[lanes(0)] = code_bits(spec, lanes(0))
                 panel = task // chunks
                 first = task % chunks * ROWS_PER_TASK
                 count = T.min(rows - first, ROWS_PER_TASK)
-                weight = (table, codes, scale, offset, bias, xw, xsum, y, panel)
+                weight = (table, codes, scale, offset, bias, row_scale, xw, xsum, y, panel)
                 for n in T.serial(count // most):
                     rows_of(weight, first + n * most, most, 2)
                 if most == 8:

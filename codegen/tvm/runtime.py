@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ridgeline.codegen.tvm.isa import ISAS, best_isa, host_isa
+from ridgeline.codegen.tvm.isa import best_isa, executes, host_isa
 from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
 from ridgeline.ir.errors import RidgelineError
 
@@ -48,13 +48,13 @@ def compile_kernel(prim_func: Any, isa: str | None = None) -> Callable[..., None
     """Compiles one TVMScript function for this host.
 
     prim_func: a `tvm.tirx.PrimFunc` with a `global_symbol`.
-    isa: the instruction set its body uses (one of `isa.ISAS`); None for none in particular.
+    isa: the instruction set its body uses (of `isa`); None for none in particular.
     Returns a callable on torch tensors that writes its outputs in place. Compiling takes 0.05 to
     0.5 s, so callers keep the result (`functools.cache`).
     Raises RidgelineError if `isa` is more than the host has.
     """
     tvm = import_tvm()
-    if isa is not None and ISAS.index(isa) > ISAS.index(best_isa()):
+    if isa is not None and not executes(isa):
         raise RidgelineError(f"this kernel needs {isa!r}; this CPU has {best_isa()!r}")
     from ridgeline.codegen.tvm.openmp import torch_threads
 

@@ -1,20 +1,25 @@
-"""Post-training quantisation of linear weights: codecs, data-free search, GPTQ, calibration."""
+"""Post-training quantisation of linear weights: codecs, searches, calibration, descent."""
 
 from torch import Tensor
 
 from ridgeline.passes.quantization.calibrate import collect_hessians, stream_hessians
 from ridgeline.passes.quantization.codec import Codec, QuantizationError, QuantizedWeight
+from ridgeline.passes.quantization.descent import descend
 from ridgeline.passes.quantization.gptq import gptq
+from ridgeline.passes.quantization.layer import QuantizedLinear
+from ridgeline.passes.quantization.levels import LINEAR
 from ridgeline.passes.quantization.search import calibration_free, round_to_nearest
 from ridgeline.passes.quantization.store import bits_per_weight, load_quantized, save_quantized
 
 __all__ = [
     "Codec",
     "QuantizationError",
+    "QuantizedLinear",
     "QuantizedWeight",
     "bits_per_weight",
     "calibration_free",
     "collect_hessians",
+    "descend",
     "gptq",
     "load_quantized",
     "quantize",
@@ -27,11 +32,21 @@ __all__ = [
 def quantize(weight: Tensor, codec: Codec, hessian: Tensor | None = None) -> QuantizedWeight:
     """`weight` [N,K] in `codec`: without loss if it is on the codec's grid, else as near as known.
 
-    hessian: fp32 [K,K] of `collect_hessians`; with it GPTQ minimises the layer's output error,
-        without it `calibration_free` the weight's. Where rounding to nearest is bit-exact (a
-        checkpoint that was quantised so before), it is the answer in both cases.
+    hessian: fp32 [K,K] of `collect_hessians`; with it the layer's output error is minimised
+        (`descend`, or `gptq` for an integer zero point), without it the weight's
+        (`calibration_free`). Where rounding to nearest is bit-exact (a checkpoint that was
+        quantised so before), it is the answer in both cases.
+    Raises QuantizationError for binary coding and shifts without a Hessian: fitted to the weights
+    alone they destroy real models.
     """
-    nearest = round_to_nearest(weight, codec)
-    if bool((nearest.dequantize() == weight.float()).all()):
-        return nearest
-    return calibration_free(weight, codec) if hessian is None else gptq(weight, codec, hessian)
+    if codec.codec == "uniform":
+        nearest = round_to_nearest(weight, codec)
+        if bool((nearest.dequantize() == weight.float()).all()):
+            return nearest
+    if hessian is None:
+        if codec.codec != "uniform":
+            raise QuantizationError(
+                f"{codec} is fitted to how the layer is used; pass calibration data"
+            )
+        return calibration_free(weight, codec)
+    return (descend if codec.scheme in LINEAR else gptq)(weight, codec, hessian)

@@ -35,14 +35,14 @@ def collect_hessians(
 
     Raises QuantizationError where they need more than `byte_limit` bytes: use `stream_hessians`.
     """
-    shared = _shared_inputs(model, names, batches)
+    shared = shared_inputs(model, names, batches)
     needed = sum(_hessian_bytes(model, leader) for leader in shared)
     if needed > byte_limit:
         raise QuantizationError(
             f"the Hessians of {len(names)} layers take {needed} bytes, above the limit of"
             f" {byte_limit}; raise byte_limit, or take them chunk by chunk from stream_hessians"
         )
-    return _accumulate(model, shared, batches, _counter(progress, len(batches)))
+    return accumulate(model, shared, batches, _counter(progress, len(batches)))
 
 
 def stream_hessians(
@@ -65,11 +65,11 @@ def stream_hessians(
     byte_limit: bytes of Hessians alive at once; each must fit by itself.
     progress: called with (batches run, batches to run in all) after each batch.
     """
-    shared = _shared_inputs(model, names, batches)
+    shared = shared_inputs(model, names, batches)
     chunks = _chunks(model, shared, byte_limit)
     tick = _counter(progress, len(chunks) * len(batches))
     for chunk in chunks:
-        hessians = _accumulate(model, chunk, batches, tick)
+        hessians = accumulate(model, chunk, batches, tick)
         yield hessians
         # The consumer's loop variable would keep these alive while the next ones grow.
         hessians.clear()
@@ -112,7 +112,7 @@ def _chunks(
     return chunks
 
 
-def _shared_inputs(
+def shared_inputs(
     model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
 ) -> dict[str, list[str]]:
     """{first reader of an input: all its readers, itself included}, in order of execution.
@@ -136,12 +136,12 @@ def _shared_inputs(
         inputs.setdefault(leader, x)
 
     with _hooks(model, names, note):
-        _run(model, batches[0])
+        run(model, batches[0])
     reached = {name for readers in shared.values() for name in readers}
     return shared | {name: [name] for name in names if name not in reached}
 
 
-def _accumulate(
+def accumulate(
     model: nn.Module,
     shared: dict[str, list[str]],
     batches: Sequence[Batch],
@@ -168,7 +168,7 @@ def _accumulate(
     with _hooks(model, list(shared), add), _full_precision():
         for batch in batches:
             pending.update(shared)
-            _run(model, batch)
+            run(model, batch)
             tick()
     for leader in shared:
         if leader not in hessians:
@@ -215,7 +215,8 @@ def _full_precision() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, batch: Batch) -> None:
+def run(model: nn.Module, batch: Batch, stop: type[Exception] = _ChunkReached) -> None:
+    """`model` on one batch in eval mode; `stop`, raised by a hook, ends the run early."""
     training = model.training
     model.eval()
     try:
@@ -225,7 +226,7 @@ def _run(model: nn.Module, batch: Batch) -> None:
             model(batch)
         else:
             model(*batch)
-    except _ChunkReached:
+    except stop:
         pass
     finally:
         model.train(training)

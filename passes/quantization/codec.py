@@ -6,7 +6,7 @@ Law: ridgeline.ir.quantized_linear. The schemes are
     "zero_point"  scale[n,g] (code - offset[n,g])                          uniform, offset uint8
     "minimum"     scale[n,g] code + offset[n,g]                            uniform, offset floating
     "binary"      sum_i α[r,g,i] (2 bit_i(code) - 1) (+ offset[r,g])       one α per plane and group
-    "shift"       scale[r,g] sum_t ±2**-e_t  one code per sign and shift
+    "shift"       scale[r,g] sum_t ±2**-e_t                            one code per sign and shift
 
 A symmetric scale may be negative: that puts the 2**(bits-1) extra level on the positive side, as
 GGUF's Q4_0 does. Scale (and minimum) are fp16. They are fp32, both, where a group's scale is out of

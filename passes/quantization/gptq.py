@@ -56,7 +56,7 @@ def gptq(
     semi-definite within 1000 times the damping.
     """
     weight = checked(weight)
-    hessian = _checked_hessian(hessian, weight)
+    hessian = checked_hessian(hessian, weight)
     dtype = _scale_dtype(weight, codec)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -101,7 +101,7 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def _checked_hessian(hessian: Tensor, weight: Tensor) -> Tensor:
+def checked_hessian(hessian: Tensor, weight: Tensor) -> Tensor:
     columns = weight.shape[1]
     if tuple(hessian.shape) != (columns, columns):
         raise QuantizationError(

@@ -45,7 +45,7 @@ def layer(
     text = kernel(weight, activation, multiply, bias)
 
     def run(x):
-        return cpu.OP(x, *weight[:3], bias, text)
+        return cpu.OP(x, *weight[:3], bias, None, None, text)
 
     exact = dequantize(
         packed,
@@ -222,7 +222,7 @@ def test_fake_agrees():
     weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
     torch.library.opcheck(
         cpu.OP,
-        (inputs(5, 576), *weight[:3], None, kernel(weight)),
+        (inputs(5, 576), *weight[:3], None, None, None, kernel(weight)),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -287,6 +287,6 @@ def test_kernel_of_another_weight_says_so():
     weight = cpu.pack(*canonical(192, 576), bits=4, group_size=128, in_features=576)
     other = cpu.pack(*canonical(64, 576), bits=4, group_size=128, in_features=576)
     with pytest.raises(cpu.QuantizedWeightError, match="out_features=64"):
-        cpu.OP(inputs(2, 576), *weight[:3], None, kernel(other))
+        cpu.OP(inputs(2, 576), *weight[:3], None, None, None, kernel(other))
     with pytest.raises(cpu.QuantizedWeightError, match="found 'fast'"):
-        cpu.OP(inputs(2, 576), *weight[:3], None, "fast")
+        cpu.OP(inputs(2, 576), *weight[:3], None, None, None, "fast")
