@@ -24,13 +24,13 @@ from ridgeline.ir.quantized_linear import MANY_ROWS
 
 CHUNK_M, CHUNK_N = 32, 64  # one thread's share of a GEMM
 MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multiplied
-# Decoding one weight, in flops of the fp32 unit: of integers; what each plane adds where binary codes
-# are decoded first; of shift codes, whatever their terms. One lookup, for four weights of one plane,
-# in a table of fixed-point numbers and of fp32 ones (four weights of 4 bits take 12, with bf16
-# products). A table, per activation. From 2048x2048 and 11008x4096 weights on one Zen 4 core, 1 and
-# 8 rows, beside other work: 2, 3 and 4 bits took 62, 84 and 109 us by lookup where plain 4 bits took
-# 101. Measure again: `quantized_linear` kernels at M = 1, weights in the second-level cache, in units
-# of 2 K N / (time of plain 4 bits / 1.5).
+# Decoding one weight, in flops of the fp32 unit: of integers; what each plane adds where binary
+# codes are decoded first; of shift codes, whatever their terms. One lookup, for four weights of one
+# plane, in a table of fixed-point numbers and of fp32 ones (four weights of 4 bits take 12, with
+# bf16 products). A table, per activation. From 2048x2048 and 11008x4096 weights on one Zen 4 core,
+# 1 and 8 rows, beside other work: 2, 3 and 4 bits took 62, 84 and 109 us by lookup where plain 4
+# bits took 101. Measure again: `quantized_linear` kernels at M = 1, weights in the second-level
+# cache, in units of 2 K N / (time of plain 4 bits / 1.5).
 UNPACK_FLOPS, PLANE_FLOPS, SHIFT_FLOPS = 2, 1, 4.5
 LOOKUP_FLOPS, FP32_LOOKUP_FLOPS, TABLE_FLOPS = 3.25, 5.5, 16
 ATTENTION_ROWS = 32
