@@ -1,6 +1,7 @@
 """`reparameterize(model, "shift_add_linear" | "quantized_linear")` and `optimize(bits=)`."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import ridgeline
 from ridgeline.passes.quantization import Codec, QuantizationError, QuantizedLinear
-from ridgeline.passes.quantization.allocate import allocate, measure
+from ridgeline.passes.quantization.allocate import allocate, allocate_within, measure
 from ridgeline.passes.quantization.data import LEAST_TOKENS, calibration_batches
 from ridgeline.passes.quantization.distil import Recipe
 
@@ -119,12 +120,14 @@ def test_mixed_widths_keep_to_the_budget_and_beat_the_middle(model, ids):
     bits = [m.quantized.bits for m in coded]
     assert sum(b * w for b, w in zip(bits, weights, strict=True)) <= 3.0 * sum(weights)
     assert set(bits) <= {2, 3, 4}
+    strict = ridgeline.reparameterize(
+        model, "shift_add_linear", divergence=1e-3, calibration=ids, distillation=False
+    )
+    assert divergence(model, strict, ids) < 4e-3
 
 
 def test_the_allocation_is_the_best_there_is():
-    """Against all 3**5 assignments."""
-    import itertools
-
+    """Against all 3**5 assignments, under a budget of bits and under one of harm."""
     codecs = [Codec(b, 64, "binary") for b in (2, 3, 4)]
     torch.manual_seed(4)
     shapes = {f"l{i}": (64, 64 * (1 + i % 2)) for i in range(5)}
@@ -132,15 +135,26 @@ def test_the_allocation_is_the_best_there_is():
         n: dict(zip(codecs, sorted(torch.rand(3).tolist(), reverse=True), strict=True))
         for n in shapes
     }
-    found = allocate(harm, shapes, 2.8)
-    size = {n: a * b for n, (a, b) in shapes.items()}
-    fitting = [
-        sum(harm[n][c] for n, c in zip(shapes, choice, strict=True))
+
+    def costs(choice):
+        bits = sum(c.bits * shapes[n][0] * shapes[n][1] for n, c in choice.items())
+        return bits, sum(harm[n][c] for n, c in choice.items())
+
+    every = [
+        costs(dict(zip(shapes, choice, strict=True)))
         for choice in itertools.product(codecs, repeat=5)
-        if sum(c.bits * size[n] for n, c in zip(shapes, choice, strict=True))
-        <= 2.8 * sum(size.values())
     ]
-    assert sum(harm[n][c] for n, c in found.items()) == pytest.approx(min(fitting))
+    weights = sum(n * k for n, k in shapes.values())
+    bits, least = costs(allocate(harm, shapes, 2.8))
+    assert bits <= 2.8 * weights
+    assert least == pytest.approx(min(h for b, h in every if b <= 2.8 * weights))
+    fewest, found = costs(allocate_within(harm, shapes, 2.0))
+    assert found <= 2.0
+    assert fewest == min(b for b, h in every if h <= 2.0)
+    with pytest.raises(QuantizationError, match="widest codecs"):
+        allocate_within(harm, shapes, 1e-9)
+    with pytest.raises(QuantizationError, match="narrowest codecs"):
+        allocate(harm, shapes, 1.5)
 
 
 def test_sensitivity_foretells_the_divergence(model, ids):
