@@ -48,9 +48,9 @@ MIXED = (2, 3, 4)
 """Widths that are given out."""
 
 RECIPES = {
-    2: Recipe(steps=160, scale_rate=5e-3),
-    3: Recipe(steps=80),
-    4: Recipe(steps=40, scale_rate=1e-3, norm_rate=1e-4),
+    2: Recipe(steps=60, scale_rate=5e-3),
+    3: Recipe(steps=40),
+    4: Recipe(steps=24, scale_rate=1e-3, norm_rate=1e-4),
 }
 """Distillation by width; the fewer bits, the more there is to win."""
 
