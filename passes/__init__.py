@@ -3,5 +3,6 @@
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.optimize import optimize
+from ridgeline.passes.reparameterize import reparameterize
 
-__all__ = ["PASSES", "Candidate", "Pass", "Setting", "optimize"]
+__all__ = ["PASSES", "Candidate", "Pass", "Setting", "optimize", "reparameterize"]

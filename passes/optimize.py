@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,10 @@ from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
 from ridgeline.passes.compiler import Compiler, Objective, OptimizeError
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
+from ridgeline.passes.forced_bits import forced
 from ridgeline.passes.quantization import collect_hessians
+from ridgeline.passes.quantization.data import calibration_batches
+from ridgeline.passes.shift_add_vit import freeze
 
 
 def optimize(
@@ -24,7 +27,10 @@ def optimize(
     target: str | Target = "native",
     tolerance: float = 0.0,
     objective: Objective = "latency",
-    calibration: Iterable[Any] | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    bits: int | None = None,
+    average_bits: float | None = None,
     ignore: Sequence[str] = (),
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
@@ -39,13 +45,21 @@ def optimize(
     tolerance: relative Frobenius error of the outputs that approximate rewrites may spend together;
         0 allows only exact and reassociating ones.
     objective: what to make small: "latency", "memory", "energy" or "eflops".
-    calibration: batches (a tensor, a tuple of arguments or a dict of keyword arguments each) for
-        GPTQ; without them weights are quantised without data.
+    calibration: what weights are quantised for: a text with its `tokenizer`, token ids, or batches
+        (a tensor, a tuple of arguments or a dict of keyword arguments each); without it they are
+        quantised without data, and never binary-coded.
+    bits: 2, 3, 4 or 8 for every linear layer but the head, whatever the error: the model is
+        reparameterised before it is captured (`ridgeline.reparameterize`), in the codec that the
+        cost model finds better on the target, and its errors count from there on.
+    average_bits: the same with widths of 2 to 4 given to the layers where they count.
     ignore: patterns of module paths to leave alone, as ``["lm_head", "*.k_proj"]``.
     lowering: "inductor" compiles what is left of the graph; "eager" runs it op by op.
     strict: raise where a call cannot be captured, instead of running the original code and
         saying so.
     max_graphs: how many captured graphs are kept; beyond it the least recently used is given up.
+
+    A model of `ridgeline.reparameterize` in eval mode has its shift layers packed into codes; train
+    the model that was passed, and optimize it again, where they are to change.
 
     In eval mode the result is for inference: no gradient reaches the parameters, and inputs get
     theirs only where they require it. Call `train()` to train.
@@ -59,6 +73,7 @@ def optimize(
         raise OptimizeError(f"args is {type(args).__name__}; pass a tuple, as (x,)")
     if max_graphs < 1:
         raise OptimizeError(f"max_graphs is {max_graphs}; keep at least 1")
+    forced_bits = bits is not None or average_bits is not None
     compiler = Compiler(
         target,
         tolerance=tolerance,
@@ -66,10 +81,15 @@ def optimize(
         passes=passes,
         ignore=ignore,
         lowering=lowering,
-        hessians=_hessians(model, calibration),
+        hessians={} if forced_bits else _hessians(model, calibration, tokenizer),
     )
     _refuse_unmatched(compiler.ignore, model)
-    fast = optimized_copy(model, compiler, strict=strict, max_graphs=max_graphs)
+    if forced_bits:
+        model, said = forced(
+            model, compiler.target, bits, average_bits, calibration, tokenizer, compiler.ignore
+        )
+        compiler.plan.note(said)
+    fast = optimized_copy(freeze(model), compiler, strict=strict, max_graphs=max_graphs)
     if args is not None or kwargs:
         fast.capture(*(args or ()), **(kwargs or {}))
     return fast
@@ -84,7 +104,7 @@ def _refuse_unmatched(ignore: Sequence[str], model: nn.Module) -> None:
             raise OptimizeError(f"ignore: no module of the model matches {pattern!r}{hint}")
 
 
-def _hessians(model: nn.Module, calibration: Iterable[Any] | None) -> dict[str, torch.Tensor]:
+def _hessians(model: nn.Module, calibration: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
     if calibration is None:
         return {}
     # transformers' Conv1D is a linear layer with its weight transposed.
@@ -93,5 +113,5 @@ def _hessians(model: nn.Module, calibration: Iterable[Any] | None) -> dict[str, 
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     ]
-    hessians = collect_hessians(model, layers, list(calibration))
+    hessians = collect_hessians(model, layers, calibration_batches(calibration, tokenizer))
     return {f"{name}.weight": h for name, h in hessians.items()}

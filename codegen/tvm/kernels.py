@@ -20,6 +20,7 @@ from ridgeline.codegen.kernel import (
 )
 from ridgeline.codegen.tvm import (
     attention,
+    binary_attention,
     gated,
     group_rational,
     norm,
@@ -29,6 +30,7 @@ from ridgeline.codegen.tvm import (
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.binary_attention import BINARY_ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -69,6 +71,23 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
         f"{', capped' if node.kwargs.get('soft_cap') is not None else ''}",
         source,
     )
+
+
+def _place_binary_attention(node: fx.Node, module: fx.GraphModule) -> None:
+    binary_attention.register_lowering()
+    node.target = binary_attention.OP
+
+
+def _report_binary_attention(node: fx.Node, target: Target) -> KernelReport:
+    query, key, value = (argument(node, i) for i in range(3))
+    code = torch.promote_types(query.meta["val"].dtype, key.meta["val"].dtype)
+    depth, width = hints(query)[3], hints(value)[3]
+    dtype = value.meta["val"].dtype
+    source = functools.partial(binary_attention.source, depth, width, code=code, value=dtype)
+    source()  # raises where there is no kernel
+    heads = hints(query)[1]
+    said = f"{host_isa()}, {_name(dtype)}, codes of {_name(code)}, D {depth}/{width}, {heads} heads"
+    return KernelReport(BINARY_ATTENTION.qualified, "tvm", target.name, said, source)
 
 
 _WEIGHT = ("offset", "row_scale", "permutation")
@@ -264,6 +283,13 @@ KERNELS = (
     *(
         Kernel(op.qualified, "tvm", frozenset({"cpu"}), _place_norm, _report_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
+    ),
+    Kernel(
+        BINARY_ATTENTION.qualified,
+        "tvm",
+        frozenset({"cpu"}),
+        _place_binary_attention,
+        _report_binary_attention,
     ),
     Kernel(GATED_ACTIVATION.qualified, "tvm", frozenset({"cpu"}), _place_gated, _report_gated),
     Kernel(ROTARY.qualified, "tvm", frozenset({"cpu"}), _place_rotary, _report_rotary),

@@ -1,15 +1,18 @@
-"""Which layer gets how many bits: the widths that cost the model least, under a budget of memory.
+"""Which layer gets how many bits: the widths that cost the model least, under a budget
+of memory, or what costs the least memory under a budget of harm.
 
 Law: to second order in the error E_l = W_l - Ŵ_l of every layer, the divergence of the model's
 outputs from what they were is the sum over layers of
 
-    D_l(b) = tokens/2 · sum_n f[n] (E H Eᵀ)[n,n] / 2,     f[n] = mean over tokens of (∂L/∂y[n])²
+    D_l(b) = 1/2 sum_n f[n] (E H Eᵀ)[n,n] / 2,     f[n] = mean over tokens of (∂L/∂y[n])²
 
 with H = 2/n sum x xᵀ, L = -log p of a token drawn from the model's own distribution (so f is the
-diagonal of the Fisher information of the layer's outputs, averaged over tokens), and E at b bits
-measured by encoding a sample of the layer's rows. Then, by the chooser of `ridgeline.cost_model`,
+diagonal of the Fisher information of the layer's outputs, averaged over tokens; of a model without
+logits, of outputs observed with an error of 1), and E at b bits measured by encoding a sample of
+the layer's rows. Then, by the chooser of `ridgeline.cost_model`,
 
-    minimise sum_l D_l(b_l)   subject to   sum_l bytes_l(b_l) <= budget.
+    minimise sum_l D_l(b_l)     subject to   sum_l bits_l(b_l) <= budget,     or
+    minimise sum_l bits_l(b_l)  subject to   sum_l D_l(b_l) <= budget.
 
 Layers are not interchangeable: a value projection is a tenth of the weights and half of the harm.
 Source: OBD/HAWQ (second-order sensitivity); the published ShiftAddLLM criterion ranks layers by the
@@ -17,12 +20,13 @@ spread of W/diag U and gives one threshold instead of an optimum.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ridgeline.cost_model import Option, solve
-from ridgeline.passes.quantization.calibrate import Batch, accumulate, shared_inputs
+from ridgeline.passes.quantization.calibrate import Batch, accumulate, call, shared_inputs
 from ridgeline.passes.quantization.codec import Codec, QuantizationError
 from ridgeline.passes.quantization.descent import descend
 from ridgeline.passes.quantization.sequence import weight_of
@@ -33,15 +37,16 @@ SAMPLE_ROWS = 48
 Progress = Callable[[int, int], None]
 
 
+Harm = Mapping[str, Mapping[Codec, float]]
+"""Layer -> codec -> D_l."""
+
+
 def allocate(
-    harm: Mapping[str, Mapping[Codec, float]],
-    shapes: Mapping[str, tuple[int, int]],
-    average_bits: float,
+    harm: Harm, shapes: Mapping[str, tuple[int, int]], average_bits: float
 ) -> dict[str, Codec]:
     """The codec of each layer, of least total harm within `average_bits` bits of code per weight.
 
-    harm: layer -> codec -> D_l; shapes: layer -> (N, K). Raises QuantizationError where not even
-    the narrowest codecs fit.
+    shapes: layer -> (N, K). Raises QuantizationError where not even the narrowest codecs fit.
     """
     narrow = {name: min(forms, key=lambda c: c.bits) for name, forms in harm.items()}
     weights = {name: n * k for name, (n, k) in shapes.items()}
@@ -52,21 +57,53 @@ def allocate(
             f"average_bits is {average_bits}; the narrowest codecs offered take"
             f" {base / sum(weights.values()):.2f}: raise it, or offer fewer bits"
         )
+
+    def option(name: str, codec: Codec) -> dict[str, Any]:
+        more = (codec.bits - narrow[name].bits) * weights[name]
+        return {"gain": harm[name][narrow[name]] - harm[name][codec], "memory_bytes": more}
+
+    return _chosen(harm, narrow, option, capacity_bytes=budget, base_memory_bytes=base)
+
+
+def allocate_within(
+    harm: Harm, shapes: Mapping[str, tuple[int, int]], divergence: float
+) -> dict[str, Codec]:
+    """The codec of each layer, of fewest bits in all with a total harm of at most `divergence`.
+
+    Raises QuantizationError where the widest codecs do more harm than that.
+    """
+    wide = {name: max(forms, key=lambda c: c.bits) for name, forms in harm.items()}
+    least = sum(harm[name][codec] for name, codec in wide.items())
+    if least > divergence:
+        raise QuantizationError(
+            f"divergence is {divergence:.3g}; the widest codecs offered are expected to make"
+            f" {least:.3g}: raise it, or offer more bits"
+        )
+
+    def option(name: str, codec: Codec) -> dict[str, Any]:
+        more = max(0.0, harm[name][codec] - harm[name][wide[name]])
+        saved = (wide[name].bits - codec.bits) * shapes[name][0] * shapes[name][1]
+        return {"gain": float(saved), "error": more**0.5}  # the chooser adds errors as squares
+
+    return _chosen(harm, wide, option, error_budget=(divergence - least) ** 0.5)
+
+
+def _chosen(
+    harm: Harm,
+    start: dict[str, Codec],
+    option: Callable[[str, Codec], dict[str, Any]],
+    **budget: Any,
+) -> dict[str, Codec]:
+    """`start`, but for the layers that the chooser gives another codec: one each at most."""
     options, codecs = [], {}
     for name, forms in harm.items():
-        wider = {f"{name} {c}": c for c in forms if c is not narrow[name]}
-        for key, codec in wider.items():
-            codecs[key] = (name, codec)
-            options.append(
-                Option(
-                    key,
-                    gain=forms[narrow[name]] - forms[codec],
-                    memory_bytes=(codec.bits - narrow[name].bits) * weights[name],
-                    conflicts=frozenset(wider) - {key},
-                )
-            )
-    choice = solve(options, capacity_bytes=budget, base_memory_bytes=base)
-    return narrow | dict(codecs[key] for key in choice.chosen)
+        others = {f"{name} {codec}": codec for codec in forms if codec is not start[name]}
+        for key, codec in others.items():
+            codecs[key] = name, codec
+            conflicts = frozenset(others) - {key}
+            options.append(Option(key, conflicts=conflicts, **option(name, codec)))
+    choice = solve(options, **budget)
+    return start | dict(codecs[key] for key in choice.chosen)
 
 
 def measure(
@@ -80,7 +117,7 @@ def measure(
     """D_l of every layer for each codec that `codecs` offers it; two passes over the batches.
 
     model: as it is before anything is quantised, with parameters that may be differentiated;
-    left as it was. Its output must have `logits` [.., V].
+    left as it was.
     """
     fisher = _fisher(model, names, batches)
     shared = shared_inputs(model, names, batches)
@@ -129,14 +166,23 @@ def _fisher(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) ->
         for p in required:
             p.requires_grad_(False)
         for batch in batches:
-            output = model(**batch) if isinstance(batch, dict) else model(batch)
-            logits = output.logits.float().flatten(0, -2)
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
-            (-logits.log_softmax(-1).gather(1, drawn).sum()).backward()
-            tokens += len(logits)
+            output = call(model, batch)
+            y = getattr(output, "logits", output)
+            rows = (y if isinstance(y, Tensor) else y[0]).float().flatten(0, -2)
+            _drawn_loss(rows, hasattr(output, "logits"), draw).backward()
+            tokens += len(rows)
     finally:
         for handle in handles:
             handle.remove()
         for p, flag in required.items():
             p.requires_grad_(flag)
     return {name: total / tokens for name, total in squares.items()}
+
+
+def _drawn_loss(rows: Tensor, logits: bool, draw: torch.Generator) -> Tensor:
+    """-log p of tokens drawn from the model's own distribution; of an output that is no logits, its
+    product with normal noise, as of an observation with an error of 1."""
+    if logits:
+        drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=draw)
+        return -rows.log_softmax(-1).gather(1, drawn).sum()
+    return (rows * torch.randn(rows.shape, generator=draw)).sum()

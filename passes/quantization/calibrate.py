@@ -214,18 +214,20 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def call(model: nn.Module, batch: Batch) -> Any:
+    """`model` on one batch, however that is given."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch) if isinstance(batch, Tensor) else model(*batch)
+
+
 @torch.no_grad()
 def run(model: nn.Module, batch: Batch, stop: type[Exception] = _ChunkReached) -> None:
     """`model` on one batch in eval mode; `stop`, raised by a hook, ends the run early."""
     training = model.training
     model.eval()
     try:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, Tensor):
-            model(batch)
-        else:
-            model(*batch)
+        call(model, batch)
     except stop:
         pass
     finally:

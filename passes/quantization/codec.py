@@ -21,15 +21,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ridgeline.cost_model import Gemm
 from ridgeline.ir import quantized_linear
 from ridgeline.ir.errors import RidgelineError
 
 Scheme = Literal["symmetric", "zero_point", "minimum", "binary", "shift"]
 UNIFORM: tuple[Scheme, ...] = ("symmetric", "zero_point", "minimum")
 BITS: dict[Scheme, tuple[int, ...]] = {
-    "symmetric": (4, 8),
-    "zero_point": (4, 8),
-    "minimum": (4, 8),
+    "symmetric": (3, 4, 8),
+    "zero_point": (3, 4, 8),
+    "minimum": (3, 4, 8),
     "binary": (1, 2, 3, 4),
     "shift": (4, 5, 6, 8),
 }
@@ -132,6 +133,34 @@ class Codec:
         total += rows * self.groups(in_features) * self.bits_per_group
         total += 16 * out_features * self.row_scale + 16 * in_features * self.act_order
         return total / (out_features * in_features)
+
+    def gemm(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        dtype: torch.dtype,
+        *,
+        stored: torch.dtype | None = None,
+        bias: bool = False,
+    ) -> Gemm:
+        """The work of x [m,k] times a weight [n,k] held so; dtype: of the products, stored: of x
+        where that is another."""
+        return Gemm(
+            m=m,
+            n=n,
+            k=k,
+            dtype=dtype,
+            weight_bits=self.bits,
+            group_size=self.group_size,
+            scheme=self.scheme,
+            stored=stored,
+            bias=bias,
+            group_rows=self.group_rows,
+            terms=self.terms,
+            centred=self.centred,
+            beside_bytes=2 * n * self.row_scale + 2 * k * self.act_order,
+        )
 
     def __str__(self) -> str:
         parts = [f"{self.bits}-bit {self.scheme} g{self.group_size}"]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ridgeline.ir.quantized_linear import powers, unpack_codes
-from ridgeline.passes.quantization.calibrate import Batch
+from ridgeline.passes.quantization.calibrate import Batch, call
 from ridgeline.passes.quantization.codec import QuantizationError, QuantizedWeight
 from ridgeline.passes.quantization.layer import QuantizedLinear
 from ridgeline.passes.quantization.levels import LINEAR, Levels, assemble, basis, stored
@@ -85,17 +85,17 @@ def distil(
         _put(student, name, module)
     for p in norms:
         p.requires_grad_(True)
+    result: dict[str, QuantizedLinear] = layers
     try:
         _train(student, teacher, batches, recipe, list(tuned.values()), norms, progress, seed)
-        settled = {name: module.settled() for name, module in tuned.items()}
+        result = {name: module.settled() for name, module in tuned.items()}
     except BaseException:
         with torch.no_grad():
             for p, old in zip(norms, before, strict=True):
                 p.copy_(old)
-        settled = layers
         raise
     finally:
-        for name, module in settled.items():
+        for name, module in result.items():
             _put(student, name, module)
         for p, flag in required.items():
             p.requires_grad_(flag)
@@ -150,20 +150,14 @@ def _loss(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
     device = next(student.parameters()).device.type
     with torch.autocast(device, torch.bfloat16):
         with torch.no_grad():
-            expected = _call(teacher, batch)
-        actual = _call(student, batch)
+            expected = call(teacher, batch)
+        actual = call(student, batch)
     if hasattr(expected, "logits"):
         wanted = expected.logits.float().log_softmax(-1)
         given = actual.logits.float().log_softmax(-1)
         return F.kl_div(given, wanted, log_target=True, reduction="none").sum(-1).mean()
     y, ours = (t if isinstance(t, Tensor) else t[0] for t in (expected, actual))
     return (ours.float() - y.float()).square().sum() / y.float().square().sum().clamp_min(1e-20)
-
-
-def _call(model: nn.Module, batch: Batch) -> Any:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    return model(**batch) if isinstance(batch, dict) else model(*batch)
 
 
 def _norm_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -259,9 +253,9 @@ class _Weigh(torch.autograd.Function):
         ]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         codes, table = ctx.saved_tensors
-        codec, grad = ctx.codec, grad.float()
+        codec, grad = ctx.codec, grads[0].float()
         signs = table[_grouped(codes, codec.group_size).int()]
         d_rows = torch.einsum("ngk,ngkp->ngp", _grouped(grad, codec.group_size), signs)
         if codec.group_rows > 1:

@@ -1,0 +1,292 @@
+"""A whole model with its linear layers held as codes: `reparameterize(model, ..., bits=3)`.
+
+The pass `shift_add_linear` decides layer by layer inside one graph; this decides for the model, and
+has time: layers are calibrated one after the other on what the quantised ones before them give
+(`sequence`), widths are given where they count (`allocate`), and what surrounds the codes is tuned
+so that the whole says what it said before (`distil`). What comes back is an ordinary module whose
+linear layers are `QuantizedLinear`: run it, save it (`ridgeline.save_quantized`), or hand it to
+`ridgeline.optimize`, which puts kernels in their place.
+
+Sources: You et al., ShiftAddLLM (binary coding, multi-objective fit, mixed widths); GPTQ.
+"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ridgeline.passes.copy_model import copy_model
+from ridgeline.passes.quantization import (
+    Codec,
+    QuantizationError,
+    QuantizedLinear,
+    QuantizedWeight,
+    bits_per_weight,
+    quantize,
+)
+from ridgeline.passes.quantization.allocate import allocate, allocate_within, measure
+from ridgeline.passes.quantization.calibrate import Batch
+from ridgeline.passes.quantization.data import calibration_batches
+from ridgeline.passes.quantization.distil import Recipe, distil
+from ridgeline.passes.quantization.grid import checked
+from ridgeline.passes.quantization.resume import Results
+from ridgeline.passes.quantization.sequence import quantize_in_sequence, weight_of
+
+SMALLEST = 64
+"""Layers with fewer inputs or outputs stay: their weights are no traffic to speak of."""
+
+HESSIAN_WINDOWS, SENSITIVITY_WINDOWS = 32, 8
+"""Windows that Hessians and sensitivities are measured on; distillation draws from all."""
+
+MIXED = (2, 3, 4)
+"""Widths that are given out."""
+
+RECIPES = {
+    2: Recipe(steps=60, scale_rate=5e-3),
+    3: Recipe(steps=40),
+    4: Recipe(steps=24, scale_rate=1e-3, norm_rate=1e-4),
+}
+"""Distillation by width; the fewer bits, the more there is to win."""
+
+
+class Progress(Protocol):
+    """Called with (stage, what was done last, steps done, steps in all)."""
+
+    def __call__(self, stage: str, what: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Requantized:
+    """One line of a reparameterised model's report: a layer, its codec, or why it stays."""
+
+    path: str
+    codec: Codec | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.codec or self.reason}"
+
+
+def binary_codec(bits: int) -> Codec:
+    """What ShiftAdd layers are held in: 2.25, 3.33 and 4.28 bits per weight, scales included."""
+    return Codec(bits, 288 if bits == 4 else 192, "binary", centred=False)
+
+
+def uniform_codec(bits: int) -> Codec:
+    """Scale and minimum per 128 weights: 4.25 bits per weight."""
+    return Codec(bits, 128, "minimum")
+
+
+def shift_add_linear(model: nn.Module, **options: Any) -> nn.Module:
+    """Binary-coded layers of 2, 3 or 4 bits; options as of `quantized_model`."""
+    return quantized_model(model, codec_of=binary_codec, **options)
+
+
+def quantized_linear(model: nn.Module, **options: Any) -> nn.Module:
+    """Layers of 4 or 8 bits, scale and minimum per group; options as of `quantized_model`."""
+    return quantized_model(model, codec_of=uniform_codec, **options)
+
+
+def quantized_model(
+    model: nn.Module,
+    *,
+    codec_of: Any,
+    bits: int | None = None,
+    average_bits: float | None = None,
+    divergence: float | None = None,
+    codec: Codec | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    ignore: Sequence[str] = (),
+    distillation: Recipe | bool = True,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A copy of `model` whose linear layers are `QuantizedLinear`; `model` is never changed.
+
+    Exactly one of
+    bits: code bits of every layer;  average_bits: code bits per weight, on average, given to the
+    layers where they count;  divergence: the fewest bits whose expected divergence (mean KL of
+    the outputs, before distillation) is at most this;  codec: a codec of one's own for every layer.
+    calibration, tokenizer: a text with its tokenizer, token ids, or batches; see
+        `calibration_batches`.
+    ignore: patterns of module paths that stay. Layers whose weight is an embedding's too, layers
+        outputs of which are the model's own (`get_output_embeddings`) and small ones stay anyway.
+    distillation: a recipe, True for the one of the width, False for none.
+    folder: results are kept there layer by layer, and a run that was interrupted goes on from them.
+
+    Raises QuantizationError for unusable arguments and for weights that are NaN or infinite, before
+    anything is done. The new model's `report` says what each layer became.
+    """
+    given = [x for x in (bits, average_bits, divergence, codec) if x is not None]
+    if len(given) != 1:
+        raise QuantizationError(
+            f"pass exactly one of bits, average_bits, divergence and codec; found {len(given)}"
+        )
+    if calibration is None:
+        raise QuantizationError(
+            "a quantised model is fitted to how it is used; pass calibration=, such as a text and"
+            " tokenizer="
+        )
+    if average_bits is not None and not MIXED[0] <= average_bits <= MIXED[-1]:
+        raise QuantizationError(
+            f"average_bits is {average_bits!r}; choose {MIXED[0]} to {MIXED[-1]}, as 3.0"
+        )
+    batches = calibration_batches(calibration, tokenizer)
+    names, stay = _layers(model, ignore)
+    for name in names:
+        checked(weight_of(model.get_submodule(name)))
+    say = progress or (lambda stage, what, done, total: None)
+    if average_bits is not None or divergence is not None:
+        harm, shapes = _harm(model, names, batches, codec_of, say)
+        codecs = (
+            allocate(harm, shapes, average_bits)
+            if average_bits is not None
+            else allocate_within(harm, shapes, divergence or 0.0)
+        )
+    else:
+        chosen = codec or codec_of(bits)
+        codecs = dict.fromkeys(names, chosen)
+    results = Results(folder, _fingerprint(model, codecs, batches))
+    found = _in_sequence(model, codecs, batches, results, say)
+    new = _assembled(model, found)
+    recipe = _recipe(distillation, codecs)
+    if recipe is not None:
+        distil(
+            new,
+            model,
+            batches,
+            recipe,
+            progress=lambda done, total, loss: say("distil", f"loss {loss:.4f}", done, total),
+        )
+    lines = [Requantized(name, new.get_submodule(name).quantized.codec) for name in names]
+    new.report = (*lines, *stay)  # pyright: ignore[reportAttributeAccessIssue]
+    return new
+
+
+def summary(model: nn.Module) -> str:
+    """What a reparameterised model holds, in a sentence."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    widths = sorted({layer.quantized.bits for layer in layers})
+    kinds = sorted({layer.quantized.scheme for layer in layers})
+    return (
+        f"{len(layers)} layers of {', '.join(map(str, widths))} bits ({', '.join(kinds)}),"
+        f" {bits_per_weight(model):.2f} bits per weight with scales"
+    )
+
+
+def _layers(model: nn.Module, ignore: Sequence[str]) -> tuple[list[str], list[Requantized]]:
+    """Names of the layers to quantise, and why others stay."""
+    embeddings = {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    }
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names: list[str] = []
+    stay: list[Requantized] = []
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+            continue
+        reason = ""
+        if any(fnmatch(name, pattern) for pattern in ignore):
+            reason = "listed in ignore="
+        elif module is head or id(module.weight) in embeddings:
+            reason = "the output head stays: its errors are the model's own"
+        elif min(module.weight.shape) < SMALLEST:
+            reason = f"{tuple(module.weight.shape)} is too small to be worth it"
+        if reason:
+            stay.append(Requantized(name, None, reason))
+        else:
+            names.append(name)
+    if not names:
+        said = "; ".join(map(str, stay)) or "the model has no linear layer"
+        raise QuantizationError(f"nothing to quantise: {said}")
+    return names, stay
+
+
+def _harm(
+    model: nn.Module,
+    names: list[str],
+    batches: Sequence[Batch],
+    codec_of: Any,
+    say: Progress,
+) -> tuple[dict[str, dict[Codec, float]], dict[str, tuple[int, int]]]:
+    """What each layer's codecs of MIXED widths cost the model, and the layers' shapes."""
+    offered = [codec_of(b) for b in MIXED]
+    harm = measure(
+        copy.deepcopy(model).eval(),
+        names,
+        _spread(batches, SENSITIVITY_WINDOWS),
+        lambda name: offered,
+        progress=lambda done, total: say("sensitivity", f"{done} layers", done, total),
+    )
+    shapes = {name: tuple(weight_of(model.get_submodule(name)).shape) for name in names}
+    return harm, shapes  # pyright: ignore[reportReturnType]
+
+
+def _in_sequence(
+    model: nn.Module,
+    codecs: dict[str, Codec],
+    batches: Sequence[Batch],
+    results: Results,
+    say: Progress,
+) -> dict[str, QuantizedWeight]:
+    working = copy.deepcopy(model).eval()
+    if getattr(getattr(working, "config", None), "use_cache", False):
+        working.config.use_cache = False  # a cache would keep every window's keys and values
+    return quantize_in_sequence(
+        working,
+        list(codecs),
+        _spread(batches, HESSIAN_WINDOWS),
+        lambda name, weight, hessian: quantize(weight, codecs[name], hessian),
+        known=results.known,
+        done=results.add,
+        progress=lambda name, done, total: say("quantise", name, done, total),
+    )
+
+
+def _assembled(model: nn.Module, found: dict[str, QuantizedWeight]) -> nn.Module:
+    """A copy of `model` with the layers in `found` replaced. It shares what stays as it is, and has
+    vectors (weights of norms, which distillation tunes) of its own."""
+    new = copy_model(model)
+    for name, weight in found.items():
+        parent, _, child = name.rpartition(".")
+        bias = new.get_submodule(name).bias
+        setattr(new.get_submodule(parent), child, QuantizedLinear(weight, bias))
+    own: dict[int, nn.Parameter] = {}
+    for module in new.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dim() == 1:
+                copied = own.setdefault(id(p), nn.Parameter(p.detach().clone(), False))
+                setattr(module, name, copied)
+    return new.eval()
+
+
+def _recipe(distillation: Recipe | bool, codecs: dict[str, Codec]) -> Recipe | None:
+    if isinstance(distillation, Recipe):
+        return distillation
+    narrowest = min(codec.bits for codec in codecs.values())
+    return RECIPES.get(narrowest) if distillation else None
+
+
+def _spread(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """`count` of the batches, evenly spread, or all."""
+    step = max(1, len(batches) // count)
+    return list(batches[: step * count : step])
+
+
+def _fingerprint(model: nn.Module, codecs: dict[str, Codec], batches: Sequence[Batch]) -> str:
+    """Of weights, codecs and data: results of one run are of no use to another."""
+    digest = hashlib.sha256()
+    for name, codec in codecs.items():
+        weight = weight_of(model.get_submodule(name)).detach().float()
+        digest.update(f"{name} {codec!r} {weight.sum().item()} {weight.norm().item()}".encode())
+    for value in tree_leaves(batches):
+        said = value.double().sum().item() if isinstance(value, Tensor) else value
+        digest.update(repr(said).encode())
+    return digest.hexdigest()
