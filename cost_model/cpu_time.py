@@ -7,10 +7,9 @@ the level that holds all that the program reads between two uses of one of them.
 over ceil(chunks/threads) threads' rounds. A norm's compute is that of its passes over a row that
 lies in the first cache, in equivalents of the fp32 unit's flops. Integer weights add two vector
 operations per element and pass of 32 rows, 128 where the weight is decoded first (unpack, scale),
-on the fp32 unit; binary codes add one per plane, shift codes take more. Binary
-codes that aren't decoded first are looked up: the compute is that of the tables, made once for each
-row, and of the lookups, both in equivalents of the fp32 unit's flops. Additions alone run at half
-of its rate.
+on the fp32 unit; binary codes add one per plane, shift codes take more. Binary codes that aren't
+decoded first are looked up: the compute is that of the tables, made once for each row, and of the
+lookups, both in equivalents of the fp32 unit's flops. Additions alone run at half of its rate.
 """
 
 from math import ceil
@@ -29,8 +28,8 @@ MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multipli
 # plane, in a table of fixed-point numbers and of fp32 ones (four weights of 4 bits take 12, with
 # bf16 products). A table, per activation. From 2048x2048 and 11008x4096 weights on one Zen 4 core,
 # 1 and 8 rows, beside other work: 2, 3 and 4 bits took 62, 84 and 109 us by lookup where plain 4
-# bits took 101. Measure again: `quantized_linear` kernels at M = 1, weights in the second-level
-# cache, in units of 2 K N / (time of plain 4 bits / 1.5).
+# bits took 101. To measure again: the kernels at M = 1, weights in the second-level cache, in units
+# of the time of plain 4 bits / (3 K N).
 UNPACK_FLOPS, PLANE_FLOPS, SHIFT_FLOPS = 2, 1, 4.5
 LOOKUP_FLOPS, FP32_LOOKUP_FLOPS, TABLE_FLOPS = 3.25, 5.5, 16
 ATTENTION_ROWS = 32
