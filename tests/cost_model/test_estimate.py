@@ -235,7 +235,7 @@ def test_two_bits_from_memory_are_bound_by_it(cpu):
 def test_many_rows_lose_by_lookup_and_win_decoded_first(cpu):
     many = {"m": 256, "n": 1024, "k": 1024}
     lookup = seconds(coded(2, "binary", torch.int16, **many), cpu)
-    assert lookup > 2 * seconds(coded(2, "binary", BF16, **many), cpu)
+    assert lookup > 1.2 * seconds(coded(2, "binary", BF16, **many), cpu)
 
 
 @pytest.mark.parametrize("name", ["a100", "h100", "l4"])
