@@ -13,6 +13,7 @@ from ridgeline.codegen.kernel import (
     attribute,
     constant,
     hints,
+    keyword,
     norm_arguments,
     scheme_of,
 )
@@ -100,7 +101,7 @@ def _compile_linear(node: fx.Node, target: Target) -> KernelReport:
         scheme=scheme_of(offset),
         dtype=x.meta["val"].dtype,
         arch=target.arch,
-        multiply=node.kwargs["multiply"],  # pyright: ignore[reportArgumentType]
+        multiply=keyword(node, "multiply"),
         scale_dtype=scale.meta["val"].dtype,
         offset_dtype=offset_dtype,
         bias=bias is not None,
