@@ -7,10 +7,9 @@ the level that holds all that the program reads between two uses of one of them.
 over ceil(chunks/threads) threads' rounds. A norm's compute is that of its passes over a row that
 lies in the first cache, in equivalents of the fp32 unit's flops. Integer weights add two vector
 operations per element and pass of 32 rows, 128 where the weight is decoded first (unpack, scale),
-on the fp32 unit; binary codes add one per plane, shift codes take three per power of two. Binary
-codes that aren't decoded first are looked up: the compute is that of the tables, made once for each
-row, and of the lookups, both in equivalents of the fp32 unit's flops. Additions alone run at half
-of its rate.
+on the fp32 unit; binary codes add one per plane, shift codes take more. Binary codes that aren't
+decoded first are looked up: the compute is that of the tables, made once for each row, and of the
+lookups, both in equivalents of the fp32 unit's flops. Additions alone run at half of its rate.
 """
 
 from math import ceil
@@ -24,13 +23,15 @@ from ridgeline.ir.quantized_linear import MANY_ROWS
 
 CHUNK_M, CHUNK_N = 32, 64  # one thread's share of a GEMM
 MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multiplied
-UNPACK_FLOPS = 2
-PLANE_FLOPS, SHIFT_FLOPS = 1, 3  # beyond it for a plane; instead, for a power of two
-# Of one lookup, for four weights of one plane, in a table of fixed-point numbers (two byte shuffles
-# and two additions) and of fp32 ones; four weights take the 4-bit kernel 12, for bf16 products and
-# unpacking. From prototypes on one Zen 4 core that read their operands from the caches. Of a table,
-# per activation: four sums, split and transposed.
-LOOKUP_FLOPS, FP32_LOOKUP_FLOPS, TABLE_FLOPS = 5, 8, 16
+# Decoding one weight, in flops of the fp32 unit: of integers; what each plane adds where binary
+# codes are decoded first; of shift codes, whatever their terms. One lookup, for four weights of one
+# plane, in a table of fixed-point numbers and of fp32 ones (four weights of 4 bits take 12, with
+# bf16 products). A table, per activation. From 2048x2048 and 11008x4096 weights on one Zen 4 core,
+# 1 and 8 rows, beside other work: 2, 3 and 4 bits took 62, 84 and 109 us by lookup where plain 4
+# bits took 101. To measure again: the kernels at M = 1, weights in the second-level cache, in units
+# of the time of plain 4 bits / (3 K N).
+UNPACK_FLOPS, PLANE_FLOPS, SHIFT_FLOPS = 2, 1, 4.5
+LOOKUP_FLOPS, FP32_LOOKUP_FLOPS, TABLE_FLOPS = 3.25, 5.5, 16
 ATTENTION_ROWS = 32
 # torch's CPU attention forms its products in fp32 whatever the dtype; its time over ours without a
 # mask, 128 to 2048 rows on two Zen 4 cores. A causal one is further behind, up to 2.4x and 4.3x.
@@ -99,10 +100,10 @@ def _gemm_compute(g: Gemm, target: Target) -> float:
     return compute
 
 
-def _unpack_flops(g: Gemm) -> int:
+def _unpack_flops(g: Gemm) -> float:
     if g.scheme == "binary":
         return UNPACK_FLOPS + PLANE_FLOPS * (g.weight_bits or 0)
-    return SHIFT_FLOPS * g.terms if g.scheme == "shift" else UNPACK_FLOPS
+    return SHIFT_FLOPS if g.scheme == "shift" else UNPACK_FLOPS
 
 
 def _norm_compute(n: Norm, target: Target) -> float:

@@ -1,7 +1,7 @@
 """The types that passes are made of: a pass is a value, not a subclass."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,11 +65,11 @@ class Pass:
     """One piece of knowledge about models.
 
     op: what it puts into the graph; None where that is ATen's own. patterns: the spellings, traced
-    at first use. search: finds sites, and near misses, that no traced pattern can name (bounds of
-    slices that depend on sizes). accepts: a site -> every candidate for it, with the reasons why
-    forms are missing, or the reason why there is none. prepare: once chosen, the costly part (fold
-    or refine weights). apply: (candidate, nodes of the copy, graph module) -> rewrites the copy in
-    place. rounding: largest relative Frobenius error of a kernel against the op's
+    at first use. search: finds sites, and near misses, that no
+    traced pattern can name (bounds of slices that depend on sizes). accepts: a site -> every
+    candidate for it, or the reason why there is none. prepare: once chosen, the costly part (fold
+    or refine weights). apply: (candidate, nodes of the copy, graph module) -> rewrites the
+    copy in place. rounding: largest relative Frobenius error of a kernel against the op's
     reference, by dtype.
     """
 
@@ -77,7 +77,7 @@ class Pass:
     op: Op | None
     exactness: Exactness
     patterns: Callable[[], tuple[Pattern, ...]]
-    accepts: Callable[[Site, Setting], "Sequence[Candidate | Reject] | Reject"]
+    accepts: Callable[[Site, Setting], "list[Candidate] | Reject"]
     apply: Callable[[Candidate, Mapping[fx.Node, fx.Node], fx.GraphModule], fx.Node]
     search: Callable[[fx.Graph], tuple[list[Site], list[Reject]]] = lambda graph: ([], [])
     prepare: Callable[[Candidate, Setting], Candidate] = lambda candidate, setting: candidate

@@ -236,6 +236,10 @@ def _no_gain(
     return f"not better on {target.name}: {_sides(candidate, before, after, objective)}"
 
 
+ABOUT = 1.5
+"""How much larger the error of a form may be that another is compared with."""
+
+
 def _rivals(candidates: Sequence[Candidate], name: str, owner: Candidate) -> list[Candidate]:
     """The forms of the pass `name` that make the very values that `owner` makes."""
     return [c for c in candidates if c.rewrite.name == name and c.site.outs == owner.site.outs]
@@ -248,10 +252,10 @@ def _rivalry(
     costs: dict[Candidate, tuple[Cost, Cost]],
     objective: Objective,
 ) -> str:
-    """Both sides' numbers: of what was taken, and of the best rival that is no less exact, or else
-    of the most exact one."""
-    exact = [c for c in rivals if c.error <= owner.error]
-    best = max(exact, key=lambda c: worth[c]) if exact else min(rivals, key=lambda c: c.error)
+    """Both sides' numbers: of what was taken, and of the best rival about as exact, or else of the
+    most exact one."""
+    like = [c for c in rivals if c.error <= ABOUT * owner.error]
+    best = max(like, key=lambda c: worth[c]) if like else min(rivals, key=lambda c: c.error)
 
     def told(c: Candidate) -> str:
         error = f" at an error of {c.error:.1g}" if c.error or owner.error else ""

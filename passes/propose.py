@@ -57,12 +57,12 @@ def _proposals(
     for site in sites:
         exact = rewrite.exactness != "approximate"
         answer = (exact and rounds_inside(site)) or rewrite.accepts(site, setting)
-        given = [answer] if isinstance(answer, Reject) else answer
-        forms = [c for c in given if isinstance(c, Candidate)]
-        if in_place and forms and (changed := changed_inside(forms[0])):
-            given, forms = [changed], []
-        refusals += [Refusal(rewrite, r, "precondition") for r in given if isinstance(r, Reject)]
-        candidates += forms
+        if in_place and not isinstance(answer, Reject) and answer:
+            answer = changed_inside(answer[0]) or answer
+        if isinstance(answer, Reject):
+            refusals.append(Refusal(rewrite, answer, "precondition"))
+        else:
+            candidates += answer
     return candidates, refusals
 
 

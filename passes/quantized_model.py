@@ -30,7 +30,7 @@ from ridgeline.passes.quantization import (
     bits_per_weight,
     quantize,
 )
-from ridgeline.passes.quantization.allocate import allocate, measure
+from ridgeline.passes.quantization.allocate import allocate, allocate_within, measure
 from ridgeline.passes.quantization.calibrate import Batch
 from ridgeline.passes.quantization.data import calibration_batches
 from ridgeline.passes.quantization.distil import Recipe, distil
@@ -48,9 +48,9 @@ MIXED = (2, 3, 4)
 """Widths that are given out."""
 
 RECIPES = {
-    2: Recipe(steps=160, scale_rate=5e-3),
-    3: Recipe(steps=80),
-    4: Recipe(steps=40, scale_rate=1e-3, norm_rate=1e-4),
+    2: Recipe(steps=60, scale_rate=5e-3),
+    3: Recipe(steps=40),
+    4: Recipe(steps=24, scale_rate=1e-3, norm_rate=1e-4),
 }
 """Distillation by width; the fewer bits, the more there is to win."""
 
@@ -99,6 +99,7 @@ def quantized_model(
     codec_of: Any,
     bits: int | None = None,
     average_bits: float | None = None,
+    divergence: float | None = None,
     codec: Codec | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
@@ -111,7 +112,8 @@ def quantized_model(
 
     Exactly one of
     bits: code bits of every layer;  average_bits: code bits per weight, on average, given to the
-    layers where they count;  codec: a codec of one's own for every layer.
+    layers where they count;  divergence: the fewest bits whose expected divergence (mean KL of
+    the outputs, before distillation) is at most this;  codec: a codec of one's own for every layer.
     calibration, tokenizer: a text with its tokenizer, token ids, or batches; see
         `calibration_batches`.
     ignore: patterns of module paths that stay. Layers whose weight is an embedding's too, layers
@@ -122,10 +124,10 @@ def quantized_model(
     Raises QuantizationError for unusable arguments and for weights that are NaN or infinite, before
     anything is done. The new model's `report` says what each layer became.
     """
-    given = [x for x in (bits, average_bits, codec) if x is not None]
+    given = [x for x in (bits, average_bits, divergence, codec) if x is not None]
     if len(given) != 1:
         raise QuantizationError(
-            f"pass exactly one of bits, average_bits and codec; found {len(given)}"
+            f"pass exactly one of bits, average_bits, divergence and codec; found {len(given)}"
         )
     if calibration is None:
         raise QuantizationError(
@@ -141,8 +143,13 @@ def quantized_model(
     for name in names:
         checked(weight_of(model.get_submodule(name)))
     say = progress or (lambda stage, what, done, total: None)
-    if average_bits is not None:
-        codecs = _mixed(model, names, batches, codec_of, average_bits, say)
+    if average_bits is not None or divergence is not None:
+        harm, shapes = _harm(model, names, batches, codec_of, say)
+        codecs = (
+            allocate(harm, shapes, average_bits)
+            if average_bits is not None
+            else allocate_within(harm, shapes, divergence or 0.0)
+        )
     else:
         chosen = codec or codec_of(bits)
         codecs = dict.fromkeys(names, chosen)
@@ -202,15 +209,14 @@ def _layers(model: nn.Module, ignore: Sequence[str]) -> tuple[list[str], list[Re
     return names, stay
 
 
-def _mixed(
+def _harm(
     model: nn.Module,
     names: list[str],
     batches: Sequence[Batch],
     codec_of: Any,
-    average_bits: float,
     say: Progress,
-) -> dict[str, Codec]:
-    """Codecs of 2, 3 and 4 bits by sensitivity."""
+) -> tuple[dict[str, dict[Codec, float]], dict[str, tuple[int, int]]]:
+    """What each layer's codecs of MIXED widths cost the model, and the layers' shapes."""
     offered = [codec_of(b) for b in MIXED]
     harm = measure(
         copy.deepcopy(model).eval(),
@@ -220,7 +226,7 @@ def _mixed(
         progress=lambda done, total: say("sensitivity", f"{done} layers", done, total),
     )
     shapes = {name: tuple(weight_of(model.get_submodule(name)).shape) for name in names}
-    return allocate(harm, shapes, average_bits)  # pyright: ignore[reportArgumentType]
+    return harm, shapes  # pyright: ignore[reportReturnType]
 
 
 def _in_sequence(

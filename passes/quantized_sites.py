@@ -61,8 +61,8 @@ class Call:
     quantized: QuantizedWeight | None = None
 
 
-Offer = Callable[[Sequence[Layer], Setting], Sequence[tuple[Codec, Products]]]
-"""The codecs that a pass offers for some layers, with the dtypes of their products."""
+Offer = Callable[[Sequence[Layer], Setting], "Sequence[tuple[Codec, Products]] | Reject"]
+"""The codecs that a pass offers for some layers, with their products; or why it has none."""
 
 
 def propose_forms(
@@ -85,8 +85,11 @@ def propose_forms(
             x,
             "capture with inputs on which the model is finite",
         )
+    offered = offer(layers, setting)
+    if isinstance(offered, Reject):
+        return offered if len(layers) == 1 else []
     try:
-        offered = list(forms(layers, offer(layers, setting), setting))
+        found = list(forms(layers, offered, setting))
     except QuantizationError as error:  # a Hessian that is none
         return Reject(str(error), site.outs[0]) if len(layers) == 1 else []
     before = sum((work_of(n) for n in site.nodes), Work())
@@ -106,7 +109,7 @@ def propose_forms(
                 + ", ".join(f"{layer.name} {tuple(layer.weight.shape)}" for layer in layers),
             ),
         )
-        for form in offered
+        for form in found
     ]
 
 

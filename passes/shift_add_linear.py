@@ -8,9 +8,9 @@ of signs with a scale per group each, or signs and right shifts; what it is mult
                 its time grows with them, and it wins by bytes, at 2 bits and sometimes at 3
     decoded     products in the input's own dtype, for few bytes of weight
 
-Approximate: proposed only under a tolerance. Binary codes need calibration data: fitted without
-regard to the inputs they lose the few large weights that real models live by, and weigh less error
-for it. Source: You et al., ShiftAddLLM; Park et al., LUT-GEMM; Elhoushi et al., DeepShift.
+Approximate: proposed only under a tolerance, and for calibrated layers: fitted without regard to
+the inputs, binary codes lose the few large weights that real models live by. Source: You et al.,
+ShiftAddLLM; Park et al., LUT-GEMM; Elhoushi et al., DeepShift.
 """
 
 from collections.abc import Sequence
@@ -35,28 +35,23 @@ FEW_ROWS = 8
 """Rows up to which a product by lookup is worth offering: each makes tables of its own."""
 
 
-def offer(layers: Sequence[Layer], setting: Setting) -> list[tuple[Codec, Products]]:
-    """Binary codes where the layers were calibrated, shift codes everywhere."""
+def offer(layers: Sequence[Layer], setting: Setting) -> list[tuple[Codec, Products]] | Reject:
+    """Every codec, where the layers were calibrated; by lookup too where that can pay."""
+    if any(layer.name not in setting.weights.hessians for layer in layers):
+        return Reject(
+            "sums and shifts are fitted to how the layer is used, and it was not calibrated",
+            layers[0].out,
+            "pass calibration=, batches that reach this layer",
+        )
     products = floating_products(layers, setting)
     few = setting.target.kind == "cpu" and rows_of(layers) <= FEW_ROWS
     by_lookup: Products = (torch.int16,) if few else ()
-    binary = BINARY if _calibrated(layers, setting) else ()
-    return [(c, (*by_lookup, *products)) for c in binary] + [(c, products) for c in SHIFT]
+    return [(c, (*by_lookup, *products)) for c in BINARY] + [(c, products) for c in SHIFT]
 
 
-def _calibrated(layers: Sequence[Layer], setting: Setting) -> bool:
-    return all(layer.name in setting.weights.hessians for layer in layers)
-
-
-def accepts(site: Site, setting: Setting) -> Sequence[Candidate | Reject] | Reject:
+def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     """Every form of the layers of `site`, or why they stay."""
-    found = propose_forms(SHIFT_ADD, offer, site, setting)
-    if isinstance(found, Reject) or not found or _calibrated(found[0].call.layers, setting):
-        return found
-    if len(site.outs) > 1:  # each layer says it for itself
-        return found
-    reason = "binary codes fitted without calibration data lose what real models live by"
-    return [*found, Reject(reason, site.outs[0], "pass calibration=")]
+    return propose_forms(SHIFT_ADD, offer, site, setting)
 
 
 SHIFT_ADD = Pass(

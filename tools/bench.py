@@ -9,6 +9,7 @@ from ridgeline.tools import (
     bench_attention,
     bench_group_rational,
     bench_linear,
+    bench_lookup,
     bench_norm,
     bench_pointwise,
 )
@@ -24,6 +25,17 @@ def linear(rounds: int, console: Console) -> None:
         for m in (1, 4, 16, 64):
             timings, bytes_read = bench_linear.rounds(m, samples=rounds)
             console.print(timings.table(f"{m} x 4096 -> 11008, cold", bytes_read, ceiling))
+
+
+def lookup(rounds: int, console: Console) -> None:
+    """Binary-coded linear layers by table lookup, weights cold, against 4-bit kernels."""
+    with torch.inference_mode():
+        ceiling = dram_read_bandwidth()
+        for n, k in bench_lookup.SHAPES:
+            timings, bytes_read, errors = bench_lookup.rounds(n, k, samples=rounds)
+            console.print(timings.table(f"1 x {k} -> {n}, cold", bytes_read, ceiling))
+            for name, error in errors.items():
+                console.print(Text(f"{name:20s} error {error:.1e}"))
 
 
 def attention(rounds: int, console: Console) -> None:

@@ -58,6 +58,7 @@ class Objective(StrEnum):
 
 class Bench(StrEnum):
     linear = "linear"
+    lookup = "lookup"
     attention = "attention"
     group_rational = "group-rational"
     norm = "norm"

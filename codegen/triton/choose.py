@@ -121,12 +121,12 @@ def splits(programs: int, steps: int, multiprocessors: int, *, least_steps: int 
 
 
 def split_linear(
-    config: Config, *, tokens: int, n: int, tiles: int, multiprocessors: int
+    config: Config, *, tokens: int, n: int, tiles: int, multiprocessors: int, least_tiles: int = 4
 ) -> Config:
-    """`config` with K cut so that a small layer fills the device; at least four tiles per part."""
+    """`config` with K cut so that a small layer fills the device; least_tiles: in a part."""
     sizes = config.constexprs()
     programs = -(-tokens // sizes["BLOCK_M"]) * -(-n // sizes["BLOCK_N"])
-    return replace(config, splits=splits(programs, tiles, multiprocessors, least_steps=4))
+    return replace(config, splits=splits(programs, tiles, multiprocessors, least_steps=least_tiles))
 
 
 def split_decode(config: Config, *, heads: int, key_length: int, multiprocessors: int) -> Config:

@@ -1,5 +1,6 @@
 """A kernel as one file that a user can take away: it needs torch and triton, not ridgeline."""
 
+import re
 from pathlib import Path
 
 from ridgeline.codegen.errors import UnsupportedProblem
@@ -14,9 +15,23 @@ _DEFAULTS = {
     "gated": Config((("BLOCK", 2048),), num_warps=4, num_stages=1),
     "rotary": Config((("BLOCK_H", 8),), num_warps=4, num_stages=1),
     "quantized_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=4),
+    "coded_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=3),
+    "binary_attention": Config(
+        (("BLOCK_T", 32), ("BLOCK_M", 32)), num_warps=4, num_stages=2, splits=2
+    ),
     "group_rational": Config((("BLOCK_M", 128), ("BLOCK_C", 8)), num_warps=4, num_stages=1),
     "norm": Config((("BLOCK_M", 2), ("BLOCK_N", 1024)), num_warps=4, num_stages=1),
 }
+_SPLIT = ("attention_decode", "quantized_linear", "coded_linear", "binary_attention")
+_OURS = re.compile(
+    r"^from ridgeline\.codegen\.triton\.(\w+) import (?:\([^)]*\)|.+)\n", re.MULTILINE
+)
+
+
+def _source(file: str) -> str:
+    """The text of a file of this folder, with those that it imports from in place."""
+    text = (Path(__file__).parent / f"{file}.py").read_text()
+    return _OURS.sub(lambda found: _source(found[1]), text)
 
 
 def standalone_source(kernel: str, config: Config | None = None) -> str:
@@ -30,12 +45,11 @@ def standalone_source(kernel: str, config: Config | None = None) -> str:
         raise UnsupportedProblem(f"expected a kernel of {', '.join(_DEFAULTS)}, found {kernel!r}")
     config = config or _DEFAULTS[kernel]
     launch = config.launch()
-    if kernel in ("attention_decode", "quantized_linear"):
+    if kernel in _SPLIT:
         launch["splits"] = config.splits
-    source = (Path(__file__).parent / f"{kernel}.py").read_text()
     return (
         f"# Written by ridgeline: {kernel}, configuration {config}.\n"
-        f"{source}\n\n"
+        f"{_source(kernel)}\n\n"
         f"CONFIG = {launch!r}\n\n"
         'if __name__ == "__main__":\n'
         '    error = self_check("cpu" if INTERPRETED else "cuda", **CONFIG)\n'

@@ -6,24 +6,16 @@ import functools
 import torch
 from torch import fx
 
-from ridgeline.codegen.kernel import (
-    Kernel,
-    KernelReport,
-    argument,
-    attribute,
-    constant,
-    hints,
-    keyword,
-    norm_arguments,
-    scheme_of,
-)
+from ridgeline.codegen.kernel import Kernel, KernelReport, argument, hints, norm_arguments
 from ridgeline.codegen.triton import ops as ops  # registers the kernels' own ops
 from ridgeline.codegen.triton import pointwise
+from ridgeline.codegen.triton.binary_attention_launch import compile_binary_attention
 from ridgeline.codegen.triton.cross_compile import Compiled
 from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.group_rational_launch import compile_group_rational
+from ridgeline.codegen.triton.linear_nodes import compile_linear_node, place_linear_node
 from ridgeline.codegen.triton.norm_ops import compile_norm
-from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
+from ridgeline.codegen.triton.problems import compile_attention
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
@@ -34,30 +26,11 @@ from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.rotary import ROTARY
 
 _KINDS = frozenset({"cuda", "hip"})
+BINARY_ATTENTION = "ridgeline::binary_attention"
 
 
 def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
     node.target = torch.ops.ridgeline.triton_attention.default
-
-
-def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
-    """Repack the codes into the words that the kernel reads, once per weight."""
-    from ridgeline.codegen.triton.quantized_linear import pack  # the module needs triton
-
-    x, packed, scale = node.args[:3]
-    name = f"{packed.target}_words"
-    if not hasattr(module, name):
-        words = pack(
-            constant(packed),
-            bits=node.kwargs["bits"],
-            group_size=node.kwargs["group_size"],
-            in_features=x.meta["val"].shape[-1],
-        )
-        module.register_buffer(name, words, persistent=False)
-    with node.graph.inserting_before(node):
-        words = attribute(module, name, packed)
-    node.target = torch.ops.ridgeline.triton_quantized_linear.default
-    node.args = (x, words, scale, *node.args[3:])
 
 
 def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
@@ -87,28 +60,7 @@ def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
 
 
 def _compile_linear(node: fx.Node, target: Target) -> KernelReport:
-    x, packed, scale, offset, bias = (argument(node, i) for i in range(5))
-    rows = 1
-    for size in hints(x)[:-1]:
-        rows *= size
-    offset_dtype = None if offset is None else offset.meta["val"].dtype
-    compiled = compile_quantized_linear(
-        rows,
-        hints(packed)[0],
-        hints(x)[-1],
-        bits=node.kwargs["bits"],  # pyright: ignore[reportArgumentType]
-        group_size=node.kwargs["group_size"],  # pyright: ignore[reportArgumentType]
-        scheme=scheme_of(offset),
-        dtype=x.meta["val"].dtype,
-        arch=target.arch,
-        multiply=keyword(node, "multiply"),
-        scale_dtype=scale.meta["val"].dtype,
-        offset_dtype=offset_dtype,
-        bias=bias is not None,
-        bias_dtype=None if bias is None else bias.meta["val"].dtype,
-        multiprocessors=target.cores,
-    )
-    return _report(QUANTIZED_LINEAR.qualified, compiled, target)
+    return _report(QUANTIZED_LINEAR.qualified, compile_linear_node(node, target), target)
 
 
 def _compile_group_rational(node: fx.Node, target: Target) -> KernelReport:
@@ -128,6 +80,23 @@ def _compile_group_rational(node: fx.Node, target: Target) -> KernelReport:
         stride_aligned=x[-1] % 16 == 0,
     )
     return _report(GROUP_RATIONAL.qualified, compiled, target)
+
+
+def _place_binary_attention(node: fx.Node, module: fx.GraphModule) -> None:
+    node.target = torch.ops.ridgeline.triton_binary_attention.default
+
+
+def _compile_binary_attention(node: fx.Node, target: Target) -> KernelReport:
+    query, value = argument(node, 0), argument(node, 2)
+    compiled = compile_binary_attention(
+        hints(query),  # pyright: ignore[reportArgumentType]
+        hints(value),  # pyright: ignore[reportArgumentType]
+        dtype=query.meta["val"].dtype,
+        arch=target.arch,
+        value_dtype=value.meta["val"].dtype,
+        multiprocessors=target.cores,
+    )
+    return _report(BINARY_ATTENTION, compiled, target)
 
 
 def _place_norm(node: fx.Node, module: fx.GraphModule) -> None:
@@ -177,7 +146,7 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
         f
         for f in (
             *("attention_decode", "attention", "quantized_linear", "norm", "gated", "rotary"),
-            "group_rational",
+            *("group_rational", "coded_linear", "binary_attention"),
         )
         if compiled.kernel.startswith(f)
     )
@@ -193,7 +162,14 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
 
 KERNELS = (
     Kernel(ATTENTION.qualified, "triton", _KINDS, _place_attention, _compile_attention),
-    Kernel(QUANTIZED_LINEAR.qualified, "triton", _KINDS, _place_linear, _compile_linear),
+    Kernel(QUANTIZED_LINEAR.qualified, "triton", _KINDS, place_linear_node, _compile_linear),
+    Kernel(
+        BINARY_ATTENTION,
+        "triton",
+        _KINDS,
+        _place_binary_attention,
+        _compile_binary_attention,
+    ),
     Kernel(
         GROUP_RATIONAL.qualified,
         "triton",

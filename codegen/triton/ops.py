@@ -108,7 +108,8 @@ def _launch_quantized_linear(
         )  # fmt: skip
 
 
-def _elsewhere(first: Tensor, *_arguments, **_options):
+def elsewhere(first: Tensor, *_arguments, **_options):
+    """What the operations do on any other device: raise UnsupportedProblem."""
     raise UnsupportedProblem(
         f"the ridgeline::triton_* operations run on CUDA or ROCm tensors, found {first.device};"
         " use ridgeline::attention or ridgeline::quantized_linear there"
@@ -139,6 +140,6 @@ for _name, _launch, _fake in (
     ("triton_attention", _launch_attention, _fake_attention),
     ("triton_quantized_linear", _launch_quantized_linear, _fake_quantized_linear),
 ):
-    LIBRARY.impl(_name, _elsewhere, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, elsewhere, "CompositeExplicitAutograd")
     LIBRARY.impl(_name, _launch, "CUDA")
     torch.library.register_fake(f"ridgeline::{_name}", _fake)

@@ -163,8 +163,8 @@ def _prefill(
     from ridgeline.codegen.triton.attention import attention_forward
 
     pointers = {
-        "sinks_ptr": _pointer(sinks_dtype or dtype),
-        "out_ptr": _pointer(dtype),
+        "sinks_ptr": pointer(sinks_dtype or dtype),
+        "out_ptr": pointer(dtype),
         "lse_ptr": "*fp32",
     }
     candidates = choose.attention_candidates(
@@ -210,8 +210,8 @@ def _decode(
     combine = attention_decode.attention_decode_combine
     arguments = {
         **pointers,
-        "sinks_ptr": _pointer(sinks_dtype or torch.float32),
-        "out_ptr": _pointer(dtype),
+        "sinks_ptr": pointer(sinks_dtype or torch.float32),
+        "out_ptr": pointer(dtype),
         "lse_ptr": "*fp32",
     }
     then = cross_compile(
@@ -267,8 +267,8 @@ def _attention(
     for name in config.constexprs():
         del arguments[name]
     arguments |= dict.fromkeys(("scale", "soft_cap"), "fp32")
-    arguments |= dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), _pointer(dtype))
-    arguments |= {"mask_ptr": _pointer(mask_type), **pointers}
+    arguments |= dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), pointer(dtype))
+    arguments |= {"mask_ptr": pointer(mask_type), **pointers}
     aligned = {name for name in arguments if name.endswith("_ptr")}
     # Rows of whole 16-byte pieces: the caller's strides are multiples of the head dimension.
     if head_dim % 16 == 0 and value_dim % 16 == 0:
@@ -321,12 +321,12 @@ def _linear(
         "stride_xk": 1,
     }
     pointers = {
-        "x_ptr": _pointer(dtype),
+        "x_ptr": pointer(dtype),
         "words_ptr": "*u8",
-        "scale_ptr": _pointer(scale_dtype),
-        "offset_ptr": _pointer(offset_dtype),
-        "bias_ptr": _pointer(bias_dtype or scale_dtype),
-        "out_ptr": "*fp32" if split else _pointer(dtype),
+        "scale_ptr": pointer(scale_dtype),
+        "offset_ptr": pointer(offset_dtype),
+        "bias_ptr": pointer(bias_dtype or scale_dtype),
+        "out_ptr": "*fp32" if split else pointer(dtype),
     }
     aligned = {*pointers, "stride_wn"}
     aligned |= {"out_features"} if aligned_n else set()
@@ -350,12 +350,22 @@ def _linear(
     )
     if not split:
         return part
-    reduce = cross_compile(
-        quantized_linear.quantized_linear_reduce,
+    reduce = split_sum(arch, dtype=dtype, bias_dtype=bias_dtype, aligned_n=aligned_n)
+    return replace(part, then=reduce)
+
+
+def split_sum(
+    arch: str, *, dtype: torch.dtype, bias_dtype: torch.dtype | None, aligned_n: bool
+) -> Compiled:
+    """The second pass of a linear layer with split columns; aligned_n: N divides by 16."""
+    from ridgeline.codegen.triton.split_sum import quantized_linear_reduce
+
+    return cross_compile(
+        quantized_linear_reduce,
         {
             "workspace_ptr": "*fp32",
-            "bias_ptr": pointers["bias_ptr"],
-            "out_ptr": _pointer(dtype),
+            "bias_ptr": pointer(bias_dtype or dtype),
+            "out_ptr": pointer(dtype),
             **dict.fromkeys(("elements", "out_features", "splits"), "i32"),
         },
         {"BIAS": bias_dtype is not None, "BLOCK": REDUCE_BLOCK},
@@ -365,7 +375,6 @@ def _linear(
         | ({"elements", "out_features"} if aligned_n else set()),
         matrix=False,
     )
-    return replace(part, then=reduce)
 
 
 def _type_name(dtype: torch.dtype) -> str:
@@ -377,7 +386,8 @@ def _type_name(dtype: torch.dtype) -> str:
     return _FLOATS[dtype]
 
 
-def _pointer(dtype: torch.dtype) -> str:
+def pointer(dtype: torch.dtype) -> str:
+    """Triton's type of a pointer to `dtype`; raises UnsupportedProblem."""
     return "*" + (_INTEGERS[dtype] if dtype in _INTEGERS else _type_name(dtype))
 
 

@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ridgeline.codegen.triton.split_sum import quantized_linear_reduce
+
 # The interpreter reads bf16 operands of `tl.dot` as integers; there the operands are widened first.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -167,32 +169,6 @@ def quantized_linear_forward(
         sums.to(out_ptr.dtype.element_ty),
         mask=in_m[None, :] & in_n[:, None],
     )
-
-
-@triton.jit
-def quantized_linear_reduce(
-    workspace_ptr,
-    bias_ptr,
-    out_ptr,
-    elements,
-    out_features,
-    splits,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """y = workspace[0] + workspace[1] + ... + bias, always in this order. Grid: (ceil(MN/BLOCK),).
-
-    The fixed order makes the result bitwise repeatable, which atomic addition does not.
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(workspace_ptr + at, mask=inside, other=0.0)
-        workspace_ptr += elements
-    if BIAS:
-        total += tl.load(bias_ptr + at % out_features, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def packing_tile(group_size: int, in_features: int) -> int:

@@ -1,4 +1,5 @@
-"""Which layer gets how many bits: the widths that cost the model least, under a budget of memory.
+"""Which layer gets how many bits: the widths that cost the model least, under a budget
+of memory, or what costs the least memory under a budget of harm.
 
 Law: to second order in the error E_l = W_l - Ŵ_l of every layer, the divergence of the model's
 outputs from what they were is the sum over layers of
@@ -10,7 +11,8 @@ diagonal of the Fisher information of the layer's outputs, averaged over tokens;
 logits, of outputs observed with an error of 1), and E at b bits measured by encoding a sample of
 the layer's rows. Then, by the chooser of `ridgeline.cost_model`,
 
-    minimise sum_l D_l(b_l)   subject to   sum_l bytes_l(b_l) <= budget.
+    minimise sum_l D_l(b_l)     subject to   sum_l bits_l(b_l) <= budget,     or
+    minimise sum_l bits_l(b_l)  subject to   sum_l D_l(b_l) <= budget.
 
 Layers are not interchangeable: a value projection is a tenth of the weights and half of the harm.
 Source: OBD/HAWQ (second-order sensitivity); the published ShiftAddLLM criterion ranks layers by the
@@ -18,6 +20,7 @@ spread of W/diag U and gives one threshold instead of an optimum.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +37,16 @@ SAMPLE_ROWS = 48
 Progress = Callable[[int, int], None]
 
 
+Harm = Mapping[str, Mapping[Codec, float]]
+"""Layer -> codec -> D_l."""
+
+
 def allocate(
-    harm: Mapping[str, Mapping[Codec, float]],
-    shapes: Mapping[str, tuple[int, int]],
-    average_bits: float,
+    harm: Harm, shapes: Mapping[str, tuple[int, int]], average_bits: float
 ) -> dict[str, Codec]:
     """The codec of each layer, of least total harm within `average_bits` bits of code per weight.
 
-    harm: layer -> codec -> D_l; shapes: layer -> (N, K). Raises QuantizationError where not even
-    the narrowest codecs fit.
+    shapes: layer -> (N, K). Raises QuantizationError where not even the narrowest codecs fit.
     """
     narrow = {name: min(forms, key=lambda c: c.bits) for name, forms in harm.items()}
     weights = {name: n * k for name, (n, k) in shapes.items()}
@@ -53,21 +57,53 @@ def allocate(
             f"average_bits is {average_bits}; the narrowest codecs offered take"
             f" {base / sum(weights.values()):.2f}: raise it, or offer fewer bits"
         )
+
+    def option(name: str, codec: Codec) -> dict[str, Any]:
+        more = (codec.bits - narrow[name].bits) * weights[name]
+        return {"gain": harm[name][narrow[name]] - harm[name][codec], "memory_bytes": more}
+
+    return _chosen(harm, narrow, option, capacity_bytes=budget, base_memory_bytes=base)
+
+
+def allocate_within(
+    harm: Harm, shapes: Mapping[str, tuple[int, int]], divergence: float
+) -> dict[str, Codec]:
+    """The codec of each layer, of fewest bits in all with a total harm of at most `divergence`.
+
+    Raises QuantizationError where the widest codecs do more harm than that.
+    """
+    wide = {name: max(forms, key=lambda c: c.bits) for name, forms in harm.items()}
+    least = sum(harm[name][codec] for name, codec in wide.items())
+    if least > divergence:
+        raise QuantizationError(
+            f"divergence is {divergence:.3g}; the widest codecs offered are expected to make"
+            f" {least:.3g}: raise it, or offer more bits"
+        )
+
+    def option(name: str, codec: Codec) -> dict[str, Any]:
+        more = max(0.0, harm[name][codec] - harm[name][wide[name]])
+        saved = (wide[name].bits - codec.bits) * shapes[name][0] * shapes[name][1]
+        return {"gain": float(saved), "error": more**0.5}  # the chooser adds errors as squares
+
+    return _chosen(harm, wide, option, error_budget=(divergence - least) ** 0.5)
+
+
+def _chosen(
+    harm: Harm,
+    start: dict[str, Codec],
+    option: Callable[[str, Codec], dict[str, Any]],
+    **budget: Any,
+) -> dict[str, Codec]:
+    """`start`, but for the layers that the chooser gives another codec: one each at most."""
     options, codecs = [], {}
     for name, forms in harm.items():
-        wider = {f"{name} {c}": c for c in forms if c is not narrow[name]}
-        for key, codec in wider.items():
-            codecs[key] = (name, codec)
-            options.append(
-                Option(
-                    key,
-                    gain=forms[narrow[name]] - forms[codec],
-                    memory_bytes=(codec.bits - narrow[name].bits) * weights[name],
-                    conflicts=frozenset(wider) - {key},
-                )
-            )
-    choice = solve(options, capacity_bytes=budget, base_memory_bytes=base)
-    return narrow | dict(codecs[key] for key in choice.chosen)
+        others = {f"{name} {codec}": codec for codec in forms if codec is not start[name]}
+        for key, codec in others.items():
+            codecs[key] = name, codec
+            conflicts = frozenset(others) - {key}
+            options.append(Option(key, conflicts=conflicts, **option(name, codec)))
+    choice = solve(options, **budget)
+    return start | dict(codecs[key] for key in choice.chosen)
 
 
 def measure(

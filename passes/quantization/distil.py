@@ -85,17 +85,17 @@ def distil(
         _put(student, name, module)
     for p in norms:
         p.requires_grad_(True)
+    result: dict[str, QuantizedLinear] = layers
     try:
         _train(student, teacher, batches, recipe, list(tuned.values()), norms, progress, seed)
-        settled = {name: module.settled() for name, module in tuned.items()}
+        result = {name: module.settled() for name, module in tuned.items()}
     except BaseException:
         with torch.no_grad():
             for p, old in zip(norms, before, strict=True):
                 p.copy_(old)
-        settled = layers
         raise
     finally:
-        for name, module in settled.items():
+        for name, module in result.items():
             _put(student, name, module)
         for p, flag in required.items():
             p.requires_grad_(flag)
@@ -253,9 +253,9 @@ class _Weigh(torch.autograd.Function):
         ]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         codes, table = ctx.saved_tensors
-        codec, grad = ctx.codec, grad.float()
+        codec, grad = ctx.codec, grads[0].float()
         signs = table[_grouped(codes, codec.group_size).int()]
         d_rows = torch.einsum("ngk,ngkp->ngp", _grouped(grad, codec.group_size), signs)
         if codec.group_rows > 1:

@@ -7,10 +7,13 @@ z = R x of two logits, p = softmax(z), i = argmax z:
 
 and the loss that shares the tokens out by the experts' latencies l_j on the target,
 
-    L = CV²(α_j sum_t p_j(t)) + CV²(α_j sum_t P_j(t)),   α_j = l_j / sum l,   CV² = var / mean²
+    L = CV²(α_j sum_t n_j(t)) + CV²(α_j sum_t P_j(t)),   α_j = l_j / sum l,   CV² = var / mean²
+    n_j(t) = 1 if j = i(t) else 0, with the gradient of p_j(t)
     P_j(t) = Φ((z_j - z_other) / σ), σ = 1/2             (the chance that j wins under noise)
 
-which is least where the tokens of j are as 1 / l_j: both experts are then busy equally long.
+which is least where the tokens of j are as 1 / l_j: both experts are then busy equally long. The
+paper sums p_j where n_j stands; of undecided tokens that says little about where they go (measured
+on digits: 75 % sent where 60 % were asked for).
 
 In eval mode only what is routed to an expert is computed by it, up to static capacities per sample
 
@@ -97,16 +100,17 @@ class MixtureOfPrimitives(nn.Module):
 
     def _trained(self, x: Tensor, logits: Tensor) -> Tensor:
         p = logits.float().softmax(-1)
-        self.balance = self._imbalance(p, logits.float())
         chosen = nn.functional.one_hot(logits.argmax(-1), len(EXPERTS)).to(p.dtype)
-        gates = (chosen + (p - p.detach())).to(x.dtype)
+        gates = chosen + (p - p.detach())
+        self.balance = self._imbalance(gates, logits.float())
+        gates = gates.to(x.dtype)
         return gates[..., :1] * self.mult(x) + gates[..., 1:] * self.shift(x)
 
-    def _imbalance(self, p: Tensor, logits: Tensor) -> Tensor:
+    def _imbalance(self, gates: Tensor, logits: Tensor) -> Tensor:
         alpha = logits.new_tensor(self.latencies) / sum(self.latencies)
         margin = (logits - logits.flip(-1)) / NOISE
         wins = torch.special.ndtr(margin)
-        loads = (alpha * p.flatten(0, -2).sum(0), alpha * wins.flatten(0, -2).sum(0))
+        loads = (alpha * gates.flatten(0, -2).sum(0), alpha * wins.flatten(0, -2).sum(0))
         first, second = (load.var(correction=0) / load.mean().square() for load in loads)
         return first + second
 

@@ -27,22 +27,23 @@ from ridgeline.passes.shift_add_linear import FEW_ROWS, SHIFT_ADD
 from ridgeline.passes.weights import SKETCHED_ROWS, WeightStore
 
 CPU = {
-    "kind": "cpu", "peaks": {"float32": 2.2e11, "bfloat16": 4.4e11}, "bandwidth_bytes_per_s": 30e9,
-    "caches": ((2**16, 1e12), (2**21, 4e11), (2**25, 1.5e11)), "spread": 0.0, "threads": 2,
+    "kind": "cpu", "peaks": {"float32": 2.2e9, "bfloat16": 4.4e9}, "bandwidth_bytes_per_s": 3e8,
+    "caches": ((2**12, 1e10), (2**17, 4e9), (2**21, 1.5e9)), "spread": 0.0, "threads": 2,
     "launch_s": 2e-6, "fork_s": 3e-6, "gemm_efficiency": 0.9, "bandwidth_efficiency": 1.0,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cpu():
-    """A CPU of two Zen 4 cores, whatever this machine is."""
+    """A CPU like two Zen 4 cores, but a hundred times slower and with a sixteenth of their caches:
+    small layers have the proportions of large ones."""
     return dataclasses.replace(load_target("a100"), name="desk", arch="x86_64", **CPU)
 
 
 class Stack(nn.Module):
-    """Residual layers; 1024 features lie in no cache."""
+    """Residual layers; 256 features lie in no inner cache."""
 
-    def __init__(self, features: int = 1024, layers: int = 4) -> None:
+    def __init__(self, features: int = 256, layers: int = 4) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(
@@ -74,7 +75,8 @@ def rewritten(model, x, target, *, tolerance, objective="latency", passes=(QUANT
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     hessians = {}
     if calibrated:
-        found = collect_hessians(model, names, [torch.randn(64, x.shape[-1]) for _ in range(2)])
+        batches = [torch.randn(512, x.shape[-1], dtype=x.dtype) for _ in range(4)]
+        found = collect_hessians(model, names, batches)
         hessians = {f"{name}.weight": h for name, h in found.items()}
     with torch.no_grad():
         program = capture(model.eval(), (x,)).program
@@ -89,13 +91,13 @@ def variants(compiler: Compiler) -> list[str]:
 
 
 def test_two_bits_are_looked_up_for_one_row(cpu):
-    model, x = Stack(), torch.randn(1, 1024)
+    model, x = Stack(layers=2), torch.randn(1, 256)
     compiler, module = rewritten(model, x, cpu, tolerance=0.6)
-    assert variants(compiler) == ["2-bit binary g128, by lookup"] * 4
+    assert variants(compiler) == ["2-bit binary g128, by lookup"] * 2
     calls = module.graph.find_nodes(op="call_function", target=QUANTIZED_LINEAR.overload)
     assert [(c.kwargs["codec"], c.kwargs["bits"], c.kwargs["multiply"]) for c in calls] == [
         ("binary", 2, torch.int16)
-    ] * 4
+    ] * 2
     with torch.no_grad():
         expected = model(x)
         error = (module(x)[0] - expected).norm() / expected.norm()
@@ -105,10 +107,10 @@ def test_two_bits_are_looked_up_for_one_row(cpu):
 
 def test_at_four_bits_the_plain_kernel_wins_and_the_plan_says_so(cpu, monkeypatch):
     monkeypatch.setattr(shift_add_linear, "BINARY", shift_add_linear.BINARY[-1:])
-    compiler, _ = rewritten(Stack(), torch.randn(1, 1024), cpu, tolerance=0.3)
+    compiler, _ = rewritten(Stack(layers=2), torch.randn(1, 256), cpu, tolerance=0.3)
     assert {d.rewrite for d in compiler.plan.applied} == {"quantized_linear"}
     refused = [d for d in compiler.plan.refused if d.rewrite == "shift_add_linear"]
-    assert len(refused) == 4
+    assert len(refused) == 2
     for d in refused:
         assert d.refused_by == "cost"
         sides = re.search(
@@ -124,7 +126,7 @@ def test_at_four_bits_the_plain_kernel_wins_and_the_plan_says_so(cpu, monkeypatc
 def test_many_rows_are_not_looked_up(cpu):
     for rows, lookup in ((FEW_ROWS, True), (FEW_ROWS + 1, False)):
         compiler, _ = rewritten(
-            Stack(256, 1), torch.randn(rows, 256), cpu, tolerance=0.6, objective="energy",
+            Stack(128, 1), torch.randn(rows, 128), cpu, tolerance=0.6, objective="energy",
             passes=(SHIFT_ADD,),
         )  # fmt: skip
         assert ["lookup" in v for v in variants(compiler)] == [lookup]
@@ -133,7 +135,7 @@ def test_many_rows_are_not_looked_up(cpu):
 def test_objectives_take_different_codecs(cpu):
     """Many rows: products bound the time, and integers are decoded faster than planes; fewer
     bits take less memory, and less energy on their way."""
-    model, x = Stack(512, 1), torch.randn(64, 512)
+    model, x = Stack(128, 1), torch.randn(64, 128)
     taken = {
         objective: variants(rewritten(model, x, cpu, tolerance=0.6, objective=objective)[0])
         for objective in ("latency", "memory", "energy")
@@ -143,34 +145,52 @@ def test_objectives_take_different_codecs(cpu):
 
 
 def test_a_gpu_takes_planes_in_the_inputs_own_dtype():
-    model, x = Stack(2048, 2).bfloat16(), torch.randn(1, 2048, dtype=torch.bfloat16)
+    model, x = Stack(256, 1).bfloat16(), torch.randn(1, 256, dtype=torch.bfloat16)
     compiler, _ = rewritten(
-        model, x, "a100", tolerance=0.6, objective="memory", calibrated=False, passes=(SHIFT_ADD,)
+        model, x, "a100", tolerance=0.6, objective="memory", passes=(SHIFT_ADD,)
     )
     assert compiler.plan.applied
     assert not any("lookup" in v for v in variants(compiler))
 
 
-def test_layers_side_by_side_are_one_product(cpu):
+def test_layers_side_by_side_are_one_product(cpu, monkeypatch):
+    monkeypatch.setattr(shift_add_linear, "BINARY", shift_add_linear.BINARY[:1])
     model, x = Beside(), torch.randn(1, 256)
-    compiler, module = rewritten(model, x, cpu, tolerance=0.6, objective="energy")
+    compiler, module = rewritten(model, x, cpu, tolerance=0.9, passes=(SHIFT_ADD,))
     (call,) = module.graph.find_nodes(op="call_function", target=QUANTIZED_LINEAR.overload)
     assert variants(compiler) == ["2-bit binary g128, by lookup, 3 layers side by side"]
     assert call.meta["val"].shape == (1, 512)
     with torch.no_grad():
         expected = model(x)
-        assert (module(x)[0] - expected).norm() <= 0.6 * expected.norm()
+        assert (module(x)[0] - expected).norm() <= 0.9 * expected.norm()
 
 
-def test_without_calibration_data_there_are_no_binary_codes(cpu):
+def test_layers_that_were_not_calibrated_stay(cpu):
     compiler, _ = rewritten(
-        Stack(256, 1), torch.randn(1, 256), cpu, tolerance=0.6, objective="memory",
-        calibrated=False, passes=(SHIFT_ADD,),
+        Beside(), torch.randn(1, 256), cpu, tolerance=0.6, objective="memory", calibrated=False,
+        passes=(SHIFT_ADD,),
     )  # fmt: skip
-    assert [v[:16] for v in variants(compiler)] == ["5-bit shift g128"]
+    assert compiler.plan.applied == []
+    assert {d.at.partition(":")[0] for d in compiler.plan.refused} == {"q", "k", "v"}
+    assert {d.refused_by for d in compiler.plan.refused} == {"precondition"}
+    assert all("not calibrated" in d.reason for d in compiler.plan.refused)
+    assert all("pass calibration=" in d.needed for d in compiler.plan.refused)
+
+
+def test_a_hessian_that_is_none_costs_its_layer_alone(cpu):
+    model, x = Beside(), torch.randn(1, 256)
+    hessians = {f"{n}.weight": torch.rand(256).diag() for n in "qk"} | {
+        "v.weight": torch.zeros(256, 256)
+    }
+    with torch.no_grad():
+        compiler = Compiler(
+            cpu, tolerance=0.6, objective="memory", passes=(SHIFT_ADD,), hessians=hessians
+        )
+        compiler.rewrite(capture(model.eval(), (x,)).program)
+    assert {d.at.partition(":")[0] for d in compiler.plan.applied} == {"q", "k"}
     (refused,) = compiler.plan.refused
-    assert "binary codes" in refused.reason
-    assert refused.needed == "pass calibration="
+    assert refused.at.partition(":")[0] == "v"
+    assert "no positive diagonal" in refused.reason
 
 
 def test_both_passes_refuse_for_themselves(cpu):
@@ -250,25 +270,25 @@ def printed(compiler: Compiler) -> str:
 
 
 def test_the_plan_shows_time_weights_and_energy_side_by_side(cpu):
-    compiler, _ = rewritten(Stack(512, 2), torch.randn(1, 512), cpu, tolerance=0.6)
+    compiler, _ = rewritten(Stack(256, 2), torch.randn(1, 256), cpu, tolerance=0.6)
     figures = compiler.plan.predicted["forward"]
-    assert figures["before"]["held_bytes"] == 2 * 512 * 512 * 4
+    assert figures["before"]["held_bytes"] == 2 * 256 * 256 * 4
     (applied, *_) = compiler.plan.applied
     held = sum(figure.weight_bytes for figure in [d.after for d in compiler.plan.applied])
     assert figures["after"]["held_bytes"] == held
     assert applied.after.energy_joules < applied.before.energy_joules
     text = printed(compiler)
-    assert re.search(r"  weights 2\.1 MB -> [\d.]+ kB \([\d.]+x less\); energy [\d.]+ µJ ->", text)
-    assert re.search(r"\+ shift_add_linear .* µs -> .* µs, 2\.1 MB -> .* kB, .* µJ -> .* µJ", text)
+    assert re.search(r"  weights 524 kB -> [\d.]+ kB \([\d.]+x less\); energy [\d.]+ µJ ->", text)
+    assert re.search(r"\+ shift_add_linear .* µs -> .* µs, 524 kB -> .* kB, .* µJ -> .* µJ", text)
 
 
 def test_layers_that_are_quantised_already_are_named(cpu):
-    model = Stack(512, 3)
+    model = Stack(256, 3)
     for i in (0, 1):
         coded = quantize(model.layers[i].weight, Codec(4, 64, "symmetric"))
         model.layers[i] = QuantizedLinear(coded)
     compiler, module = rewritten(
-        model, torch.randn(1, 512), cpu, tolerance=0.6, objective="memory", calibrated=False
+        model, torch.randn(1, 256), cpu, tolerance=0.6, objective="memory", calibrated=False
     )
     assert compiler.plan.notes == [
         "already quantised: 2 layers as 4-bit symmetric g64, 4.25 bits per weight: layers.{0-1}"
