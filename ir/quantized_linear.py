@@ -46,7 +46,8 @@ and 64 rows on Zen 4, for groups of 32 as of 128."""
 
 FIXED_POINT_BLOCK, FIXED_POINT_TOP = 32, 8191
 """Columns that share a step of fixed-point activations, and the largest of them in steps: the sum
-of four stays within 16 bits."""
+of four stays within 16 bits. Where groups of 1 or 8 columns are shared by rows, kernels multiply x
+by alpha first and round that in place of x."""
 
 POWER_BIAS = 64
 """int8 v stands for sign(v) 2**(|v| - POWER_BIAS), and 0 for 0."""

@@ -23,6 +23,18 @@ def test_isa_can_be_lowered_but_not_raised(monkeypatch):
         runtime.host_isa()
 
 
+def test_byte_tables_are_left_out_where_less_is_asked_for(monkeypatch):
+    monkeypatch.delenv("RIDGELINE_ISA", raising=False)
+    monkeypatch.setattr(isa, "best_isa", lambda: "avx512")
+    monkeypatch.setattr(isa, "executes", lambda name: True)
+    assert isa.byte_table_isa() == isa.BYTE_TABLES
+    monkeypatch.setenv("RIDGELINE_ISA", "generic")
+    assert isa.byte_table_isa() == "generic"
+    monkeypatch.delenv("RIDGELINE_ISA")
+    monkeypatch.setattr(isa, "executes", lambda name: name != isa.BYTE_TABLES)
+    assert isa.byte_table_isa() == "avx512"
+
+
 def test_ridgeline_does_not_import_tvm():
     program = "import ridgeline, sys; assert 'tvm' not in sys.modules"
     root = Path(__file__).parents[3]
