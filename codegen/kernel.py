@@ -16,6 +16,7 @@ class KernelReport:
 
     source: gives the kernel's source, to read or to take away.
     audit: figures read off the compiled code (registers, shared bytes, matrix instructions, ...).
+    also: other code for the same node, listed beside this one and not run by the plan.
     """
 
     op: str
@@ -24,10 +25,12 @@ class KernelReport:
     configuration: str
     source: Callable[[], str] = field(repr=False, compare=False)
     audit: dict[str, Any] = field(default_factory=dict)
+    also: "tuple[KernelReport, ...]" = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the source."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        """Plain data, without the source and other reports."""
+        kept = (f.name for f in fields(self) if f.name not in ("source", "also"))
+        return {name: getattr(self, name) for name in kept}
 
 
 @dataclass(frozen=True, slots=True)

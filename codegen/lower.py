@@ -106,7 +106,8 @@ def compiled(
             notes.append(f"{kernel.op} at {node.name} runs by its reference: {error}")
             continue
         nodes.append((node, kernel))
-        reports.setdefault(f"{report.op} {report.configuration}", report)
+        for own in (report, *report.also):
+            reports.setdefault(f"{own.op} {own.configuration}", own)
     return nodes, tuple(reports.values()), notes
 
 

@@ -286,7 +286,8 @@ def _write_sources(reports: "Sequence[KernelReport]", output: Path | None) -> No
         errors.print("no rewrite fired, so there are no kernels; `ridgeline explain` says why")
         raise typer.Exit(1)
     for i, report in enumerate(reports):
-        name = f"{report.op.partition('::')[2]}_{report.backend}_{i}.py"
+        suffix = "cu" if report.backend == "tvm-cuda" else "py"
+        name = f"{report.op.partition('::')[2]}_{report.backend}_{i}.{suffix}"
         if output is None:
             typer.echo(f"# ==== {name}: {report.configuration}\n{report.source()}")
             continue

@@ -11,6 +11,7 @@ from ridgeline.codegen.triton import ops as ops  # registers the kernels' own op
 from ridgeline.codegen.triton import pointwise
 from ridgeline.codegen.triton.binary_attention_launch import compile_binary_attention
 from ridgeline.codegen.triton.cross_compile import Compiled
+from ridgeline.codegen.triton.cuda_text import cuda_of_binary_attention, cuda_of_linear
 from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.group_rational_launch import compile_group_rational
 from ridgeline.codegen.triton.linear_nodes import compile_linear_node, place_linear_node
@@ -60,7 +61,8 @@ def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
 
 
 def _compile_linear(node: fx.Node, target: Target) -> KernelReport:
-    return _report(QUANTIZED_LINEAR.qualified, compile_linear_node(node, target), target)
+    report = _report(QUANTIZED_LINEAR.qualified, compile_linear_node(node, target), target)
+    return dataclasses.replace(report, also=cuda_of_linear(node, target))
 
 
 def _compile_group_rational(node: fx.Node, target: Target) -> KernelReport:
@@ -96,7 +98,8 @@ def _compile_binary_attention(node: fx.Node, target: Target) -> KernelReport:
         value_dtype=value.meta["val"].dtype,
         multiprocessors=target.cores,
     )
-    return _report(BINARY_ATTENTION, compiled, target)
+    report = _report(BINARY_ATTENTION, compiled, target)
+    return dataclasses.replace(report, also=cuda_of_binary_attention(node, target))
 
 
 def _place_norm(node: fx.Node, module: fx.GraphModule) -> None:

@@ -1,5 +1,6 @@
 """Binary-coded and shift layers for GPUs: interpreted against float64, compiled, and refused."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import torch
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from ridgeline.codegen.errors import UnsupportedProblem
+from ridgeline.codegen.lower import compiled
 from ridgeline.codegen.triton import coded_linear_launch
 from ridgeline.codegen.triton.arch import architecture
 from ridgeline.codegen.triton.coded_linear_launch import compile_coded_linear
 from ridgeline.codegen.triton.coded_storage import lift_of, pack, packing_tile, unpack
+from ridgeline.cost_model import load_target
 from ridgeline.ir import quantized_linear as law
+from ridgeline.ir.capture import capture
 from tests.codegen.triton.test_interpreted import run
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 HALF, BFLOAT = torch.float16, torch.bfloat16
 # Relative Frobenius errors: the rounding of y, and of ŵ with many rows.
 BARS = {torch.float16: 6e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
@@ -92,14 +95,20 @@ def check(case: str, arch: str) -> None:
     assert compiled.then is None or (compiled.config.splits > 1 and not compiled.then.audit.atomics)
 
 
+@pytest.mark.slow  # Triton takes minutes for the others on Blackwell
 @pytest.mark.parametrize("case", ["few rows", "many rows", "shift"])
-def test_compiled_code_keeps_its_promises_on_ampere(case: str) -> None:
-    check(case, "sm_80")
+@pytest.mark.parametrize("arch", ["sm_89", "sm_100"])
+def test_compiled_code_keeps_its_promises_elsewhere(arch: str, case: str) -> None:
+    check(case, arch)
+
+
+def test_compiled_code_keeps_its_promises_on_ampere() -> None:
+    check("few rows", "sm_80")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_compiled_code_keeps_its_promises(arch: str, case: str) -> None:
     check(case, arch)
 
@@ -125,6 +134,31 @@ def test_other_devices_are_refused() -> None:
     x = torch.zeros(1, 4)
     with pytest.raises(UnsupportedProblem, match=r"CUDA or ROCm tensors, found cpu"):
         torch.ops.ridgeline.triton_coded_linear(x, x, x, codec="shift", bits=4, group_size=32)
+
+
+def test_a_plan_lists_kernels_and_the_cuda_source() -> None:
+    n, k, x = 32, 64, torch.randn(3, 64)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    packed, scale = law.pack_codes(codes, 4), torch.rand(n, 2).half()
+
+    class Layers(torch.nn.Module):
+        def forward(self, x, packed, scale):
+            shift = {"bits": 4, "group_size": 32, "codec": "shift"}
+            op = law.QUANTIZED_LINEAR.overload
+            return op(x, packed, scale, **shift), op(
+                x, packed, scale, multiply=torch.int16, **shift
+            )
+
+    module = capture(Layers(), (x.half(), packed, scale)).program.module
+    nodes, reports, notes = compiled(module, load_target("a100"))
+    assert [node.kwargs.get("multiply") for node, _ in nodes] == [None]
+    assert reports[0].configuration.startswith("coded_linear_forward")
+    assert "int32 [tiles, bits, N, J/4]" in reports[0].source()
+    assert ["fixed-point products" in note for note in notes] == [True]
+    if importlib.util.find_spec("tvm"):
+        assert [report.backend for report in reports] == ["triton", "tvm-cuda"]
+        assert "also" not in reports[0].to_dict()
+        assert "shift_linear_kernel" in reports[1].source()
 
 
 @pytest.mark.cuda
