@@ -218,11 +218,11 @@ def test_a_sketch_is_the_real_thing_on_some_rows():
     def error(rows, quantized):
         return ((x @ (quantized.dequantize() - rows).T).norm() / (x @ rows.T).norm()).item()
 
-    assert error(part, coded) == pytest.approx(error(weight, whole), rel=0.1)
+    assert error(part, coded) == pytest.approx(error(weight, whole), rel=0.15)
     assert store.sketch("w", weight, codec)[1] is coded
 
 
-def drawn(weight: Tensor, codec: Codec, hessian: Tensor) -> QuantizedWeight:
+def drawn(weight: Tensor, codec: Codec, hessian: Tensor, **options) -> QuantizedWeight:
     """Random codes; scales fp32 where the weight is large; row scales; the input's permutation."""
     n, k = weight.shape
     planes = [codec.bits] if codec.scheme == "binary" else []
@@ -237,7 +237,7 @@ def drawn(weight: Tensor, codec: Codec, hessian: Tensor) -> QuantizedWeight:
 
 @pytest.mark.parametrize("codec", [Codec(3, 64, "binary"), Codec(8, 64, "shift", terms=2)], ids=str)
 def test_stacked_weights_are_their_parts(codec, monkeypatch):
-    monkeypatch.setattr("ridgeline.passes.weights.quantize", drawn)
+    monkeypatch.setattr("ridgeline.passes.weights.descend", drawn)
     torch.manual_seed(0)
     weights = {"a": torch.randn(96, 128), "b": 1e5 * torch.randn(64, 128)}
     store = WeightStore(dict.fromkeys(weights, torch.rand(128).diag()))
@@ -252,7 +252,7 @@ def test_stacked_weights_are_their_parts(codec, monkeypatch):
 
 
 def test_weights_of_two_orders_are_not_stacked(monkeypatch):
-    monkeypatch.setattr("ridgeline.passes.weights.quantize", drawn)
+    monkeypatch.setattr("ridgeline.passes.weights.descend", drawn)
     codec, store = Codec(3, 64, "binary"), WeightStore({n: torch.rand(128).diag() for n in "ab"})
     for name in "ab":
         store.refined(name, torch.randn(64, 128), codec)
