@@ -169,9 +169,11 @@ def reference(
 
     x [..., K]; packed, scale, offset as in the law; bias, row_scale [N]; permutation integer [K].
     multiply: the dtype in which products are formed (accumulation is fp32 always); None means
-        x.dtype, int16 fixed point. Returns [..., N], x.dtype.
+        x.dtype, int16 fixed point. Returns [..., N], x.dtype. A float64 x, which no kernel takes,
+        is accumulated in float64: what evidence is made of.
     """
     multiply = multiply or x.dtype
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = dequantize(
         packed,
         scale,
@@ -186,12 +188,12 @@ def reference(
     if multiply == torch.bfloat16 and x.shape[:-1].numel() >= MANY_ROWS:
         weight = weight.to(multiply).float()
     read = x if permutation is None else x[..., permutation.long()]  # torch indexes by no int16
-    rounded = fixed_point(read) if multiply == torch.int16 else read.to(multiply).float()
-    y = rounded @ weight.T
+    rounded = fixed_point(read) if multiply == torch.int16 else read.to(multiply)
+    y = rounded.to(wide) @ weight.to(wide).T
     if row_scale is not None:
-        y = y * row_scale.float()
+        y = y * row_scale.to(wide)
     if bias is not None:
-        y = y + bias.float()
+        y = y + bias.to(wide)
     return y.to(x.dtype)
 
 

@@ -1,9 +1,11 @@
 """The passes, in the order in which a plan lists them; which apply is one joint decision."""
 
 from ridgeline.passes.base import Pass
+from ridgeline.passes.coded_products import CODED_PRODUCTS
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
 from ridgeline.passes.gated import GATED
 from ridgeline.passes.group_rational import GROUP_RATIONAL_PASS
+from ridgeline.passes.merged_coded import MERGED_CODED
 from ridgeline.passes.merged_linear import MERGED_LINEAR
 from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
@@ -17,6 +19,8 @@ PASSES: tuple[Pass, ...] = (
     GROUP_RATIONAL_PASS,
     NORMS,
     MERGED_LINEAR,
+    MERGED_CODED,
     QUANTIZED,
     SHIFT_ADD,
+    CODED_PRODUCTS,
 )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ridgeline.ir.program import Program
+from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes.certify import relative_error
 
-aten = torch.ops.aten
+LINEAR = (torch.ops.aten.linear.default, QUANTIZED_LINEAR.overload)
 ROWS = 256
 """Rows of each observed activation that are kept."""
 
@@ -61,7 +62,8 @@ def outputs_of(module: fx.GraphModule, program: Program) -> list[Any]:
 
 
 class Observation:
-    """The inputs of every linear layer of a program, and how errors there reach the outputs."""
+    """The inputs of every linear layer of a program, coded or not; how errors there reach its
+    outputs."""
 
     def __init__(self, module: fx.GraphModule, program: Program) -> None:
         self._module, self._program = module, program
@@ -111,14 +113,14 @@ class _Recorder(fx.Interpreter):
         return list(result) if isinstance(result, tuple | list) else [result]
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is not aten.linear.default:
+        if n.target not in LINEAR:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         source = n.args[0]
         assert isinstance(source, fx.Node)
         x = args[0]
         if source not in self.rows:
-            self.rows[source] = x.detach().flatten(0, -2)[:ROWS].clone()
+            self.rows[source] = x.detach().reshape(-1, x.shape[-1])[:ROWS].clone()
         if not self._round:
             return self.call_function(n.target, args, kwargs)
         rounded = self.call_function(n.target, (x.bfloat16().to(x.dtype), *args[1:]), kwargs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ridgeline.cost_model import Work
+from ridgeline.cost_model import Target, Work
 from ridgeline.ir.quantized_linear import MANY_ROWS, fixed_point
 from ridgeline.passes.base import Setting
 from ridgeline.passes.quantization import Codec
@@ -102,20 +102,28 @@ def source_of(layers: Sequence[Layer]) -> fx.Node:
 
 def rows_of(layers: Sequence[Layer]) -> int:
     """Rows of the layers' input, symbolic sizes at their captured value."""
+    return rows_at(source_of(layers))
+
+
+def rows_at(x: fx.Node) -> int:
+    """Rows of a value that a linear layer reads, symbolic sizes at their captured value."""
     rows = 1
-    for size in source_of(layers).meta["val"].shape[:-1]:
+    for size in x.meta["val"].shape[:-1]:
         rows *= size if isinstance(size, int) else size.node.hint
     return rows
 
 
 def floating_products(layers: Sequence[Layer], setting: Setting) -> Products:
     """The floating dtypes in which the products may be formed on this machine."""
-    peaks = setting.target.peaks
-    faster = peaks.get("bfloat16", 0) > 1.2 * peaks.get("float32", 0)
     dtype = setting.observed(source_of(layers)).dtype
-    if dtype == torch.float32 and setting.target.kind == "cpu" and faster:
-        return (None, torch.bfloat16)
-    return (None,)
+    narrower = dtype == torch.float32 and bf16_is_faster(setting.target)
+    return (None, torch.bfloat16) if narrower else (None,)
+
+
+def bf16_is_faster(target: Target) -> bool:
+    """Is it a CPU on which products of bf16 are worth rounding to it?"""
+    peaks = target.peaks
+    return target.kind == "cpu" and peaks.get("bfloat16", 0) > 1.2 * peaks.get("float32", 0)
 
 
 def _held(layer: Layer, codec: Codec, setting: Setting) -> int:

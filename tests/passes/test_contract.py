@@ -1,5 +1,6 @@
 """What every pass promises, whichever rewrite it is."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ridgeline.codegen.lower import lower
-from ridgeline.cost_model import load_target
+from ridgeline.cost_model import Target, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.match import find
 from ridgeline.ir.normalize import normalize
@@ -18,9 +19,12 @@ from ridgeline.passes import PASSES
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Pass, Setting
 from ridgeline.passes.certify import relative_error
+from ridgeline.passes.fold import fold_stacks
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.optimize import Compiler
 from ridgeline.passes.propose import propose
+from ridgeline.passes.quantization import Codec, quantize
+from ridgeline.passes.quantization.layer import QuantizedLinear
 from ridgeline.passes.weights import WeightStore
 
 
@@ -103,10 +107,36 @@ def _rotary() -> tuple[nn.Module, list[Tensor]]:
     return Turn(), [torch.randn(shape) for shape in shapes]
 
 
+class Coded(nn.Module):
+    """Layers of one input, held in 2 bits; powers of two, which no `.to(dtype)` rounds."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        codec = Codec(2, 64, "binary", terms=2)
+        weights = [torch.randn(n, 128) for n in sizes]
+        self.layers = nn.ModuleList(
+            QuantizedLinear(quantize(w, codec, torch.eye(128)), torch.randn(len(w)))
+            for w in weights
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(layer(x)[..., :32] for layer in self.layers)
+
+
+def _coded() -> tuple[nn.Module, list[Tensor]]:
+    return Coded(32), [torch.randn(1, 3, 128)]
+
+
+def _coded_beside() -> tuple[nn.Module, list[Tensor]]:
+    return Coded(32, 96), [torch.randn(1, 3, 128)]
+
+
 EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "flash_attention": _attention,
     "group_rational": _rational,
     "merged_linear": _beside,
+    "merged_coded": _coded_beside,
+    "coded_products": _coded,
     "quantized_linear": _linear,
     "shift_add_linear": _linear,
     "norm": _norm,
@@ -114,6 +144,17 @@ EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "rotary": _rotary,
 }
 """One model that each pass fits once."""
+
+ON_CPU = ("coded_products",)
+"""Passes that have nothing to offer on a GPU."""
+
+
+def _target(rewrite: Pass) -> Target:
+    a100 = load_target("a100")
+    if rewrite.name not in ON_CPU:
+        return a100
+    peaks = {"float32": 2e11, "bfloat16": 4e11}
+    return dataclasses.replace(a100, name="desk", kind="cpu", arch="x86_64", peaks=peaks)
 
 
 def _put(rewrite: Pass) -> Any:
@@ -127,7 +168,7 @@ def _propose(rewrite: Pass, model: nn.Module, inputs: list[Tensor]) -> Any:
         module = normalize(program.module)
         observed = Observation(module, program)
         store = WeightStore({"weight": torch.eye(128)})  # of the linear layer, as if calibrated
-        setting = Setting(load_target("a100"), False, 0.5, observed, store)
+        setting = Setting(_target(rewrite), False, 0.5, observed, store)
         candidates, refusals = propose((rewrite,), module, setting)
         prepared = [rewrite.prepare(c, setting) for c in candidates]
     return module, prepared, refusals
@@ -202,6 +243,7 @@ def test_the_kernel_keeps_the_stated_rounding(rewrite, dtype):
     if rewrite.op is None:
         pytest.skip("ATen's own operations have no kernel of ours")
     expected = rewritten(*(x.double() for x in inputs))[0]
+    fold_stacks(rewritten, WeightStore())
     lowered = lower(rewritten, inputs, load_target("cpu"), "eager", training=False)
     assert [k.op for k in lowered.kernels] == [rewrite.op.qualified]
     got = lowered.run(*inputs)[0]
