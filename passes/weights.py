@@ -13,9 +13,11 @@ from ridgeline.passes.quantization import (
     Codec,
     QuantizationError,
     QuantizedWeight,
+    descend,
     quantize,
     round_to_nearest,
 )
+from ridgeline.passes.quantization.descent import Factors, factors_of
 
 SKETCHED_ROWS = 64
 """Rows that are encoded to learn what a codec costs, where encoding takes an optimisation."""
@@ -38,6 +40,8 @@ class WeightStore:
         self._refined: dict[tuple[str, Codec], QuantizedWeight] = {}
         self._stacked: dict[tuple[tuple[str, ...], Codec], QuantizedWeight] = {}
         self._held: dict[str, Tensor] = {}
+        # Of the last Hessian only: codecs, and layers of one input, come one after the other.
+        self._factors: tuple[Tensor, Factors] | None = None
         self._known: dict[Any, float] = {}
 
     def memo(self, key: Any, compute: Callable[[], float]) -> float:
@@ -59,16 +63,18 @@ class WeightStore:
         """What the chooser weighs: rows of `weight`, and how `codec` holds them.
 
         Uniform codes: all rows, rounded to nearest. Others, whose codes are found by an
-        optimisation: the real thing for up to `SKETCHED_ROWS` rows spread over the weight.
+        optimisation: its first step, which is nearly all of it, for up to `SKETCHED_ROWS` rows
+        spread over the weight.
         """
         key = (name, codec)
         if key not in self._sketched:
             if codec.codec == "uniform":
                 part, coded = weight, round_to_nearest(weight, codec)
             else:
-                shared = codec.group_rows > 1 or codec.row_scale
-                part = weight if shared else weight[:: -(-len(weight) // SKETCHED_ROWS)]
-                coded = quantize(part, codec, self.hessians.get(name))
+                part = weight
+                if codec.group_rows == 1:
+                    part = weight[:: -(-len(weight) // SKETCHED_ROWS)]
+                coded = self._encoded(name, part, codec, rounds=0)
             self._sketched[key] = part, coded
         return self._sketched[key]
 
@@ -77,13 +83,22 @@ class WeightStore:
         key = (name, codec)
         if key not in self._refined:
             self._watch(name, weight)
-            part, coded = self.sketch(name, weight, codec)
-            whole = len(part) == len(weight)
-            final = whole and (codec.codec != "uniform" or _lossless(coded, weight))
-            self._refined[key] = (
-                coded if final else quantize(weight, codec, self.hessians.get(name))
-            )
+            if codec.codec == "uniform" and _lossless(self.sketch(name, weight, codec)[1], weight):
+                self._refined[key] = self.sketch(name, weight, codec)[1]
+            elif codec.codec == "uniform":
+                self._refined[key] = quantize(weight, codec, self.hessians.get(name))
+            else:
+                self._refined[key] = self._encoded(name, weight, codec)
         return self._refined[key]
+
+    def _encoded(self, name: str, weight: Tensor, codec: Codec, **options: Any) -> QuantizedWeight:
+        """`weight` in a codec that is fitted to the layer's inputs."""
+        hessian = self.hessians.get(name)
+        if hessian is None:
+            return quantize(weight, codec)  # which says what it needs
+        if self._factors is None or self._factors[0] is not hessian:
+            self._factors = hessian, factors_of(hessian)
+        return descend(weight, codec, hessian, factors=self._factors[1], **options)
 
     def held(self, key: str, sources: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """What was made of the weights `sources` for `key` before, else now."""
@@ -101,6 +116,7 @@ class WeightStore:
 
     def stacked(self, names: tuple[str, ...], codec: Codec) -> QuantizedWeight:
         """The refined weights, one upon the other, in memory once: each becomes a view of it."""
+        self._factors = None
         parts = [self._refined[name, codec] for name in names]
         if len(parts) == 1:
             return parts[0]

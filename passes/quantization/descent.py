@@ -30,11 +30,29 @@ DAMP = 0.01
 ROUNDS = 2
 
 
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+def factors_of(hessian: Tensor, damp: float = DAMP) -> Factors:
+    """(R, U, damped H) of the law, fp32 [K,K]: for K in the thousands most of the time of encoding
+    a few rows, and alike for all codecs whose columns keep their order."""
+    factor, inverse = factorize(hessian, damp)
+    return factor, inverse, factor @ factor.T
+
+
 def descend(
-    weight: Tensor, codec: Codec, hessian: Tensor, *, damp: float = DAMP, rounds: int = ROUNDS
+    weight: Tensor,
+    codec: Codec,
+    hessian: Tensor,
+    *,
+    damp: float = DAMP,
+    rounds: int = ROUNDS,
+    factors: Factors | None = None,
 ) -> QuantizedWeight:
     """`weight` [N,K] in `codec` against `hessian` [K,K] = 2/n sum x xᵀ.
 
+    factors: `factors_of(hessian, damp)`, if known; not read where columns are taken in an order of
+        their own.
     Raises QuantizationError as `gptq` does, and for a codec whose levels are not linear.
     """
     weight = checked(weight)
@@ -42,12 +60,12 @@ def descend(
     order = row_scale = None
     if codec.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-        weight, hessian = weight[:, order], hessian[order][:, order]
+        weight, hessian, factors = weight[:, order], hessian[order][:, order], None
     if codec.row_scale:
         row_scale = weight.square().mean(1).sqrt()
         row_scale = torch.where(row_scale > 0, row_scale, 1.0).to(scale_dtype(weight))
         weight = weight / row_scale.float().unsqueeze(1)
-    state = _State(weight, codec, hessian, damp, row_scale)
+    state = _State(weight, codec, factors or factors_of(hessian, damp), row_scale)
     state.feed_back()
     for _ in range(rounds):
         state.refit()
@@ -65,14 +83,12 @@ class _State:
         self,
         weight: Tensor,
         codec: Codec,
-        hessian: Tensor,
-        damp: float,
+        factors: Factors,
         row_scale: Tensor | None,
     ) -> None:
         self.weight, self.codec = weight, codec
         self.dtype = scale_dtype(weight)
-        self.factor, self.inverse = factorize(hessian, damp)
-        self.metric = self.factor @ self.factor.T
+        self.factor, self.inverse, self.metric = factors
         self.table = basis(codec).to(weight.device)
         self.codes = torch.zeros(weight.shape, dtype=torch.int64, device=weight.device)
         self.values = torch.zeros_like(weight)
