@@ -1,18 +1,21 @@
-"""Which fold a site gets: the one under which its layers are coded with the least error.
+"""Which fold a site gets: the one under which coding its layers harms the model least.
 
 Law: over the linear layers whose weights a fold changes (of a producer of scaled channels only the
-rows' lengths change, which no codec minds),
+rows' lengths change, which no codec minds), the harm of `quantization.allocate`,
 
-    E = sum over layers   tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ)
+    D = 1/4 sum over layers, rows n   f[n] (E H Eᵀ)[n,n],     E = W - Ŵ
 
-with Ŵ as `descend` codes a sample of the rows in one round and H = 2/n sum x xᵀ; the denominator is
-the same before and after, for the layer's outputs are. Offered are nothing, and
+with Ŵ as `descend` codes a sample of the rows in one round, H = 2/n sum x xᵀ of the inputs as they
+are under the fold, f[n] the mean square of the gradient at output n. Of turned outputs f is taken
+as its mean over the head: what random signs make of it. Offered are nothing, and
 
     turned   one drawing of rotations,
     scaled   s[n] = rms(x[n])^a / their geometric mean, a in EXPONENTS; powers of two where weights
              have 16 bits, so that folding rounds nothing.
 
-Nothing wins where nothing is better: E never rises. Source: AWQ (scales by a grid of exponents).
+Nothing wins where nothing is better: D never rises. Errors relative to each layer's own output do
+not serve: they gave a value projection's gain for a larger loss of q and k (SmolLM2).
+Source: AWQ (scales by a grid of exponents).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,23 +24,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ridgeline.passes.copy_model import copy_model
 from ridgeline.passes.preparation.fold import Fold, Scale, Turn, Weights
 from ridgeline.passes.preparation.sites import Site
+from ridgeline.passes.quantization.allocate import SAMPLE_ROWS, fisher_of
 from ridgeline.passes.quantization.calibrate import Batch, accumulate, shared_inputs
 from ridgeline.passes.quantization.codec import Codec
 from ridgeline.passes.quantization.descent import descend
 
-EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+EXPONENTS = (0.125, 0.25, 0.5, 0.75)
 WIDEST = 10.0
 """Scales stay within 2**-10 and 2**10, which no weight's dtype overflows at."""
-SAMPLE_ROWS = 48
 HESSIAN_BYTES = 2**30
 """Of the Hessians that live at once; their sites are calibrated in one pass over the batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a site got, and the error E of its layers without and with it, where that is known."""
+    """What a site got, and the harm D of its layers without and with it, where that is known."""
 
     site: Site
     fold: Fold | None
@@ -50,16 +54,17 @@ def choose(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], codec: Codec, seed: int
 ) -> tuple[Weights, list[Outcome]]:
     """The constants after the best fold of each site, in the order of execution."""
-    weights, outcomes = Weights(model), []
+    weights, outcomes, names = Weights(model), [], list(_measured(sites))
+    fisher = fisher_of(copy_model(model).eval(), names, batches)
     generator = torch.Generator().manual_seed(seed)
     scaled: dict[str, Tensor] = {}
-    shared = shared_inputs(model, list(_measured(sites)), batches)
+    shared = shared_inputs(model, names, batches)
     leaders = {name: leader for leader, readers in shared.items() for name in readers}
     for part in _parts(model, sites, leaders):
         needed = {leaders[name]: shared[leaders[name]] for name in _measured(part)}
         hessians = accumulate(model, needed, batches, lambda: None)
         for site in part:
-            outcome = _best(site, weights, hessians, scaled, codec, generator)
+            outcome = _best(site, weights, hessians, fisher, scaled, codec, generator)
             outcomes.append(outcome)
             if outcome.fold is not None:
                 weights.fold(site, outcome.fold)
@@ -99,6 +104,7 @@ def _best(
     site: Site,
     weights: Weights,
     hessians: dict[str, Tensor],
+    fisher: dict[str, Tensor],
     scaled: dict[str, Tensor],
     codec: Codec,
     generator: torch.Generator,
@@ -111,15 +117,16 @@ def _best(
     def error(fold: Fold | None) -> float:
         total = 0.0
         if site.turned and site.module is not None:
-            weight = weights.get(site.weight, site.transposed)
-            new = weight if fold is None else fold.produced(weight)
-            total += coded_error(new, seen(site.module), codec)
+            weight, share = weights.get(site.weight, site.transposed), fisher[site.module]
+            if isinstance(fold, Turn):
+                weight, share = fold.produced(weight), fold.averaged(share)
+            total += coded_harm(weight, seen(site.module), share, codec)
         for c in site.consumers:
             weight = weights.get(c.weight, c.transposed)
             hessian = seen(c.path)
             if fold is not None:
                 weight, hessian = fold.consumed(c, weight), fold.seen(c, hessian)
-            total += coded_error(weight, hessian, codec)
+            total += coded_harm(weight, hessian, fisher[c.path], codec)
         return total
 
     offered: dict[str, Fold] = {}
@@ -152,9 +159,10 @@ def _loudness(site: Site, hessians: dict[str, Tensor]) -> Tensor:
     return torch.where(heard, loud, mean.double())
 
 
-def coded_error(weight: Tensor, hessian: Tensor, codec: Codec) -> float:
-    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ) of every N/48-th row of weight [N,K]."""
-    rows = weight[:: max(1, len(weight) // SAMPLE_ROWS)].float()
+def coded_harm(weight: Tensor, hessian: Tensor, share: Tensor, codec: Codec) -> float:
+    """D of weight [N,K] in `codec`, by every N/48-th row; share: f [N]."""
+    picked = torch.arange(0, len(weight), max(1, len(weight) // SAMPLE_ROWS))
+    rows = weight[picked].float()
     lost = rows - descend(rows, codec, hessian.float(), rounds=0).dequantize()
-    whole = ((rows @ hessian) * rows).sum()
-    return float(((lost @ hessian) * lost).sum() / whole.clamp_min(torch.finfo().tiny))
+    harm = ((lost @ hessian) * lost).sum(1) @ share[picked] / 4
+    return float(harm) * len(weight) / len(picked)

@@ -50,6 +50,13 @@ class Turn:
             values[at] = q.to(values) @ values[at]
         return values
 
+    def averaged(self, share: Tensor) -> Tensor:
+        """[N], of every head its mean."""
+        share = share.clone()
+        for rows in self.matrices:
+            share[list(rows)] = share[list(rows)].mean()
+        return share
+
     def consumed(self, consumer: Consumer, weight: Tensor) -> Tensor:
         """A consumer's weight [N,K]."""
         weight = weight.clone()

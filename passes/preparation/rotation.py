@@ -9,6 +9,7 @@ is returned. What comes back is a plain model: nothing is added to what it compu
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Prepared:
     """One line of a prepared model's report.
 
     path: the producer and the layers that read it, or a layer whose input stays. what: "turned",
-    "scaled by rms^a", or "" where nothing was folded, for `reason`. before, after: the error E of
+    "scaled by rms^a", or "" where nothing was folded, for `reason`. before, after: the harm D of
     `choose` without and with the fold, None where it was not measured.
     """
 
@@ -45,7 +46,7 @@ class Prepared:
     after: float | None = None
 
     def __str__(self) -> str:
-        measured = "" if self.before is None else f", error {self.before:.4g} -> {self.after:.4g}"
+        measured = "" if self.before is None else f", harm {self.before:.4g} -> {self.after:.4g}"
         return f"{self.path}: {self.what or self.reason}{measured}"
 
 
@@ -57,15 +58,17 @@ def rotation(
     calibration: Any = None,
     tokenizer: Any = None,
     codec: Codec = CODEC,
+    ignore: Sequence[str] = (),
     seed: int = 0,
 ) -> nn.Module:
     """A copy of `model` with rotations and scales folded into its weights; `model` stays.
 
     args, kwargs: one call of the model, by which it is captured, in its current mode, and on which
         the proof runs, tokens more than one; without it the first calibration batch.
-    calibration, tokenizer: as of `calibration_batches`. With it a site gets what `codec` codes with
-        the least error, which may be nothing. Without it all sites that may be turned are turned,
-        and none is scaled.
+    calibration, tokenizer: as of `calibration_batches`. With it a site gets what harms the model
+        least once it is held in `codec`, which may be nothing. Without it all sites that may be
+        turned are turned, and none is scaled.
+    ignore: patterns of module paths that stay, with all that would be folded into them.
     seed: of the rotations' signs.
 
     A key/value cache of the new model holds other values: do not go on with one that the old model
@@ -77,7 +80,9 @@ def rotation(
     args, kwargs = _call(model, args, kwargs, batches)
     program = capture(model, args, kwargs, dynamic=False).program
     captured, _ = copy_graph(program.module)
-    sites, refused = find(normalize(program.module), model)
+    found, refused = find(normalize(program.module), model)
+    sites = [s for s in found if not any(fnmatch(p, i) for p in s.paths for i in ignore)]
+    refused += [(str(s), "listed in ignore=") for s in found if s not in sites]
     if batches is None or not sites:
         weights, outcomes = _turned(model, sites, seed)
     else:

@@ -55,7 +55,7 @@ class Consumer:
         return f"{self.path}.weight"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """A producer of `count` channels, by the names of its constants, and its consumers.
 
@@ -76,10 +76,14 @@ class Site:
         """Rotation by heads, else scaling by channels."""
         return bool(self.consumers[0].blocks)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Modules whose constants change, the producer first."""
+        return self.weight.rpartition(".")[0], *(c.path for c in self.consumers)
+
     def __str__(self) -> str:
-        return (
-            f"{self.weight.removesuffix('.weight')} -> {', '.join(c.path for c in self.consumers)}"
-        )
+        producer, *consumers = self.paths
+        return f"{producer or self.weight} -> {', '.join(consumers)}"
 
 
 def find(module: fx.GraphModule, model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import ridgeline
 from ridgeline.passes.certify import relative_error
 from ridgeline.passes.preparation import UnprovenError
-from ridgeline.passes.preparation.choose import coded_error
+from ridgeline.passes.preparation.choose import coded_harm
 from ridgeline.passes.preparation.fold import orthogonal
 from ridgeline.passes.quantization import Codec, QuantizationError, collect_hessians
 
@@ -209,7 +209,8 @@ def test_planted_outliers_cost_clearly_less() -> None:
         errors = []
         for m in (new, model):
             hessian = collect_hessians(m, [name], [x])[name]
-            errors.append(coded_error(m.get_submodule(name).weight.detach(), hessian, CODEC))
+            weight = m.get_submodule(name).weight.detach()
+            errors.append(coded_harm(weight, hessian, torch.ones(len(weight)), CODEC))
         assert errors[0] < 0.7 * errors[1], name
 
 
