@@ -90,7 +90,7 @@ def _compare(candidate: Candidate, frontier: Sequence[fx.Node]) -> Certificate:
         both = {old: again[n] if isinstance(n, fx.Node) else n for old, n in copied.items()}
         replace(candidate, both, replaced)
         replaced.graph.eliminate_dead_code()
-        site, replacement = _in_float64(region), _in_float64(replaced)
+        site, replacement = in_float64(region), in_float64(replaced)
         shapes = [tuple(map(size_of, n.meta["val"].shape)) for n in frontier]
         for name, inputs in _drawn(candidate, shapes, dtypes):
             try:
@@ -186,7 +186,7 @@ def _region(
     return fx.GraphModule(outs[0].graph.owning_module, graph), copied
 
 
-def _in_float64(module: fx.GraphModule) -> fx.GraphModule:
+def in_float64(module: fx.GraphModule) -> fx.GraphModule:
     """`module` with every floating dtype in its calls widened to float64, in place."""
 
     def widen(argument: Any) -> Any:

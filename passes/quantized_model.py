@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes.copy_model import copy_model
+from ridgeline.passes.preparation import rotation
 from ridgeline.passes.quantization import (
     Codec,
     QuantizationError,
@@ -46,6 +48,11 @@ HESSIAN_WINDOWS, SENSITIVITY_WINDOWS = 32, 8
 
 MIXED = (2, 3, 4)
 """Widths that are given out."""
+
+PREPARATION_WINDOWS, JUDGING_WINDOWS = 3, 2
+"""Windows that folds are chosen on, and others by which prepared and plain weights are compared."""
+
+Preparation = Literal["auto", "rotation"]
 
 RECIPES = {
     2: Recipe(steps=60, scale_rate=5e-3),
@@ -104,6 +111,7 @@ def quantized_model(
     calibration: Any = None,
     tokenizer: Any = None,
     ignore: Sequence[str] = (),
+    preparation: Preparation | None = None,
     distillation: Recipe | bool = True,
     folder: str | Path | None = None,
     progress: Progress | None = None,
@@ -118,6 +126,9 @@ def quantized_model(
         `calibration_batches`.
     ignore: patterns of module paths that stay. Layers whose weight is an embedding's too, layers
         outputs of which are the model's own (`get_output_embeddings`) and small ones stay anyway.
+    preparation: "rotation" for rotations and scales folded into the weights first, exact in real
+        arithmetic (`ridgeline.passes.preparation`); "auto" for the better of that and the weights
+        as they are, by the harm that coding does to them on windows no fold was chosen on.
     distillation: a recipe, True for the one of the width, False for none.
     folder: results are kept there layer by layer, and a run that was interrupted goes on from them.
 
@@ -138,11 +149,20 @@ def quantized_model(
         raise QuantizationError(
             f"average_bits is {average_bits!r}; choose {MIXED[0]} to {MIXED[-1]}, as 3.0"
         )
+    if preparation is not None and preparation not in get_args(Preparation):
+        raise QuantizationError(
+            f"preparation is {preparation!r}; choose one of {get_args(Preparation)}, or None"
+        )
     batches = calibration_batches(calibration, tokenizer)
     names, stay = _layers(model, ignore)
     for name in names:
         checked(weight_of(model.get_submodule(name)))
     say = progress or (lambda stage, what, done, total: None)
+    given_model = model
+    if preparation is not None:
+        width = codec or codec_of(bits or round(average_bits or MIXED[1]))
+        model, line = _prepared(model, preparation, names, stay, batches, width, say)
+        stay.append(line)
     if average_bits is not None or divergence is not None:
         harm, shapes = _harm(model, names, batches, codec_of, say)
         codecs = (
@@ -160,7 +180,7 @@ def quantized_model(
     if recipe is not None:
         distil(
             new,
-            model,
+            given_model,
             batches,
             recipe,
             progress=lambda done, total, loss: say("distil", f"loss {loss:.4f}", done, total),
@@ -207,6 +227,48 @@ def _layers(model: nn.Module, ignore: Sequence[str]) -> tuple[list[str], list[Re
         said = "; ".join(map(str, stay)) or "the model has no linear layer"
         raise QuantizationError(f"nothing to quantise: {said}")
     return names, stay
+
+
+def _prepared(
+    model: nn.Module,
+    preparation: Preparation,
+    names: list[str],
+    stay: list[Requantized],
+    batches: Sequence[Batch],
+    codec: Codec,
+    say: Progress,
+) -> tuple[nn.Module, Requantized]:
+    """The model to quantise, `model` or one of other weights that computes the same, and why."""
+    few = _spread(batches, PREPARATION_WINDOWS)
+    ignored = [line.path for line in stay]
+    say("prepare", "rotations and scales", 0, 2)
+    try:
+        new = rotation(copy_model(model).eval(), calibration=few, codec=codec, ignore=ignored)
+    except RidgelineError as error:
+        if preparation == "rotation":
+            raise
+        return model, Requantized("preparation", None, f"none: {error}")
+    folds = sum(bool(line.what) for line in new.report)  # pyright: ignore
+    say("prepare", f"{folds} folds", 1, 2)
+    if preparation == "rotation":
+        return new, Requantized("preparation", None, f"{folds} rotations and scales folded")
+    others = [b for b in batches if not any(b is f for f in few)] or few
+    plain, turned = (
+        sum(
+            harm[codec]
+            for harm in measure(
+                copy.deepcopy(m).eval(), names, _spread(others, JUDGING_WINDOWS), lambda _: [codec]
+            ).values()
+        )
+        for m in (model, new)
+    )
+    better = turned < plain
+    reason = (
+        f"{folds} rotations and scales {'folded' if better else 'found and left out'}: expected"
+        f" harm of {codec} with them {turned:.4g}, without {plain:.4g}"
+    )
+    say("prepare", reason, 2, 2)
+    return new if better else model, Requantized("preparation", None, reason)
 
 
 def _harm(

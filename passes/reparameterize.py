@@ -5,11 +5,13 @@ from typing import Any
 from torch import nn
 
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.passes.preparation import rotation
 from ridgeline.passes.quantized_model import quantized_linear, shift_add_linear
 from ridgeline.passes.shift_add_vit import shift_add_vit
 
 METHODS = {
     "quantized_linear": quantized_linear,
+    "rotation": rotation,
     "shift_add_linear": shift_add_linear,
     "shift_add_vit": shift_add_vit,
 }
@@ -26,7 +28,8 @@ def reparameterize(model: nn.Module, method: str, **options: Any) -> nn.Module:
         options as of `ridgeline.passes.shift_add_vit.shift_add_vit`; "shift_add_linear" for
         binary-coded linear layers of 2 to 4 bits, "quantized_linear" for 4 or 8 bits with scale and
         minimum, both fitted to calibration data: options as of
-        `ridgeline.passes.quantized_model.quantized_model`.
+        `ridgeline.passes.quantized_model.quantized_model`; "rotation" for the same function in
+        weights that low bits hold better: options as of `ridgeline.passes.preparation.rotation`.
     The new model's `report` says what became of each layer, and why others stay. Hand it to
     `ridgeline.optimize` in eval mode to run it by kernels.
 

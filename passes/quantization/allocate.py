@@ -119,7 +119,7 @@ def measure(
     model: as it is before anything is quantised, with parameters that may be differentiated;
     left as it was.
     """
-    fisher = _fisher(model, names, batches)
+    fisher = fisher_of(model, names, batches)
     shared = shared_inputs(model, names, batches)
     found: dict[str, dict[Codec, float]] = {}
     for leader, readers in shared.items():
@@ -138,7 +138,9 @@ def measure(
     return found
 
 
-def _fisher(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
+def fisher_of(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
     """f [N] of every layer: tokens are drawn with a fixed seed."""
     squares: dict[str, Tensor] = {}
     tokens = 0
