@@ -22,7 +22,8 @@ group_size 8 and group_rows N/8 its block-wise one.
 
 Products are formed in the dtype `multiply`, to which x is rounded. With bf16 products and
 `MANY_ROWS` rows or more a kernel may round ŵ to bf16 as well, and the reference does: the weight is
-then decoded once for all rows, as for a plain matrix product. `multiply` int16 means fixed point:
+then decoded once for all rows, as for a plain matrix product. With fp16 products a kernel may round
+ŵ to fp16 there. `multiply` int16 means fixed point:
 x is rounded to multiples of max|x| / FIXED_POINT_TOP, the maximum being that of a row of x over a
 block of FIXED_POINT_BLOCK stored columns, so that four of them still add in 16 bits: what lookup
 kernels compute with.

@@ -19,6 +19,7 @@ from ridgeline.codegen.triton.norm_ops import compile_norm
 from ridgeline.codegen.triton.problems import compile_attention
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.binary_attention import BINARY_ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -27,7 +28,6 @@ from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.rotary import ROTARY
 
 _KINDS = frozenset({"cuda", "hip"})
-BINARY_ATTENTION = "ridgeline::binary_attention"
 
 
 def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
@@ -98,7 +98,7 @@ def _compile_binary_attention(node: fx.Node, target: Target) -> KernelReport:
         value_dtype=value.meta["val"].dtype,
         multiprocessors=target.cores,
     )
-    report = _report(BINARY_ATTENTION, compiled, target)
+    report = _report(BINARY_ATTENTION.qualified, compiled, target)
     return dataclasses.replace(report, also=cuda_of_binary_attention(node, target))
 
 
@@ -167,7 +167,7 @@ KERNELS = (
     Kernel(ATTENTION.qualified, "triton", _KINDS, _place_attention, _compile_attention),
     Kernel(QUANTIZED_LINEAR.qualified, "triton", _KINDS, place_linear_node, _compile_linear),
     Kernel(
-        BINARY_ATTENTION,
+        BINARY_ATTENTION.qualified,
         "triton",
         _KINDS,
         _place_binary_attention,
