@@ -7,7 +7,7 @@ import torch
 
 from ridgeline.ir.quantized_linear import powers
 from ridgeline.passes.quantization import Codec, QuantizationError, descend, gptq, quantize
-from ridgeline.passes.quantization.descent import _State
+from ridgeline.passes.quantization.descent import _State, factors_of
 from ridgeline.passes.quantization.fit import fit
 from ridgeline.passes.quantization.levels import Levels, basis, to_powers
 
@@ -58,7 +58,7 @@ def test_a_weight_comes_back_as_the_codec_asked_for(layer, codec):
 def test_descent_never_makes_it_worse(layer, terms, group_rows):
     weight, hessian = layer
     codec = Codec(3, 64, "binary", group_rows=group_rows, terms=terms)
-    state = _State(weight, codec, hessian, 0.01, None)
+    state = _State(weight, codec, factors_of(hessian), None)
 
     def measured():
         error = weight - state.values
