@@ -9,6 +9,7 @@ from torch import nn
 from ridgeline.cost_model import Target, Work, estimate
 from ridgeline.passes.quantization import Codec, QuantizationError
 from ridgeline.passes.quantized_model import (
+    Progress,
     binary_codec,
     quantized_linear,
     shift_add_linear,
@@ -30,12 +31,18 @@ def forced(
     calibration: Any,
     tokenizer: Any,
     ignore: Sequence[str],
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, str]:
     """The reparameterised model, and a sentence that says what it holds and why so.
 
     Raises QuantizationError for other widths, and as `quantized_model` does.
     """
-    given: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "ignore": ignore}
+    given: dict[str, Any] = {
+        "calibration": calibration,
+        "tokenizer": tokenizer,
+        "ignore": ignore,
+        "progress": progress,
+    }
     if average_bits is not None or bits is None:
         new = shift_add_linear(model, bits=bits, average_bits=average_bits, **given)
         return new, f"average_bits={average_bits}: {summary(new)}"

@@ -81,7 +81,7 @@ def optimize(
         passes=passes,
         ignore=ignore,
         lowering=lowering,
-        hessians={} if forced_bits else _hessians(model, calibration, tokenizer),
+        hessians={} if forced_bits else hessians_of(model, calibration, tokenizer),
     )
     _refuse_unmatched(compiler.ignore, model)
     if forced_bits:
@@ -104,7 +104,10 @@ def _refuse_unmatched(ignore: Sequence[str], model: nn.Module) -> None:
             raise OptimizeError(f"ignore: no module of the model matches {pattern!r}{hint}")
 
 
-def _hessians(model: nn.Module, calibration: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+def hessians_of(
+    model: nn.Module, calibration: Any, tokenizer: Any = None
+) -> dict[str, torch.Tensor]:
+    """Weight name -> H [K,K] of the linear layers, as `Compiler` takes them; {} without data."""
     if calibration is None:
         return {}
     # transformers' Conv1D is a linear layer with its weight transposed.

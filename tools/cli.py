@@ -1,8 +1,8 @@
 """The command line: optimize, verify, dump, explain, targets, bench, sweep,
 demo.
 
-MODEL is ``file.py:function``, which returns (module, args) or (module, args, kwargs), or a ``.pt2``
-exported program. Heavy imports happen inside the commands, so that --help is quick.
+MODEL is ``file.py:function``, which returns (module, args) or (module, args, kwargs), a ``.pt2``
+exported program, or ``smollm2``. Heavy imports happen inside the commands, so that --help is quick.
 """
 
 import json
@@ -70,7 +70,7 @@ class Bench(StrEnum):
     shift_add_decode = "shift-add-decode"
 
 
-Model = Annotated[str, typer.Argument(help="file.py:function, or program.pt2")]
+Model = Annotated[str, typer.Argument(help="file.py:function, program.pt2, or smollm2")]
 Target = Annotated[str, typer.Option(help="A name of `ridgeline targets`, or a TOML file.")]
 Tolerance = Annotated[float, typer.Option(help="Output error that approximate rewrites may spend.")]
 Goal = Annotated[Objective, typer.Option(help="What to make small.")]
@@ -100,24 +100,39 @@ def optimize(
     tolerance: Tolerance = 0.0,
     objective: Goal = Objective.latency,
     ignore: Ignore = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 for every linear layer.")] = None,
+    average_bits: Annotated[float | None, typer.Option(help="2 to 4, mixed by need.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text (.txt), or token ids of torch.save (.pt).")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer's folder, for a text.")
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(callback=_writable, help="Keep the model of --bits in this folder."),
+    ] = None,
     output: Output = None,
     traceback: Trace = False,
 ) -> None:
     """Rewrite and compile MODEL, run it once, and print the plan (-o: save it as json)."""
     with _clear_errors(traceback):
-        compiler, program = _capture(model, target, tolerance, objective, ignore)
-        with _status("rewriting and certifying"):
-            rewritten = compiler.rewrite(program)
-        with _status(f"compiling for {compiler.target.name}"):
-            run = compiler.lower(rewritten, program)
-        with _status("running once"):
-            from ridgeline.passes.observe import rehearsal
+        from ridgeline.tools.optimize_command import Request, run
 
-            with rehearsal(program) as inputs:
-                run(*inputs)
-        compiler.plan.print()
+        request = Request(
+            model,
+            target,
+            tolerance,
+            objective.value,
+            tuple(ignore or ()),
+            bits,
+            average_bits,
+            calibration,
+            tokenizer,
+            save,
+        )
+        saved = run(request, out, errors, _status)
         if output is not None:
-            saved = {"model": str(Path(model).absolute()), **compiler.plan.to_dict()}
             _write(output, json.dumps(saved, indent=2))
 
 

@@ -22,7 +22,7 @@ def run(console: Console) -> None:
         model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
     fast = ridgeline.optimize(model, target="cpu", tolerance=TOLERANCE)
     with _step(console, "capturing, rewriting and compiling for this CPU"):
-        reply = _generate(fast, tokenizer)
+        reply = generate(fast, tokenizer)
     fast.plan.print()
     console.print(Text("\nsample text", style="bold"))
     console.print(Text(f"{QUESTION}\n  {reply}"))
@@ -37,11 +37,11 @@ def run(console: Console) -> None:
         absent = ridgeline.optimize(
             model.to(torch.bfloat16), target="a100", tolerance=TOLERANCE, lowering="eager"
         )
-        _generate(absent, tokenizer, new_tokens=2)
+        generate(absent, tokenizer, new_tokens=2)
     absent.plan.print()
 
 
-def _generate(model, tokenizer, new_tokens: int = 48) -> str:
+def generate(model, tokenizer, new_tokens: int = 48) -> str:
     """A greedy reply to QUESTION."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True

@@ -1,4 +1,4 @@
-"""MODEL on the command line: ``file.py:function`` or a ``.pt2`` exported program."""
+"""MODEL on the command line: ``file.py:function``, a ``.pt2`` exported program, or ``smollm2``."""
 
 import importlib.util
 import sys
@@ -12,6 +12,9 @@ from torch import nn
 
 from ridgeline.ir.errors import RidgelineError
 
+SMOLLM2 = "smollm2"
+MODELS = "file.py:function, program.pt2 or smollm2"
+PROMPT = "The United States of America is"
 EXPECTED = "a module, (module, args) or (module, args, kwargs)"
 
 
@@ -29,21 +32,27 @@ class Example:
 
 
 def load_model_file(spec: str) -> Example:
-    """Load ``path/file.py:function`` (called without arguments) or ``path/program.pt2``.
+    """Load ``path/file.py:function`` (called without arguments), ``path/program.pt2``, or by the
+    word ``smollm2`` SmolLM2-135M with a short prompt.
 
     The function returns (module, args) or (module, args, kwargs). Raises ModelError saying what
     was expected and found; an exception of the model's own code is its cause.
     """
+    if spec == SMOLLM2:
+        from ridgeline.tools import smollm2
+
+        ids = smollm2.load_tokenizer()(PROMPT, return_tensors="pt").input_ids
+        return Example(smollm2.load_model(), (), {"input_ids": ids, "use_cache": False})
     path, colon, name = spec.rpartition(":")
     if not colon:
         path = spec
     file = Path(path)
     if not file.exists():
-        raise ModelError(f"no such file: {path} (MODEL is file.py:function or program.pt2)")
+        raise ModelError(f"no such file: {path} (MODEL is {MODELS})")
     if file.suffix == ".pt2":
         return _exported(file)
     if file.suffix != ".py" or not colon:
-        raise ModelError(f"{spec}: MODEL is file.py:function or program.pt2")
+        raise ModelError(f"{spec}: MODEL is {MODELS}")
     return _example(_function(file, name), spec)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 import ridgeline
 from ridgeline.passes.quantized_model import summary
 from ridgeline.tools import smollm2
+from ridgeline.tools.progress import stage_bars
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,7 @@ def quantized(name: str, model: nn.Module, tokenizer: Any, console: Console) -> 
     folder = smollm2.cache_directory() / "quantized" / _folder_name(name)
     if not (folder / "config.json").exists():
         made = reparameterized(CONFIGURATIONS[name], model, tokenizer, console, folder / "layers")
-        ridgeline.save_quantized(
-            made, folder, original=model, calibrated_on="State of the Union 1981-2000"
-        )
+        ridgeline.save_quantized(made, folder, original=model, calibrated_on=smollm2.CALIBRATED_ON)
     return ridgeline.load_quantized(smollm2.load_model(), folder)
 
 
@@ -57,15 +55,7 @@ def reparameterized(
     folder: Path | None = None,
 ) -> nn.Module:
     """Made now, with a bar per stage."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, what: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, description=f"{stage}: {what}")
-
+    with stage_bars(console) as progress:
         made = ridgeline.reparameterize(
             model,
             configuration.method,

@@ -128,6 +128,9 @@ def load_tokenizer() -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+CALIBRATED_ON = "State of the Union 1981-2000"
+
+
 def calibration_text() -> str:
     """Return the State of the Union addresses of 1981-2000: 851,213 characters."""
     return _text("sotu_1981_2000")

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from ridgeline.cost_model import load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes import PASSES
+from ridgeline.passes.quantization import load_quantized
 from ridgeline.passes.verify import Verdict, verify
-from ridgeline.tools.model_file import load_model_file
+from ridgeline.tools.model_file import SMOLLM2, load_model_file
 
 FIELDS = ("model", "target", "tolerance", "applied")
 
@@ -43,8 +45,9 @@ def run(file: Path, console: Console) -> bool:
     """Verify the plan in `file`, print a line per kind of rewrite; does everything hold?"""
     plan = read_plan(file)
     example = load_model_file(plan["model"])
+    model = _as_planned(example.model, plan, file)
     with torch.no_grad():
-        program = capture(example.model, example.args, example.kwargs).program
+        program = capture(model, example.args, example.kwargs).program
     target = load_target(plan["target"])
     verdicts, measured, allowed = verify(
         program, plan["applied"], PASSES, target, plan["tolerance"]
@@ -54,6 +57,19 @@ def run(file: Path, console: Console) -> bool:
     console.print(f"output error {measured:.1e}, allowed {allowed:.0e}")
     console.print("the plan holds" if holds else "the plan does not hold")
     return holds
+
+
+def _as_planned(model: nn.Module, plan: dict[str, Any], file: Path) -> nn.Module:
+    """The model that the plan is of: the saved one, where it was reparameterised."""
+    if plan["model"] == SMOLLM2:
+        raise PlanFileError(f"{file} is of prefill and decode of smollm2; verify checks one graph")
+    if not plan.get("few_bits"):
+        return model
+    if plan.get("quantized") is None:
+        raise PlanFileError(
+            f"{file} is of a reparameterised model that was not kept; run optimize with --save"
+        )
+    return load_quantized(model, plan["quantized"])
 
 
 def _table(verdicts: list[Verdict]) -> Table:
