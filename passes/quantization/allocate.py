@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from ridgeline.cost_model import Option, solve
 from ridgeline.passes.quantization.calibrate import Batch, accumulate, call, shared_inputs
 from ridgeline.passes.quantization.codec import Codec, QuantizationError
-from ridgeline.passes.quantization.descent import descend
-from ridgeline.passes.quantization.sequence import weight_of
+from ridgeline.passes.quantization.descent import descend, factors_of
+from ridgeline.passes.quantization.sequence import Chain, weight_of
 
 SAMPLE_ROWS = 48
 """Rows of a layer that are encoded to measure its error at a width: every N/48-th."""
@@ -114,23 +114,28 @@ def measure(
     *,
     progress: Progress | None = None,
 ) -> dict[str, dict[Codec, float]]:
-    """D_l of every layer for each codec that `codecs` offers it; two passes over the batches.
+    """D_l of every layer for each codec that `codecs` offers it.
 
     model: as it is before anything is quantised, with parameters that may be differentiated;
     left as it was.
     """
     fisher = fisher_of(model, names, batches)
     shared = shared_inputs(model, names, batches)
+    chain = Chain(model, names, batches)
     found: dict[str, dict[Codec, float]] = {}
     for leader, readers in shared.items():
-        hessian = accumulate(model, {leader: readers}, batches, lambda: None)[leader]
+        chain.advance(leader)
+        with chain.resumed():
+            hessian = accumulate(model, {leader: readers}, batches, lambda: None)[leader]
+        factors = factors_of(hessian)
         for name in readers:
             weight = weight_of(model.get_submodule(name)).float()
             picked = torch.arange(0, len(weight), max(1, len(weight) // SAMPLE_ROWS))
             rows, share = weight[picked], fisher[name][picked]
             found[name] = {}
             for codec in codecs(name):
-                error = rows - descend(rows, codec, hessian, rounds=0).dequantize()
+                coded = descend(rows, codec, hessian, rounds=0, factors=factors)
+                error = rows - coded.dequantize()
                 harm = ((error @ hessian) * error).sum(1) @ share / 4
                 found[name][codec] = float(harm) * len(weight) / len(picked)
             if progress is not None:
