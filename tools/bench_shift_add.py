@@ -50,11 +50,10 @@ def results(console: Console) -> dict[str, Row]:
         return perplexity.windows(ids, count, WINDOW)
 
     texts = [windows(t(), EVALUATION) for t in (smollm2.evaluation_text, smollm2.second_text)]
-    rows: dict[str, Row] = {}
-    for name, bits, other in _models(model, tokenizer, windows, console):
-        first, second = (perplexity.evaluate(other, text, model) for text in texts)
-        rows[name] = bits, first, second
-    return rows
+    held = {name: (bits, m) for name, bits, m in _models(model, tokenizer, windows, console)}
+    models = {name: m for name, (_, m) in held.items()}
+    first, second = (perplexity.compare(models, text, model) for text in texts)
+    return {name: (bits, first[name], second[name]) for name, (bits, _) in held.items()}
 
 
 def table(rows: Mapping[str, Row]) -> Table:

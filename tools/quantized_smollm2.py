@@ -31,7 +31,6 @@ _VERSION = 1
 
 CONFIGURATIONS = {
     "4 bit, scale + minimum": Configuration("quantized_linear", {"bits": 4}),
-    "4 bit, binary": Configuration("shift_add_linear", {"bits": 4}),
     "3 bit, binary": Configuration("shift_add_linear", {"bits": 3}),
     "mixed 2/3/4, 3 on average": Configuration("shift_add_linear", {"average_bits": 3.0}),
     "2 bit, binary": Configuration("shift_add_linear", {"bits": 2}),
