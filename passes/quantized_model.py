@@ -34,7 +34,7 @@ from ridgeline.passes.quantization import (
 )
 from ridgeline.passes.quantization.allocate import allocate, allocate_within, measure
 from ridgeline.passes.quantization.calibrate import Batch
-from ridgeline.passes.quantization.data import calibration_batches
+from ridgeline.passes.quantization.data import calibration_batches, spread
 from ridgeline.passes.quantization.distil import Recipe, distil
 from ridgeline.passes.quantization.grid import checked
 from ridgeline.passes.quantization.resume import Results
@@ -239,7 +239,7 @@ def _prepared(
     say: Progress,
 ) -> tuple[nn.Module, Requantized]:
     """The model to quantise, `model` or one of other weights that computes the same, and why."""
-    few = _spread(batches, PREPARATION_WINDOWS)
+    few = spread(batches, PREPARATION_WINDOWS)
     ignored = [line.path for line in stay]
     say("prepare", "rotations and scales", 0, 2)
     try:
@@ -257,7 +257,7 @@ def _prepared(
         sum(
             harm[codec]
             for harm in measure(
-                copy.deepcopy(m).eval(), names, _spread(others, JUDGING_WINDOWS), lambda _: [codec]
+                copy.deepcopy(m).eval(), names, spread(others, JUDGING_WINDOWS), lambda _: [codec]
             ).values()
         )
         for m in (model, new)
@@ -283,7 +283,7 @@ def _harm(
     harm = measure(
         copy.deepcopy(model).eval(),
         names,
-        _spread(batches, SENSITIVITY_WINDOWS),
+        spread(batches, SENSITIVITY_WINDOWS),
         lambda name: offered,
         progress=lambda done, total: say("sensitivity", f"{done} layers", done, total),
     )
@@ -304,7 +304,7 @@ def _in_sequence(
     return quantize_in_sequence(
         working,
         list(codecs),
-        _spread(batches, HESSIAN_WINDOWS),
+        spread(batches, HESSIAN_WINDOWS),
         lambda name, weight, hessian: quantize(weight, codecs[name], hessian),
         known=results.known,
         done=results.add,
@@ -334,12 +334,6 @@ def _recipe(distillation: Recipe | bool, codecs: dict[str, Codec]) -> Recipe | N
         return distillation
     narrowest = min(codec.bits for codec in codecs.values())
     return RECIPES.get(narrowest) if distillation else None
-
-
-def _spread(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """`count` of the batches, evenly spread, or all."""
-    step = max(1, len(batches) // count)
-    return list(batches[: step * count : step])
 
 
 def _fingerprint(model: nn.Module, codecs: dict[str, Codec], batches: Sequence[Batch]) -> str:

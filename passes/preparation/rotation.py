@@ -24,10 +24,12 @@ from ridgeline.passes.preparation.fold import Turn, Weights
 from ridgeline.passes.preparation.prove import UnprovenError, prove
 from ridgeline.passes.preparation.sites import Site, find
 from ridgeline.passes.quantization.codec import Codec, QuantizationError
-from ridgeline.passes.quantization.data import calibration_batches
+from ridgeline.passes.quantization.data import calibration_batches, spread
 
 CODEC = Codec(3, 192, "binary", centred=False)
 """What folds are chosen for where no codec is named."""
+WINDOWS = 8
+"""Batches that folds are chosen on, spread over those given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def rotation(
     if batches is None or not sites:
         weights, outcomes = _turned(model, sites, seed)
     else:
-        weights, outcomes = choose(model, sites, batches, codec, seed)
+        weights, outcomes = choose(model, sites, spread(batches, WINDOWS), codec, seed)
     if weights.changed:
         prove(captured, program.inputs, weights.changed)
     new = _assembled(model, weights)

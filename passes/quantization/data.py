@@ -1,6 +1,6 @@
 """Calibration data in the forms users have it, as batches of one window each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ def calibration_batches(
     if not batches:
         raise QuantizationError("calibration holds no batch; pass at least one")
     return batches
+
+
+def spread(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """`count` of the batches, evenly spread, or all."""
+    step = max(1, len(batches) // count)
+    return list(batches[: step * count : step])
 
 
 def _windows(ids: Tensor, window: int) -> list[Batch]:

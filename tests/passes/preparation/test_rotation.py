@@ -279,3 +279,53 @@ def test_a_wrong_fold_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_or_calibration_is_needed() -> None:
     with pytest.raises(QuantizationError, match="pass args="):
         ridgeline.reparameterize(Gated(), "rotation")
+
+
+class FromMinusOne(nn.Module):
+    """A norm whose weight counts from -1, with a bias after it, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDE)), nn.Parameter(torch.randn(WIDE))
+        self.weight.data[::16] += 30
+        self.read = nn.Linear(WIDE, WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.read(x * (1 + self.weight) + self.bias)
+
+
+def test_a_norm_that_is_written_out() -> None:
+    model, x = FromMinusOne().eval(), torch.randn(2, 9, WIDE)
+    new, lines = prepared(model, x, calibration=[x], codec=CODEC)
+    assert lines["weight -> read"].what.startswith("scaled")
+    assert changed(new, model) == {"weight", "bias", "read.weight"}
+
+
+class Crossed(nn.Module):
+    """Torch's own attention, whose projections are no modules that calibration could watch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(WIDE)
+        self.attention = nn.MultiheadAttention(WIDE, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_projections_that_are_no_modules_stay() -> None:
+    model, x = lively(Crossed()), torch.randn(2, 9, WIDE)
+    new, lines = prepared(model, x, calibration=[x], codec=CODEC)
+    assert not changed(new, model)
+    assert lines
+
+
+def test_a_listed_layer_keeps_its_whole_site() -> None:
+    model, x = lively(Gated()), torch.randn(2, 9, WIDE)
+    new, lines = prepared(model, x, calibration=[x], codec=CODEC, ignore=["down"])
+    assert lines["up -> down"].reason == "listed in ignore="
+    assert not {"down.weight", "up.bias"} & changed(new, model)
