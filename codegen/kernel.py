@@ -1,6 +1,7 @@
 """One implementation of one operation on one kind of target, and what it leaves in the plan."""
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -99,6 +100,20 @@ def buffer(module: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node) -> 
     if not hasattr(module, name):
         module.register_buffer(name, tensor, persistent=False)
     return attribute(module, name, like)
+
+
+def folded(
+    module: fx.GraphModule, source: fx.Node, part: str, make: Callable[[], Tensor]
+) -> fx.Node:
+    """`buffer` of what `make` makes of the constant `source` for the kernel's operand `part`: made
+    once per tensor, however many nodes read it, and under a name of its own."""
+    made: dict[tuple[int, str], tuple[Tensor, Tensor]]
+    made = module.__dict__.setdefault("_ridgeline_folded", {})
+    tensor = constant(source)
+    if (id(tensor), part) not in made:  # the tensor is kept, so that its id stays its own
+        made[id(tensor), part] = tensor, make()
+    name = re.sub(r"\W", "_", f"{source.target}_{part}")
+    return buffer(module, name, made[id(tensor), part][1], source)
 
 
 def hints(node: fx.Node) -> tuple[int, ...]:

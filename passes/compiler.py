@@ -148,6 +148,7 @@ class Compiler:
             rewritten = apply(module, kept)
             if not program.training:
                 fold_stacks(rewritten, self._weights)
+                self._weights.watch_coded(module.graph)
         plan, costs = self.plan, choice.costs
         plan.measured[label] = error
         plan.applied += [

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +38,7 @@ from ridgeline.passes.quantization.calibrate import Batch
 from ridgeline.passes.quantization.data import calibration_batches, spread
 from ridgeline.passes.quantization.distil import Recipe, distil
 from ridgeline.passes.quantization.grid import checked
+from ridgeline.passes.quantization.layer import replace_modules
 from ridgeline.passes.quantization.resume import Results
 from ridgeline.passes.quantization.sequence import quantize_in_sequence, weight_of
 
@@ -180,7 +182,7 @@ def quantized_model(
     if recipe is not None:
         distil(
             new,
-            given_model,
+            copy_model(given_model).eval(),
             batches,
             recipe,
             progress=lambda done, total, loss: say("distil", f"loss {loss:.4f}", done, total),
@@ -223,6 +225,8 @@ def _layers(model: nn.Module, ignore: Sequence[str]) -> tuple[list[str], list[Re
             stay.append(Requantized(name, None, reason))
         else:
             names.append(name)
+    if "" in names:
+        raise QuantizationError("the model is a linear layer; put it into an nn.Sequential")
     if not names:
         said = "; ".join(map(str, stay)) or "the model has no linear layer"
         raise QuantizationError(f"nothing to quantise: {said}")
@@ -316,10 +320,8 @@ def _assembled(model: nn.Module, found: dict[str, QuantizedWeight]) -> nn.Module
     """A copy of `model` with the layers in `found` replaced. It shares what stays as it is, and has
     vectors (weights of norms, which distillation tunes) of its own."""
     new = copy_model(model)
-    for name, weight in found.items():
-        parent, _, child = name.rpartition(".")
-        bias = new.get_submodule(name).bias
-        setattr(new.get_submodule(parent), child, QuantizedLinear(weight, bias))
+    old = {name: new.get_submodule(name) for name in found}
+    replace_modules(new, {old[n]: QuantizedLinear(w, old[n].bias) for n, w in found.items()})
     own: dict[int, nn.Parameter] = {}
     for module in new.modules():
         for name, p in list(module.named_parameters(recurse=False)):
@@ -338,11 +340,11 @@ def _recipe(distillation: Recipe | bool, codecs: dict[str, Codec]) -> Recipe | N
 
 def _fingerprint(model: nn.Module, codecs: dict[str, Codec], batches: Sequence[Batch]) -> str:
     """Of weights, codecs and data: results of one run are of no use to another."""
-    digest = hashlib.sha256()
-    for name, codec in codecs.items():
-        weight = weight_of(model.get_submodule(name)).detach().float()
-        digest.update(f"{name} {codec!r} {weight.sum().item()} {weight.norm().item()}".encode())
-    for value in tree_leaves(batches):
-        said = value.double().sum().item() if isinstance(value, Tensor) else value
-        digest.update(repr(said).encode())
+    digest = hashlib.sha256(repr(sorted(codecs.items(), key=str)).encode())
+    for value in [*model.state_dict().values(), *tree_leaves(batches)]:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
     return digest.hexdigest()

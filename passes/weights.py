@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ridgeline.codegen.kernel import constant
+from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes.quantization import (
     Codec,
     QuantizationError,
@@ -107,6 +108,13 @@ class WeightStore:
                 self._watch(name, weight)
             self._held[key] = compute()
         return self._held[key]
+
+    def watch_coded(self, graph: fx.Graph) -> None:
+        """Watch the operands of layers that are held as codes: kernels lay them out once."""
+        for node in graph.find_nodes(op="call_function", target=QUANTIZED_LINEAR.overload):
+            for operand in node.all_input_nodes:
+                if operand.op == "get_attr":
+                    self._watch(str(operand.target), constant(operand))
 
     def _watch(self, name: str, weight: Tensor) -> None:
         # inference tensors cannot be changed, nor count changes

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.kernel import argument, attribute, constant, hints, scheme_of
+from ridgeline.codegen.kernel import argument, constant, folded, hints, scheme_of
 from ridgeline.codegen.triton.coded_linear_launch import compile_coded_linear
 from ridgeline.codegen.triton.coded_storage import arranged, lift_of, shared_run
 from ridgeline.codegen.triton.coded_storage import pack as pack_coded
@@ -94,10 +94,7 @@ def place_linear_node(node: fx.Node, module: fx.GraphModule) -> None:
     k, codec = x.meta["val"].shape[-1], settings.pop("codec")
 
     def held(part: str, make: Callable[[], Tensor]) -> fx.Node:
-        name = f"{packed.target}_triton_{part}"
-        if not hasattr(module, name):
-            module.register_buffer(name, make(), persistent=False)
-        return attribute(module, name, packed)
+        return folded(module, packed, f"triton_{part}", make)
 
     with node.graph.inserting_before(node):
         if permutation is not None:

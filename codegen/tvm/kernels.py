@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from ridgeline.codegen.errors import UnsupportedProblem
 from ridgeline.codegen.kernel import (
     Kernel,
     KernelReport,
     argument,
-    attribute,
     constant,
+    folded,
     hints,
     keyword,
     norm_arguments,
@@ -97,6 +98,12 @@ _WEIGHT = ("offset", "row_scale", "permutation")
 def _weight(node: fx.Node) -> tuple[fx.Node, fx.Node | None, dict[str, Any]]:
     """(x, bias, the weight's tensors and settings as `quantized_linear_layout.pack` takes them)."""
     x, packed, scale, offset, bias, *more = (argument(node, i) for i in range(7))
+    operands = [t for t in (packed, scale, offset, *more) if t is not None]
+    if any(t.op != "get_attr" for t in operands):
+        raise UnsupportedProblem(
+            "the codes are an input of the graph; kernels lay constants out once: call"
+            " ridgeline.optimize on the model instead"
+        )
     optional = zip(_WEIGHT, (offset, *more), strict=True)
     held = {"packed": constant(packed), "scale": constant(scale)}
     held |= {name: None if t is None else constant(t) for name, t in optional}
@@ -120,17 +127,14 @@ def _place_linear(node: fx.Node, module: fx.GraphModule) -> None:
     """Repack the canonical codes for this CPU, once per weight, and call the kernel's op."""
     x, bias, weight = _weight(node)
     spec, packed = _spec(node), argument(node, 1)
-    stem = str(packed.target).replace(".", "_")
-    names = {p: f"{stem}_tvm_{p}" for p in ("codes", "scale", *_WEIGHT)}
-    if not hasattr(module, names["codes"]):
-        held = quantized_linear.pack(**weight)
-        for part, name in names.items():
-            module.register_buffer(name, getattr(held, part), persistent=False)
+    held = functools.cache(lambda: quantized_linear.pack(**weight))
+    parts = ["codes", "scale", *(part for part in _WEIGHT if weight[part] is not None)]
     with node.graph.inserting_before(node):
-        codes, scale, offset, row_scale, permutation = (
-            None if getattr(module, name) is None else attribute(module, name, packed)
-            for name in names.values()
-        )
+        operands = {
+            part: folded(module, packed, f"tvm_{part}", lambda part=part: getattr(held(), part))
+            for part in parts
+        }
+    codes, scale, offset, row_scale, permutation = map(operands.get, ("codes", "scale", *_WEIGHT))
     quantized_linear.register_lowering()
     node.target = quantized_linear.OP
     node.args = (x, codes, scale, offset, bias, row_scale, permutation, str(spec))

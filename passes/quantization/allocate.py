@@ -160,9 +160,11 @@ def fisher_of(
 
         return forward
 
-    def open_graph(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not args[0].requires_grad:  # the first layers: nothing before them has a gradient
-            args[0].requires_grad_(True)
+    def open_graph(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if args[0].requires_grad:
+            return None
+        # the first layers: nothing before them has a gradient
+        return args[0].detach().requires_grad_(), *args[1:]
 
     draw = torch.Generator().manual_seed(0)
     required = {p: p.requires_grad for p in model.parameters()}

@@ -135,7 +135,7 @@ def shared_inputs(
         shared.setdefault(leader, []).append(name)
         inputs.setdefault(leader, x)
 
-    with _hooks(model, names, note):
+    with watched_inputs(model, names, note):
         run(model, batches[0])
     reached = {name for readers in shared.values() for name in readers}
     return shared | {name: [name] for name in names if name not in reached}
@@ -165,7 +165,7 @@ def accumulate(
         if not pending:
             raise _ChunkReached
 
-    with _hooks(model, list(shared), add), _full_precision():
+    with watched_inputs(model, list(shared), add), _full_precision():
         for batch in batches:
             pending.update(shared)
             run(model, batch)
@@ -183,7 +183,7 @@ def accumulate(
 
 
 @contextmanager
-def _hooks(
+def watched_inputs(
     model: nn.Module, names: Sequence[str], call: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """`call(name, input)` before each of the named layers runs."""
@@ -224,14 +224,15 @@ def call(model: nn.Module, batch: Batch) -> Any:
 @torch.no_grad()
 def run(model: nn.Module, batch: Batch, stop: type[Exception] = _ChunkReached) -> None:
     """`model` on one batch in eval mode; `stop`, raised by a hook, ends the run early."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         call(model, batch)
     except stop:
         pass
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:

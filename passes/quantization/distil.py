@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ridgeline.ir.quantized_linear import powers, unpack_codes
 from ridgeline.passes.quantization.calibrate import Batch, call
 from ridgeline.passes.quantization.codec import QuantizationError, QuantizedWeight
-from ridgeline.passes.quantization.layer import QuantizedLinear
+from ridgeline.passes.quantization.layer import QuantizedLinear, replace_modules
 from ridgeline.passes.quantization.levels import LINEAR, Levels, assemble, basis, stored
 
 WARM_UP = 5
@@ -81,8 +81,7 @@ def distil(
     required = {p: p.requires_grad for p in student.parameters()}
     for p in required:
         p.requires_grad_(False)
-    for name, module in tuned.items():
-        _put(student, name, module)
+    replace_modules(student, {layers[name]: module for name, module in tuned.items()})
     for p in norms:
         p.requires_grad_(True)
     result: dict[str, QuantizedLinear] = layers
@@ -95,8 +94,7 @@ def distil(
                 p.copy_(old)
         raise
     finally:
-        for name, module in result.items():
-            _put(student, name, module)
+        replace_modules(student, {tuned[name]: module for name, module in result.items()})
         for p, flag in required.items():
             p.requires_grad_(flag)
 
@@ -168,11 +166,6 @@ def _norm_weights(model: nn.Module) -> list[nn.Parameter]:
         if isinstance(weight, nn.Parameter) and weight.dim() == 1 and weight.is_floating_point():
             found[id(weight)] = weight
     return list(found.values())
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 class _Tuned(nn.Module):

@@ -5,6 +5,8 @@ its model is compiled by `ridgeline.optimize`, by the kernels of the target. Its
 op's operands, so that a `state_dict` holds the very artefact whose size and accuracy are reported.
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,14 @@ from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes.quantization.codec import QuantizedWeight
 
 OPERANDS = ("packed", "scale", "offset", "row_scale", "permutation")
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put `new[m]` in every place in `model` where module m stands."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children leaves second names out
+            if child in new:
+                setattr(parent, name, new[child])
 
 
 class QuantizedLinear(nn.Module):
@@ -50,6 +60,16 @@ class QuantizedLinear(nn.Module):
             permutation=self.permutation,
             **settings,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """`to`, `half`, `cuda`: codes and scales move, and keep their dtypes."""
+        held = {name: getattr(self, name) for name in OPERANDS}
+        super()._apply(fn, recurse)
+        for name, tensor in held.items():
+            now = getattr(self, name)
+            if tensor is not None and now.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], x's dtype."""

@@ -15,6 +15,7 @@ it. Source of sequential calibration: GPTQ.
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ridgeline.passes.quantization.calibrate import Batch, accumulate, run, shared_inputs
+from ridgeline.passes.quantization.calibrate import (
+    Batch,
+    accumulate,
+    run,
+    shared_inputs,
+    watched_inputs,
+)
 from ridgeline.passes.quantization.codec import QuantizedWeight
 
 Quantizer = Callable[[str, Tensor, Tensor], QuantizedWeight]
@@ -55,8 +62,9 @@ def quantize_in_sequence(
     known = dict(known or {})
     shared = shared_inputs(model, names, batches)
     chain = Chain(model, names, batches)
+    originals = _shared_weights(model, names)
     total, found = sum(map(len, shared.values())), {}
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+    with _threads() as pool:
         for leader, readers in shared.items():
             chain.advance(leader)
             missing = [name for name in readers if name not in known]
@@ -65,7 +73,7 @@ def quantize_in_sequence(
                 with chain.resumed():
                     reached = {leader: readers}
                     hessian = accumulate(model, reached, batches, lambda: None)[leader]
-            work = functools.partial(_one, model, quantizer, hessian, known)
+            work = functools.partial(_one, model, originals, quantizer, hessian, known)
             for name, weight in pool.map(work, readers):
                 if name not in known:
                     done(name, weight)
@@ -78,6 +86,7 @@ def quantize_in_sequence(
 
 def _one(
     model: nn.Module,
+    originals: Mapping[str, Tensor],
     quantizer: Quantizer,
     hessian: Tensor | None,
     known: Mapping[str, QuantizedWeight],
@@ -89,7 +98,26 @@ def _one(
         return name, known[name]
     torch.set_num_threads(1)
     assert hessian is not None
-    return name, quantizer(name, weight_of(model.get_submodule(name)), hessian)
+    weight = originals[name] if name in originals else weight_of(model.get_submodule(name))
+    return name, quantizer(name, weight, hessian)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """A thread per core; torch's own number of threads is again what it was afterwards."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(max(1, before)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _shared_weights(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """What layers hold whose weight another layer holds too: that one's result overwrites it."""
+    held = {name: weight_of(model.get_submodule(name)) for name in names}
+    count = Counter(weight.data_ptr() for weight in held.values())
+    return {name: w.clone() for name, w in held.items() if count[w.data_ptr()] > 1}
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -166,6 +194,11 @@ def _chain(model: nn.Module, names: Sequence[str], batch: Batch) -> list[tuple[s
     """(path, block) of the longest nn.ModuleList or nn.Sequential that holds layers of `names` and
     whose members each take one tensor that their predecessor gave, alone or in a tuple of one."""
     best: list[tuple[str, nn.Module]] = []
+    reached: set[str] = set()
+    with watched_inputs(model, names, lambda name, x: reached.add(name)):
+        run(model, batch)
+    if len(reached) < len(names):  # layers that come last may stand in the first block
+        return best
     for path, container in model.named_modules():
         if not isinstance(container, nn.ModuleList | nn.Sequential) or len(container) < 2:
             continue

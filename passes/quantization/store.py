@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes.quantization.calibrate import in_features
-from ridgeline.passes.quantization.codec import QuantizationError, QuantizedWeight
+from ridgeline.passes.quantization.codec import BITS, QuantizationError, QuantizedWeight
 from ridgeline.passes.quantization.layer import OPERANDS, QuantizedLinear
 
 VERSION = 1
@@ -306,9 +306,9 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 _CODECS: Mapping[str, Callable[[int, int], bool]] = {
-    "uniform": lambda bits, terms: bits in (4, 8),
-    "binary": lambda bits, terms: 1 <= bits <= 8,
-    "shift": lambda bits, terms: 2 <= bits <= 8 and terms >= 1 and bits % terms == 0,
+    "uniform": lambda bits, terms: bits in BITS["minimum"],
+    "binary": lambda bits, terms: bits in BITS["binary"],
+    "shift": lambda bits, terms: bits in BITS["shift"] and bits % terms == 0,
 }
 """The codecs of the op, and which of their bits and terms it reads."""
 _PRODUCTS = ("float32", "bfloat16", "float16", "int16")

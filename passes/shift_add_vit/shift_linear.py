@@ -10,7 +10,8 @@ where 0 is nearer, the term is 0. s is rounded to fp16 where that costs no more 
 as `QuantizedWeight` stores it. The gradient passes ŵ straight to w.
 
 The codes are those of codec "shift" of `ridgeline.ir.quantized_linear`, of which this layer holds
-none: it rounds its latent weight at each call, and `frozen` packs the very ŵ that it used.
+none: it rounds its latent weight at each call, and `frozen` packs the same ŵ, as it is before a
+16-bit dtype of the layer rounds it.
 Source: Elhoushi et al., DeepShift (2019), form Q; You et al., ShiftAddViT (2023). The scale is
 ours: without it no weight above 1 can be held, and one power errs by 20.6 % instead of 19.2 %.
 """
@@ -146,7 +147,8 @@ class ShiftLinear(nn.Module):
 
     def frozen(self) -> QuantizedLinear:
         """The layer for inference: the same numbers, held as codes."""
-        return QuantizedLinear(self.packed(), self.bias)
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return QuantizedLinear(self.packed(), bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.codec}"
