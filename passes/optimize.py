@@ -14,6 +14,7 @@ from ridgeline.passes.base import Pass
 from ridgeline.passes.compiler import Compiler, Objective, OptimizeError
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.forced_bits import forced
+from ridgeline.passes.quantizable import is_linear, unfit
 from ridgeline.passes.quantization import collect_hessians
 from ridgeline.passes.quantization.data import calibration_batches
 from ridgeline.passes.shift_add_vit import freeze
@@ -110,11 +111,14 @@ def hessians_of(
     """Weight name -> H [K,K] of the linear layers, as `Compiler` takes them; {} without data."""
     if calibration is None:
         return {}
-    # transformers' Conv1D is a linear layer with its weight transposed.
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
     layers = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if is_linear(module) and not unfit(module, parents.get(module))
     ]
-    hessians = collect_hessians(model, layers, calibration_batches(calibration, tokenizer))
+    if not layers:
+        return {}
+    batches = calibration_batches(calibration, tokenizer, model=model)
+    hessians = collect_hessians(model, layers, batches)
     return {f"{name}.weight": h for name, h in hessians.items()}

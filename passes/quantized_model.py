@@ -13,8 +13,6 @@ Sources: You et al., ShiftAddLLM (binary coding, multi-objective fit, mixed widt
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -25,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes.copy_model import copy_model
 from ridgeline.passes.preparation import rotation
+from ridgeline.passes.quantizable import Requantized, quantizable
 from ridgeline.passes.quantization import (
     Codec,
     QuantizationError,
@@ -41,9 +40,6 @@ from ridgeline.passes.quantization.grid import checked
 from ridgeline.passes.quantization.layer import replace_modules
 from ridgeline.passes.quantization.resume import Results
 from ridgeline.passes.quantization.sequence import quantize_in_sequence, weight_of
-
-SMALLEST = 64
-"""Layers with fewer inputs or outputs stay: their weights are no traffic to speak of."""
 
 HESSIAN_WINDOWS, SENSITIVITY_WINDOWS = 32, 8
 """Windows that Hessians and sensitivities are measured on; distillation draws from all."""
@@ -70,18 +66,6 @@ class Progress(Protocol):
     def __call__(self, stage: str, what: str, done: int, total: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Requantized:
-    """One line of a reparameterised model's report: a layer, its codec, or why it stays."""
-
-    path: str
-    codec: Codec | None
-    reason: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.codec or self.reason}"
-
-
 def binary_codec(bits: int) -> Codec:
     """What ShiftAdd layers are held in: 2.25, 3.33 and 4.28 bits per weight, scales included."""
     return Codec(bits, 288 if bits == 4 else 192, "binary", centred=False)
@@ -102,6 +86,8 @@ def quantized_linear(model: nn.Module, **options: Any) -> nn.Module:
     return quantized_model(model, codec_of=uniform_codec, **options)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def quantized_model(
     model: nn.Module,
     *,
@@ -147,6 +133,9 @@ def quantized_model(
             "a quantised model is fitted to how it is used; pass calibration=, such as a text and"
             " tokenizer="
         )
+    for name, value in (("average_bits", average_bits), ("divergence", divergence)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise QuantizationError(f"{name} is {value!r}; pass a number")
     if average_bits is not None and not MIXED[0] <= average_bits <= MIXED[-1]:
         raise QuantizationError(
             f"average_bits is {average_bits!r}; choose {MIXED[0]} to {MIXED[-1]}, as 3.0"
@@ -155,8 +144,8 @@ def quantized_model(
         raise QuantizationError(
             f"preparation is {preparation!r}; choose one of {get_args(Preparation)}, or None"
         )
-    batches = calibration_batches(calibration, tokenizer)
-    names, stay = _layers(model, ignore)
+    batches = calibration_batches(calibration, tokenizer, model=model)
+    names, stay = quantizable(model, ignore)
     for name in names:
         checked(weight_of(model.get_submodule(name)))
     say = progress or (lambda stage, what, done, total: None)
@@ -201,36 +190,6 @@ def summary(model: nn.Module) -> str:
         f"{len(layers)} layers of {', '.join(map(str, widths))} bits ({', '.join(kinds)}),"
         f" {bits_per_weight(model):.2f} bits per weight with scales"
     )
-
-
-def _layers(model: nn.Module, ignore: Sequence[str]) -> tuple[list[str], list[Requantized]]:
-    """Names of the layers to quantise, and why others stay."""
-    embeddings = {
-        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
-    }
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names: list[str] = []
-    stay: list[Requantized] = []
-    for name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            continue
-        reason = ""
-        if any(fnmatch(name, pattern) for pattern in ignore):
-            reason = "listed in ignore="
-        elif module is head or id(module.weight) in embeddings:
-            reason = "the output head stays: its errors are the model's own"
-        elif min(module.weight.shape) < SMALLEST:
-            reason = f"{tuple(module.weight.shape)} is too small to be worth it"
-        if reason:
-            stay.append(Requantized(name, None, reason))
-        else:
-            names.append(name)
-    if "" in names:
-        raise QuantizationError("the model is a linear layer; put it into an nn.Sequential")
-    if not names:
-        said = "; ".join(map(str, stay)) or "the model has no linear layer"
-        raise QuantizationError(f"nothing to quantise: {said}")
-    return names, stay
 
 
 def _prepared(
@@ -317,17 +276,15 @@ def _in_sequence(
 
 
 def _assembled(model: nn.Module, found: dict[str, QuantizedWeight]) -> nn.Module:
-    """A copy of `model` with the layers in `found` replaced. It shares what stays as it is, and has
-    vectors (weights of norms, which distillation tunes) of its own."""
+    """A copy of `model` with the layers in `found` replaced, and parameters of its own."""
     new = copy_model(model)
     old = {name: new.get_submodule(name) for name in found}
     replace_modules(new, {old[n]: QuantizedLinear(w, old[n].bias) for n, w in found.items()})
     own: dict[int, nn.Parameter] = {}
     for module in new.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            if p.dim() == 1:
-                copied = own.setdefault(id(p), nn.Parameter(p.detach().clone(), False))
-                setattr(module, name, copied)
+            copied = own.setdefault(id(p), nn.Parameter(p.detach().clone(), False))
+            setattr(module, name, copied)
     return new.eval()
 
 

@@ -62,7 +62,7 @@ def choose(
     leaders = {name: leader for leader, readers in shared.items() for name in readers}
     for part in _parts(model, sites, leaders):
         needed = {leaders[name]: shared[leaders[name]] for name in _measured(part)}
-        hessians = accumulate(model, needed, batches, lambda: None)
+        hessians = accumulate(model, needed, batches, lambda: None, shared.uses)
         for site in part:
             outcome = _best(site, weights, hessians, fisher, scaled, codec, generator)
             outcomes.append(outcome)

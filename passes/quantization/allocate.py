@@ -26,7 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from ridgeline.cost_model import Option, solve
-from ridgeline.passes.quantization.calibrate import Batch, accumulate, call, shared_inputs
+from ridgeline.passes.quantization.calibrate import (
+    Batch,
+    accumulate,
+    call,
+    main_output,
+    shared_inputs,
+)
 from ridgeline.passes.quantization.codec import Codec, QuantizationError
 from ridgeline.passes.quantization.descent import descend, factors_of
 from ridgeline.passes.quantization.sequence import Chain, weight_of
@@ -126,7 +132,9 @@ def measure(
     for leader, readers in shared.items():
         chain.advance(leader)
         with chain.resumed():
-            hessian = accumulate(model, {leader: readers}, batches, lambda: None)[leader]
+            hessian = accumulate(model, {leader: readers}, batches, lambda: None, shared.uses)[
+                leader
+            ]
         factors = factors_of(hessian)
         for name in readers:
             weight = weight_of(model.get_submodule(name)).float()
@@ -176,9 +184,9 @@ def fisher_of(
             p.requires_grad_(False)
         for batch in batches:
             output = call(model, batch)
-            y = getattr(output, "logits", output)
-            rows = (y if isinstance(y, Tensor) else y[0]).float().flatten(0, -2)
-            _drawn_loss(rows, hasattr(output, "logits"), draw).backward()
+            y, logits = main_output(output)
+            rows = y.float().reshape(-1, y.shape[-1] if y.dim() else 1)
+            _drawn_loss(rows, logits, draw).backward()
             tokens += len(rows)
     finally:
         for handle in handles:

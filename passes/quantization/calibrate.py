@@ -6,12 +6,14 @@ layers are taken in chunks, in the order in which the model runs them, one pass 
 chunk, and a pass stops as soon as its chunk's last layer has been reached.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ridgeline.passes.quantization.codec import QuantizationError
 
@@ -42,7 +44,7 @@ def collect_hessians(
             f"the Hessians of {len(names)} layers take {needed} bytes, above the limit of"
             f" {byte_limit}; raise byte_limit, or take them chunk by chunk from stream_hessians"
         )
-    return accumulate(model, shared, batches, _counter(progress, len(batches)))
+    return accumulate(model, shared, batches, _counter(progress, len(batches)), shared.uses)
 
 
 def stream_hessians(
@@ -69,7 +71,7 @@ def stream_hessians(
     chunks = _chunks(model, shared, byte_limit)
     tick = _counter(progress, len(chunks) * len(batches))
     for chunk in chunks:
-        hessians = accumulate(model, chunk, batches, tick)
+        hessians = accumulate(model, chunk, batches, tick, shared.uses)
         yield hessians
         # The consumer's loop variable would keep these alive while the next ones grow.
         hessians.clear()
@@ -112,9 +114,7 @@ def _chunks(
     return chunks
 
 
-def shared_inputs(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Batch]
-) -> dict[str, list[str]]:
+def shared_inputs(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> "Readers":
     """{first reader of an input: all its readers, itself included}, in order of execution.
 
     Layers that the first batch does not reach (experts) follow at the end, each for itself.
@@ -126,8 +126,10 @@ def shared_inputs(
         )
     shared: dict[str, list[str]] = {}
     inputs: dict[str, Tensor] = {}
+    uses: Counter[str] = Counter()
 
     def note(name: str, x: Tensor) -> None:
+        uses[name] += 1
         if any(name in readers for readers in shared.values()):
             return
         # `inputs` keeps the tensors alive, so that identity cannot be a reused address.
@@ -138,7 +140,27 @@ def shared_inputs(
     with watched_inputs(model, names, note):
         run(model, batches[0])
     reached = {name for readers in shared.values() for name in readers}
-    return shared | {name: [name] for name in names if name not in reached}
+    shared |= {name: [name] for name in names if name not in reached}
+    return _apart(shared, uses)
+
+
+def _apart(shared: dict[str, list[str]], uses: Counter[str]) -> "Readers":
+    """Layers that run more than once read several inputs: each of them stands for itself."""
+    groups = Readers(uses)
+    for readers in shared.values():
+        once = [name for name in readers if uses[name] <= 1]
+        if once:
+            groups[once[0]] = once
+        groups.update({name: [name] for name in readers if uses[name] > 1})
+    return groups
+
+
+class Readers(dict[str, list[str]]):
+    """{first reader of an input: all its readers}; uses: how often a batch calls each layer."""
+
+    def __init__(self, uses: Counter[str]) -> None:
+        super().__init__()
+        self.uses = uses
 
 
 def accumulate(
@@ -146,11 +168,13 @@ def accumulate(
     shared: dict[str, list[str]],
     batches: Sequence[Batch],
     tick: Callable[[], None],
+    uses: Counter[str],
 ) -> dict[str, Tensor]:
-    """One pass over the batches: H of each leader, under the names of all its readers."""
+    """One pass over the batches: H of each leader, under the names of all its readers. A batch is
+    run until every leader has been called as often as `uses` says."""
     hessians: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
-    pending: set[str] = set()
+    pending: Counter[str] = Counter()
 
     def add(name: str, x: Tensor) -> None:
         flat = x.detach().reshape(-1, x.shape[-1]).float()
@@ -161,13 +185,13 @@ def accumulate(
         if name not in hessians:
             hessians[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
         hessians[name].addmm_(flat.T, flat, beta=before / total, alpha=2 / total)
-        pending.discard(name)
-        if not pending:
+        pending[name] -= 1
+        if max(pending.values()) <= 0:
             raise _ChunkReached
 
     with watched_inputs(model, list(shared), add), _full_precision():
         for batch in batches:
-            pending.update(shared)
+            pending = Counter({name: max(1, uses[name]) for name in shared})
             run(model, batch)
             tick()
     for leader in shared:
@@ -219,6 +243,23 @@ def call(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch) if isinstance(batch, Tensor) else model(*batch)
+
+
+def main_output(output: Any) -> tuple[Tensor, bool]:
+    """(what a model puts out, [.., C]; are they logits?): `logits` where it has them, else the
+    first floating tensor. Raises QuantizationError where there is none."""
+    logits = (
+        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    )
+    if isinstance(logits, Tensor):
+        return logits, True
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf, False
+    raise QuantizationError(
+        f"the model puts out {type(output).__name__} without a floating-point tensor, by which"
+        " nothing can be measured; pass bits= and distillation=False"
+    )
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class Codec:
                 f"codec scheme is {self.scheme!r}; choose one of {get_args(Scheme)}"
             )
         allowed = BITS[self.scheme]
-        if self.bits not in allowed or isinstance(self.bits, bool):
+        if self.bits not in allowed or type(self.bits) is not int:
             raise QuantizationError(
                 f"codec bits is {self.bits!r}; with scheme {self.scheme!r} choose one of {allowed}"
             )

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ridgeline.passes.quantization.calibrate import Batch
+from ridgeline.passes.quantization.calibrate import Batch, run
 from ridgeline.passes.quantization.codec import QuantizationError
 
 WINDOW = 512
@@ -18,12 +18,13 @@ what it does not see is rounded blindly."""
 
 
 def calibration_batches(
-    calibration: Any, tokenizer: Any = None, *, window: int = WINDOW
+    calibration: Any, tokenizer: Any = None, *, model: nn.Module | None = None
 ) -> list[Batch]:
     """Batches that a model is called with, from
 
     a text, with the `tokenizer` that turns it into ids (transformers' convention: `.input_ids`);
-    token ids [T], cut into windows, or [n, L], one window each;
+    token ids [T], cut into windows (as long as `model` takes, and at most WINDOW), or [n, L], one
+    window each;
     an iterable of batches (tensor, tuple of arguments or dict of keyword arguments): as they are.
 
     Raises QuantizationError for anything else, for ids that are no integers, and for a text or
@@ -35,10 +36,11 @@ def calibration_batches(
                 "calibration is a text; pass tokenizer= with it, or pass its token ids"
             )
         ids = tokenizer(calibration, verbose=False).input_ids
-        return calibration_batches(torch.tensor(ids), window=window)
+        return calibration_batches(torch.tensor(ids), model=model)
     if isinstance(calibration, Tensor):
-        return _windows(calibration, window)
-    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        return _checked_to_run(_windows(calibration, _longest(model)), model)
+    unusable = isinstance(calibration, Mapping | bytes)
+    if unusable or not isinstance(calibration, Iterable):
         raise QuantizationError(
             f"calibration is {type(calibration).__name__}; pass a text with its tokenizer, a tensor"
             " of token ids, or a list of batches"
@@ -46,6 +48,31 @@ def calibration_batches(
     batches = list(calibration)
     if not batches:
         raise QuantizationError("calibration holds no batch; pass at least one")
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, Tensor | Mapping | tuple | list):
+            raise QuantizationError(
+                f"calibration batch {i} is {type(batch).__name__}; pass tensors, tuples of"
+                " arguments or dicts of keyword arguments"
+            )
+    return _checked_to_run(batches, model)
+
+
+def _longest(model: nn.Module | None) -> int:
+    """Tokens of a window that the model takes."""
+    config = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    return min(WINDOW, longest) if isinstance(longest, int) and longest > 0 else WINDOW
+
+
+def _checked_to_run(batches: list[Batch], model: nn.Module | None) -> list[Batch]:
+    """`batches`, of which `model` takes the first; before anything else is done with it."""
+    if model is not None:
+        try:
+            run(model, batches[0])
+        except Exception as error:  # whatever a user's model may raise
+            raise QuantizationError(
+                f"the model fails on the first calibration batch ({type(error).__name__}: {error})"
+            ) from error
     return batches
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ridgeline.ir.quantized_linear import powers, unpack_codes
-from ridgeline.passes.quantization.calibrate import Batch, call
+from ridgeline.passes.quantization.calibrate import Batch, call, main_output
 from ridgeline.passes.quantization.codec import QuantizationError, QuantizedWeight
 from ridgeline.passes.quantization.layer import QuantizedLinear, replace_modules
 from ridgeline.passes.quantization.levels import LINEAR, Levels, assemble, basis, stored
@@ -150,11 +150,10 @@ def _loss(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
             expected = call(teacher, batch)
         actual = call(student, batch)
-    if hasattr(expected, "logits"):
-        wanted = expected.logits.float().log_softmax(-1)
-        given = actual.logits.float().log_softmax(-1)
+    (y, logits), (ours, _) = main_output(expected), main_output(actual)
+    if logits:
+        wanted, given = (t.float().log_softmax(-1) for t in (y, ours))
         return F.kl_div(given, wanted, log_target=True, reduction="none").sum(-1).mean()
-    y, ours = (t if isinstance(t, Tensor) else t[0] for t in (expected, actual))
     return (ours.float() - y.float()).square().sum() / y.float().square().sum().clamp_min(1e-20)
 
 
@@ -195,7 +194,7 @@ class _Tuned(nn.Module):
         weight = _Weigh.apply(self.params, self.latent, self.codes, self.table, self.codec)
         held = self.weight
         read = x if held.permutation is None else x[..., held.permutation.long()]
-        y = F.linear(read, weight)
+        y = F.linear(read, weight.to(x.dtype))
         if held.row_scale is not None:
             y = y * held.row_scale.to(y.dtype)
         return y if self.layer.bias is None else y + self.layer.bias.to(y.dtype)

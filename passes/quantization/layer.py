@@ -61,6 +61,11 @@ class QuantizedLinear(nn.Module):
             **settings,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ [N,K], for code that reads a linear layer's weight or asks for its dtype or device."""
+        return self.quantized.dequantize()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """`to`, `half`, `cuda`: codes and scales move, and keep their dtypes."""
         held = {name: getattr(self, name) for name in OPERANDS}

@@ -23,6 +23,8 @@ class Results:
         self.fingerprint = fingerprint
         self.known: dict[str, QuantizedWeight] = {}
         if self.folder is not None:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise QuantizationError(f"folder is {self.folder}, a file; name a folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(self.folder.glob("*.safetensors")):
                 name, weight = self._read(file)

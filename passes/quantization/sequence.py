@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ridgeline.passes.quantization.calibrate import (
     Batch,
@@ -72,7 +73,7 @@ def quantize_in_sequence(
             if missing:
                 with chain.resumed():
                     reached = {leader: readers}
-                    hessian = accumulate(model, reached, batches, lambda: None)[leader]
+                    hessian = accumulate(model, reached, batches, lambda: None, shared.uses)[leader]
             work = functools.partial(_one, model, originals, quantizer, hessian, known)
             for name, weight in pool.map(work, readers):
                 if name not in known:
@@ -204,9 +205,42 @@ def _chain(model: nn.Module, names: Sequence[str], batch: Batch) -> list[tuple[s
             continue
         members = [(f"{path}.{i}".lstrip("."), m) for i, m in enumerate(container)]
         held = sum(any(n.startswith(p + ".") for n in names) for p, _ in members)
-        if held > len(best) and held == len(members) and _linked(model, container, batch):
+        fits = held > len(best) and held == len(members)
+        if fits and _linked(model, container, batch) and _unread(model, container, batch):
             best = members
     return best
+
+
+def _unread(model: nn.Module, container: nn.Module, batch: Batch) -> bool:
+    """Does nobody but the next member read what a member gives? Then the model puts out the same
+    where all but the last give nonsense."""
+    members = list(container.children())
+    last: list[Any] = []
+    handle = members[-1].register_forward_hook(lambda m, args, output: last.append(output))
+    outputs: list[Any] = []
+    whole = model.register_forward_hook(lambda m, args, output: outputs.append(output))
+    try:
+        run(model, batch)
+        handle.remove()
+        for member in members:
+            nonsense = functools.partial(_nonsense, _tuple(member))
+            member.forward = nonsense if member is not members[-1] else lambda *a, **k: last[0]
+        run(model, batch)
+    finally:
+        handle.remove()
+        whole.remove()
+        for member in members:
+            member.__dict__.pop("forward", None)
+    before, after = (tree_leaves(output) for output in outputs)
+    return len(before) == len(after) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def _nonsense(tupled: bool, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    output = torch.full_like(x, torch.nan)
+    return (output,) if tupled else output
 
 
 def _linked(model: nn.Module, container: nn.Module, batch: Batch) -> bool:

@@ -152,3 +152,140 @@ def test_codes_and_scales_keep_their_dtypes():
     assert q[0].bias.dtype == torch.bfloat16
     assert q[0].quantized.scale.dtype == before.scale.dtype
     assert torch.equal(q[0].quantized.dequantize(), before.dequantize())
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2 + 1
+
+
+def hooked():
+    layer = nn.Linear(64, 64)
+    layer.register_forward_hook(lambda m, args, y: y + 1)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Twice(64, 64), "a forward of its own"),
+        (hooked(), "hooks"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), "parametrization"),
+    ],
+)
+def test_what_is_no_plain_linear_layer_stays(layer, reason):
+    q = coded(nn.Sequential(nn.Linear(64, 64), layer).eval())
+    assert type(q[1]) is type(layer)
+    assert any(reason in line.reason for line in q.report if line.path == "1")
+
+
+def test_attention_that_reads_a_weight_itself_keeps_it():
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    q = coded(model)
+    assert isinstance(q.linear1, QuantizedLinear)
+    assert not isinstance(q.self_attn.out_proj, QuantizedLinear)
+    with torch.no_grad():
+        assert (q(X[0]) - model(X[0])).norm() < 0.3 * model(X[0]).norm()
+    fast = ridgeline.optimize(model, (X[0],), target="cpu", tolerance=0.02, calibration=batches())
+    assert (fast(X[0]) - model(X[0])).norm() <= 0.02 * model(X[0]).norm()
+
+
+class Collected(nn.Module):
+    """A head that reads what every block gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(192, 64)
+
+    def forward(self, x):
+        found = []
+        for block in self.blocks:
+            x = block(x)
+            found.append(x)
+        return self.head(torch.cat(found, -1))
+
+
+def test_blocks_whose_outputs_others_read_are_no_chain():
+    from ridgeline.passes.quantization.sequence import Chain
+
+    model = Collected().eval()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert Chain(model, names, batches()).blocks == []
+
+
+def test_a_layer_that_runs_twice_is_calibrated_on_both_inputs():
+    from ridgeline.passes.quantization import collect_hessians
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.a(torch.tanh(self.a(x)))
+
+    model = Loop().eval()
+    found = collect_hessians(model, ["a"], batches())["a"]
+    with torch.no_grad():
+        rows = torch.cat([torch.cat([x, torch.tanh(model.a(x))]) for x in X]).flatten(0, -2)
+    torch.testing.assert_close(found, 2 / len(rows) * rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_of_the_new_model_are_its_own():
+    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 64), nn.LayerNorm(64)).eval()
+    before = copy.deepcopy(model.state_dict())
+    q = coded(model, calibration=[torch.randint(0, 96, (1, 40))])
+    q.to(torch.bfloat16)
+    assert model[0].weight.dtype == torch.float32
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_caller_without_gradients_gets_the_same():
+    model = nn.Sequential(nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        q = coded(model, distillation=True)
+        coded(model, bits=None, average_bits=3.0)
+    assert isinstance(q[0], QuantizedLinear)
+
+
+class Strange(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.kind = nn.Linear(64, 64), kind
+
+    def forward(self, x):
+        y = self.a(x)
+        return {"dict": {"y": y}, "none": (None, y), "whole": (y > 0).long()}[self.kind]
+
+
+def test_outputs_of_any_form_are_measured_or_refused():
+    for kind in ("dict", "none"):
+        coded(Strange(kind).eval(), distillation=True)
+    with pytest.raises(ridgeline.RidgelineError, match="without a floating-point tensor"):
+        coded(Strange("whole").eval(), distillation=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bits": 3.0}, "bits is 3.0"),
+        ({"bits": None, "average_bits": "3"}, "pass a number"),
+        ({"ignore": "*.0"}, "list of patterns"),
+        ({"ignore": ["nope"]}, "no module of the model matches"),
+        ({"calibration": [torch.randn(2, 3)]}, "fails on the first calibration batch"),
+        ({"calibration": [1, 2]}, "batch 0 is int"),
+        ({"calibration": b"bytes"}, "calibration is bytes"),
+    ],
+)
+def test_more_bad_options_are_named(options, reason):
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64))).eval()
+    with pytest.raises(ridgeline.RidgelineError, match=reason):
+        coded(model, **options)
+
+
+def test_ignore_takes_what_stands_inside_a_module():
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 64)).eval()
+    q = coded(model, ignore=["0"])
+    assert isinstance(q[0][0], nn.Linear)
+    assert isinstance(q[1], QuantizedLinear)

@@ -75,7 +75,7 @@ def test_layers_become_codes_and_the_model_stays(model, ids, method, bits):
     coded = {n: m for n, m in new.named_modules() if isinstance(m, QuantizedLinear)}
     assert set(coded) == {f"layers.{i}.{n}" for i in range(3) for n in ("up", "down")}
     assert all(m.quantized.bits == bits for m in coded.values())
-    assert new.head.weight is model.embed.weight
+    assert new.head.weight is new.embed.weight
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(isinstance(layer.up, nn.Linear) for layer in model.layers)
     stay = {line.path: line.reason for line in new.report if line.codec is None}

@@ -20,7 +20,7 @@ def test_packing_is_a_bijection(bits, columns):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("bits", 3),
+        ("bits", 5),
         ("bits", True),
         ("terms", 2),
         ("group_rows", 2),
