@@ -78,7 +78,9 @@ def rotation(
     for a model that cannot be captured, UnprovenError where the proof fails.
     The new model's `report` holds a `Prepared` for each site, and for each layer whose input stays.
     """
-    batches = None if calibration is None else calibration_batches(calibration, tokenizer, model=model)
+    batches = None
+    if calibration is not None:
+        batches = calibration_batches(calibration, tokenizer, model=model)
     args, kwargs = _call(model, args, kwargs, batches)
     program = capture(model, args, kwargs, dynamic=False).program
     captured, _ = copy_graph(program.module)

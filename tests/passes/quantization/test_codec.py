@@ -38,6 +38,7 @@ def test_a_codec_refuses_what_no_kernel_holds(field, value):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [64, 65, 576, 33])
 def test_bytes_and_bits_are_those_of_the_tensors(scheme, bits, columns):
+    torch.manual_seed(0)  # fp32 scales would take more
     codec = Codec(bits, 64, scheme)
     held = nearest(torch.randn(5, columns), codec)
     assert held.scheme == scheme
