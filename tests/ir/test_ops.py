@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ridgeline import ir
 from ridgeline.ir.attention import ATTENTION
+from ridgeline.ir.binary_attention import BINARY_ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import GROUP_RATIONAL, GROUP_RATIONAL_BACKWARD
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -124,6 +125,14 @@ CALLS: dict[str, tuple[Op, tuple[Any, ...], dict[str, Any]]] = {
         GROUP_RATIONAL,
         (_grad(3, 6), _grad(2, 4, seed=1), _grad(1, 3, seed=2)),
         {"form": "abs_sum", "sign0": 1},
+    ),
+    "binary_attention": (
+        BINARY_ATTENTION,
+        (
+            *(_grad(2, 2, 5, 8), _grad(2, 2, 7, 8, seed=1), _grad(2, 2, 7, 4, seed=2)),
+            *(torch.zeros(2, 8), torch.full((2, 8), 0.1)),
+        ),
+        {},
     ),
     "group_rational_backward": (
         GROUP_RATIONAL_BACKWARD,

@@ -155,5 +155,6 @@ def test_compiled_model_calls_the_kernel():
         optimized = ridgeline.optimize(model.eval(), (x,), target="cpu")
         torch.testing.assert_close(optimized(x), model(x), rtol=1e-5, atol=1e-6)
     (kernel,) = optimized.plan.kernels
-    assert (kernel.backend, optimized.plan.notes) == ("tvm", [])
+    assert kernel.backend == "tvm"
+    assert all(note.startswith("already quantised") for note in optimized.plan.notes)
     assert "4-bit shift g32" in kernel.configuration
