@@ -169,7 +169,7 @@ def test_smollm2_shows_plan_text_and_speed(monkeypatch):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, vocab_size=96, max_position_embeddings=256, eos_token_id=0,
         bos_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
