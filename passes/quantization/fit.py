@@ -10,7 +10,7 @@ ShiftAddLLM's greedy one, b_i = sign(r), α_i = mean |r|, r <- r - α_i b_i, the
 diag M. Then alternately codes <- nearest levels, params <- least squares (P x P per group), rounded
 to what storage holds. Rounding and nearest codes may each raise the loss, so the best iterate is
 what is kept. The weighting is not optional: an unweighted fit clips the outliers that carry a real
-model (3-bit SmolLM2: perplexity 77,654 without, 58 with it).
+model.
 Source: ShiftAddLLM section 4, after greedy and alternating binary coding (LUT-GEMM, BCQ).
 """
 
