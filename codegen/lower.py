@@ -40,12 +40,10 @@ def lower(
     """Lower `module` for `target`; it must own its graph (the kernels are put in place in it).
 
     inputs: the program's example inputs. lowering: "inductor" or "eager", for what is not ours.
-    training: gradients must flow, so every op keeps its autograd formula.
+    training: gradients must flow: what comes back is the module itself, to be run op by op, or
+        compiled by who calls, through the gradients that its ops have.
     """
-    if training:
-        note = "training: ops without a backward kernel run by their references"
-        return Lowered(module, (), (note,))
-    nodes, reports, notes = compiled(module, target)
+    nodes, reports, notes = compiled(module, target, training)
     elsewhere = _elsewhere(target, module, inputs)
     if elsewhere:
         note = f"{elsewhere}: the model runs where it is, by the ops' references"
@@ -54,13 +52,20 @@ def lower(
                 f", and the kernels listed are compiled for {target.arch or target.name}, not run"
             )
         notes.append(note)
-        return Lowered(run_eager(module), reports, tuple(notes))
+        return Lowered(module if training else run_eager(module), reports, tuple(notes))
     for node, kernel in nodes:
         kernel.place(node, module)
     module.graph.eliminate_dead_code()
     module.recompile()
+    if training:
+        return Lowered(module, reports, tuple(notes))
     run, refusal = _rest(module, inputs, lowering)
     return Lowered(run, reports, (*notes, *refusal))
+
+
+def _ours(node: fx.Node) -> bool:
+    overload = isinstance(node.target, torch._ops.OpOverload)
+    return overload and node.target.namespace == "ridgeline"
 
 
 def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
@@ -83,22 +88,27 @@ def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
 
 
 def compiled(
-    module: fx.GraphModule, target: Target
+    module: fx.GraphModule, target: Target, training: bool = False
 ) -> tuple[list[tuple[fx.Node, Kernel]], tuple[KernelReport, ...], list[str]]:
     """Compile the kernels that a rewritten graph calls for; the device need not be here.
 
+    training: those that have a backward; the notes name the ops that run by their references.
     Returns the nodes that have a kernel, a report per distinct kernel, and notes: why other nodes
     run by their references.
     """
     kernels, missing = _kernels(target)
-    by_op = {k.op: k for k in kernels}
+    chosen = (k.training for k in kernels) if training else kernels
+    by_op = {k.op: k for k in chosen if k is not None}
     nodes: list[tuple[fx.Node, Kernel]] = []
     reports: dict[str, KernelReport] = {}
     notes = [missing] if missing else []
+    plain: dict[str, None] = {}
     for node in module.graph.nodes:
-        ours = isinstance(node.target, torch._ops.OpOverload)
-        kernel = by_op.get(node.target._schema.name) if ours else None
+        if not _ours(node):
+            continue
+        kernel = by_op.get(node.target._schema.name)
         if kernel is None:
+            plain[node.target._schema.name] = None
             continue
         try:
             report = kernel.compile(node, target)
@@ -108,6 +118,8 @@ def compiled(
         nodes.append((node, kernel))
         for own in (report, *report.also):
             reports.setdefault(f"{own.op} {own.configuration}", own)
+    if training and plain:
+        notes.append(f"training: {', '.join(plain)} run by their references, forward and backward")
     return nodes, tuple(reports.values()), notes
 
 

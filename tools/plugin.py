@@ -124,11 +124,9 @@ def _compiler(chosen: Options) -> Compiler:
 def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
     compiler = _compiler(chosen)
     try:
-        rewritten = compiler.rewrite(program)
+        run = compiler.lower(compiler.rewrite(program), program)
         if program.training:
-            run = _inductor(rewritten, program.inputs)
-        else:
-            run = compiler.lower(rewritten, program)
+            run = _inductor(run, program.inputs)
     except RidgelineError:
         raise
     except Exception:  # the user's model must still run
