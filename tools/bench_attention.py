@@ -33,6 +33,7 @@ def _random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tens
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+@torch.inference_mode()
 def _causal(length: int, dtype: torch.dtype, rounds: int) -> Timings:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (_random(generator, dtype, 1, HEADS, length, DIM) for _ in range(3))
@@ -59,6 +60,7 @@ def _training(length: int, dtype: torch.dtype, rounds: int) -> Timings:
     return interleave(functions, baseline=BASELINE, rounds=rounds)
 
 
+@torch.inference_mode()
 def _decode(length: int, dtype: torch.dtype, rounds: int) -> Timings:
     generator = torch.Generator().manual_seed(0)
     q = _random(generator, dtype, 1, QUERY_HEADS, 1, DIM)
