@@ -1,28 +1,33 @@
 """FlashAttention-2 backward on the host CPU, as one TVMScript function.
 
-Law, for query head h of H reading key/value head h // (H / Hk), with the maximum m and
-the total l of each row's softmax that the forward kernel left (`attention_kernel`):
+Law, for query head h of H reading key/value head h // (H / Hk), with the scores z and the maximum m
+and the total l of each row's softmax that the forward kernel left (`attention_kernel`):
 
     p[i,j]  = exp(z[i,j] - m[i] - log l[i]);  dp[i,j] = do[i]·v[j]
     ds[i,j] = scale p[i,j] (dp[i,j] - delta[i]) c'[i,j],   delta[i] = do[i]·o[i]
     dv[j]   = sum_i p[i,j] do[i];  dk[j] = sum_i ds[i,j] q[i];  dq[i] = sum_j ds[i,j] k[j]
 
 c' = 1, or the slope 1 - tanh² of a soft cap. A row without keys has log l = inf, so p = 0. q, do
-and dq [B,H,Sq,D or Dv], k and v [B,Hk,Sk,..], fp32, last dimension contiguous, any other strides.
+[B,H,Sq,D or Dv], k and v [B,Hk,Sk,..], fp32 or bf16, last dimension contiguous, any other strides.
 Source: Dao, FlashAttention-2, section 3.1.2. Nothing of size Sq x Sk is stored; five products per
-tile of 64 x 64, none of which is computed twice.
+tile of 64 x 64, none of which is computed twice. In bf16, p and ds are rounded for the products,
+as the forward rounds p; all sums are fp32.
 
 Here a lane is a key, or a column of the head: products read one operand as 16 lanes and the other
-number by number, so that only k and v are ever turned, once per tile of keys. A thread takes key
-tiles of one key head, walks the rows that see them, and sums dk and dv in the tile. dq is summed in
-memory, chunk of key tiles by chunk, each in its own slice: no two threads meet, and the sums have
-one order, whatever the threads do.
+word by word, so that only k and v are ever turned, once per tile of keys. A word (see
+`attention_vectors`) is a number, or a pair of bf16: neighbours in a row where the sum is over the
+columns, in a column where it is over the rows; what is summed both ways is kept both ways.
+
+A thread takes key tiles of one key head, walks the rows that see them, and sums dk and dv in the
+tile. dq is summed in memory, chunk of key tiles by chunk, each in its own slice: no two threads
+meet, and the sums have one order, whatever the threads do.
 """
 
 from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
+from ridgeline.codegen.tvm.attention_backward_tiles import KEYS, ROWS, Tiles, copies, products
 from ridgeline.codegen.tvm.attention_scores import cap_of, factor_of, tanh
 from ridgeline.codegen.tvm.attention_vectors import (
     LANES,
@@ -35,10 +40,8 @@ from ridgeline.codegen.tvm.attention_vectors import (
     registers,
     splat,
     tensor,
+    words,
 )
-
-ROWS = KEYS = 64
-"""Queries and keys of a tile: with all that is made of it, it fits the second cache."""
 
 
 class _Tensors(NamedTuple):
@@ -65,104 +68,30 @@ class _Tensors(NamedTuple):
         return self._replace(h=self.h + g)
 
 
-class _Tiles(NamedTuple):
-    """q, do [ROWS, D]; k [KEYS, D]; kt, vt [D, KEYS]; p, ds [ROWS, KEYS]; dk, dv [KEYS, D]."""
-
-    q: Any
-    do: Any
-    k: Any
-    kt: Any
-    vt: Any
-    p: Any
-    ds: Any
-    dk: Any
-    dv: Any
-
-
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`, whose dtype is fp32 and whose sinks are None:
+    """The kernel for `spec`, whose dtype is fp32, or bf16 where words are pairs, without sinks:
     main(q, k, v, mask, do, stats, delta, dq, dk, dv, scale, diagonal, cap).
 
     mask and stats as the forward takes and leaves them; delta fp32 [B,H,Sq] contiguous; dq fp32
     [C,B,H,Sq,D'], D' = D up to a multiple of 16, contiguous and zero: C slices, the sum of which is
     dq; dk, dv fp32 [B,Hk,Sk,..] contiguous. cap: not read unless `spec.capped`.
     """
-    depth, dim, masked = spec.head_dim, spec.value_dim, spec.mask is not None
-    depth16, dim16 = -(-depth // LANES) * LANES, -(-dim // LANES) * LANES
-    # Rows x vectors of sums held in registers; a generic vector is two registers or four.
-    tall, wide = (2, 2) if spec.isa == "generic" else (4, 4)
+    dims, masked, pairs = (spec.head_dim, spec.value_dim), spec.mask is not None, spec.pairs
+    columns, columns_v = (-(-d // LANES) * LANES for d in dims)
+    per_word = 2 if pairs else 1
+    depth, depth_v = (d // per_word for d in dims)
+    wide_depth, wide_depth_v = (-(-d // LANES) * LANES for d in (depth, depth_v))
     loop = T.parallel if spec.parallel else T.serial
+    copy, product = copies(spec), products(spec)
+    tall = product.tall
 
     @T.inline
-    def zero(tile, rows, columns):
-        for r in T.serial(rows):
-            for c in T.serial(columns // LANES):
-                tile[r, lanes(c * LANES)] = splat(T.float32(0))
-
-    @T.inline
-    def copy(tile, source, b, h, first, count, columns):
-        """`count` rows of [b, h] from `first` on; what is beyond the last is left as it is."""
-        for r in T.serial(count):
-            for c in T.unroll(columns // LANES):
-                tile[r, lanes(c * LANES)] = source[b, h, first + r, lanes(c * LANES)]
-            if columns % LANES != 0:
-                for c in T.vectorized(8):
-                    at = T.meta_var(columns // LANES * LANES + c)
-                    tile[r, at] = source[b, h, first + r, at]
-
-    @T.inline
-    def turn(tile, source, b, h, first, count, columns):
-        """The same, turned: tile[c, r]."""
-        for r in T.serial(count):
-            for c in T.serial(columns):
-                tile[c, r] = source[b, h, first + r, c]
-
-    @T.inline
-    def outer(out, left, right, r, c, start, stop, nv):
-        """out[r.., c..] += sum over i of left[i, r..] right[i, c..]."""
-        acc = registers((tall, nv, LANES))
-        for m in T.unroll(tall):
-            for n in T.unroll(nv):
-                acc[m, n, lanes(0)] = out[r + m, lanes(c + n * LANES)]
-        for i in T.serial(stop - start):
-            for m in T.unroll(tall):
-                for n in T.unroll(nv):
-                    acc[m, n, lanes(0)] = fma(
-                        splat(left[start + i, r + m]),
-                        right[start + i, lanes(c + n * LANES)],
-                        acc[m, n, lanes(0)],
-                    )
-        for m in T.unroll(tall):
-            for n in T.unroll(nv):
-                out[r + m, lanes(c + n * LANES)] = acc[m, n, lanes(0)]
-
-    @T.inline
-    def inner(out, left, right, r, c, count, nv):
-        """out[r.., c..] = sum over i of left[r.., i] right[i, c..]."""
-        acc = registers((tall, nv, LANES))
-        for m in T.unroll(tall):
-            for n in T.unroll(nv):
-                acc[m, n, lanes(0)] = splat(T.float32(0))
-        for i in T.serial(count):
-            for m in T.unroll(tall):
-                for n in T.unroll(nv):
-                    acc[m, n, lanes(0)] = fma(
-                        splat(left[r + m, i]),
-                        right[i, lanes(c + n * LANES)],
-                        acc[m, n, lanes(0)],
-                    )
-        for m in T.unroll(tall):
-            for n in T.unroll(nv):
-                out[r + m, lanes(c + n * LANES)] = acc[m, n, lanes(0)]
-
-    @T.inline
-    def soften(x, w, i0, j0, r, n, limit):
-        """p and ds of 16 keys of row r; `ds` held the products with k, `p` those with v."""
+    def soften(x, w, i0, j0, m, r, c, limit, p, ds):
+        """p and ds of row r and 16 keys from column c on, from the products of row m."""
         z = registers((LANES,))
         slope = registers((LANES,))
         added = registers((LANES,))
-        c = T.meta_var(n * LANES)
-        z[lanes(0)] = w.ds[r, lanes(c)] * splat(x.factor)
+        z[lanes(0)] = w.s[m, lanes(c)] * splat(x.factor)
         if spec.capped:
             slope[lanes(0)] = tanh(z[lanes(0)])
             z[lanes(0)] = slope[lanes(0)] * splat(x.cap)
@@ -182,107 +111,101 @@ def build(spec: Spec) -> Any:
             z[lanes(0)] = z[lanes(0)] + added[lanes(0)]
         z[lanes(0)] = z[lanes(0)] - splat(x.stats[0, x.b, x.h, i0 + r])
         z[lanes(0)] = exponential(spec, z[lanes(0)] - splat(x.stats[1, x.b, x.h, i0 + r]))
-        z[lanes(0)] = T.Select(
-            lanes(c) < splat(limit),
-            z[lanes(0)],
+        p[lanes(0)] = T.Select(lanes(c) < splat(limit), z[lanes(0)], splat(T.float32(0)))
+        drop = w.dp[m, lanes(c)] - splat(x.delta[x.b, x.h, i0 + r])
+        ds[lanes(0)] = T.Select(
+            p[lanes(0)] > splat(T.float32(0)),
+            p[lanes(0)] * drop * slope[lanes(0)],
             splat(T.float32(0)),
         )
-        drop = w.p[r, lanes(c)] - splat(x.delta[x.b, x.h, i0 + r])
-        w.ds[r, lanes(c)] = T.Select(
-            z[lanes(0)] > splat(T.float32(0)),
-            z[lanes(0)] * drop * slope[lanes(0)],
-            splat(T.float32(0)),
-        )
-        w.p[r, lanes(c)] = z[lanes(0)]
 
     @T.inline
-    def into_rows(x, dq, w, slice_, i0, r, c, count, nv):
-        acc = registers((tall, nv, LANES))
-        for m in T.unroll(tall):
-            for n in T.unroll(nv):
-                row = T.min(i0 + r + m, x.queries - 1)
-                acc[m, n, lanes(0)] = dq[slice_, x.b, x.h, row, lanes(c + n * LANES)]
-        for j in T.serial(count):
-            for m in T.unroll(tall):
-                for n in T.unroll(nv):
-                    acc[m, n, lanes(0)] = fma(
-                        splat(w.ds[r + m, j]),
-                        w.k[j, lanes(c + n * LANES)],
-                        acc[m, n, lanes(0)],
-                    )
-        for m in T.unroll(tall):
-            if i0 + r + m < x.queries:
-                for n in T.unroll(nv):
-                    dq[slice_, x.b, x.h, i0 + r + m, lanes(c + n * LANES)] = acc[m, n, lanes(0)]
+    def row(x, w, i0, j0, m, r, c, rows, diagonal, p, ds):
+        """The same; zeros for rows beyond the last and keys that none of the 16 lanes sees."""
+        limit = T.Cast("int32", T.min(i0 + r + diagonal + 1, x.length) - j0)
+        if (c < limit) & (r < rows):
+            soften(x, w, i0, j0, m, r, c, limit, p, ds)
+        else:
+            p[lanes(0)] = splat(T.float32(0))
+            ds[lanes(0)] = splat(T.float32(0))
 
     @T.inline
-    def add_queries(x, dq, w, slice_, i0, j0, r, last):
-        """dq += ds k, for `tall` rows."""
-        for c in T.serial(depth16 // LANES // wide):
-            into_rows(x, dq, w, slice_, i0, r, c * wide * LANES, last, wide)
-        for c in T.serial(depth16 // LANES % wide):
-            at = T.meta_var((depth16 // LANES // wide * wide + c) * LANES)
-            into_rows(x, dq, w, slice_, i0, r, at, last, 1)
+    def rounded(x, w, i0, j0, m, r, c, rows, diagonal):
+        """p and ds of two rows as pairs down the columns, ds of each along its row too."""
+        p0 = registers((LANES,))
+        p1 = registers((LANES,))
+        ds0 = registers((LANES,))
+        ds1 = registers((LANES,))
+        row(x, w, i0, j0, m, r, c, rows, diagonal, p0, ds0)
+        row(x, w, i0, j0, m + 1, r + 1, c, rows, diagonal, p1, ds1)
+        w.p[r // 2, lanes(c)] = words(spec, "rl_round_pairs", p0[lanes(0)], p1[lanes(0)])
+        w.ds_down[r // 2, lanes(c)] = words(spec, "rl_round_pairs", ds0[lanes(0)], ds1[lanes(0)])
+        w.ds[r, T.ramp(c // 2, 1, 8)] = T.call_extern("int32x8", "rl_round_row", ds0[lanes(0)])
+        w.ds[r + 1, T.ramp(c // 2, 1, 8)] = T.call_extern("int32x8", "rl_round_row", ds1[lanes(0)])
 
     @T.inline
-    def add_keys(out, left, right, r, start, stop, columns):
-        for c in T.serial(columns // LANES // wide):
-            outer(out, left, right, r, c * wide * LANES, start, stop, wide)
-        for c in T.serial(columns // LANES % wide):
-            at = T.meta_var((columns // LANES // wide * wide + c) * LANES)
-            outer(out, left, right, r, at, start, stop, 1)
+    def kept(x, w, i0, j0, m, r, c, rows, diagonal):
+        """p and ds of a row as they are."""
+        p = registers((LANES,))
+        ds = registers((LANES,))
+        row(x, w, i0, j0, m, r, c, rows, diagonal, p, ds)
+        w.p[r, lanes(c)] = p[lanes(0)]
+        w.ds[r, lanes(c)] = ds[lanes(0)]
 
     @T.inline
     def tile_pair(x, dq, w, slice_, i0, j0, diagonal):
         """All that the rows from i0 on and the keys from j0 on give each other."""
         rows = T.min(ROWS, x.queries - i0)
-        copy(w.q, x.q, x.b, x.h, i0, rows, depth)
-        copy(w.do, x.grad, x.b, x.h, i0, rows, dim)
+        copy.along(w.q, x.q, x.b, x.h, i0, rows, depth)
+        copy.along(w.do, x.grad, x.b, x.h, i0, rows, depth_v)
+        if pairs:
+            copy.down(w.q_down, w.zeros, x.q, x.b, x.h, i0, rows, spec.head_dim)
+            copy.down(w.do_down, w.zeros, x.grad, x.b, x.h, i0, rows, spec.value_dim)
         for block in T.serial((rows + tall - 1) // tall):
             r = block * tall
             seen = T.min(i0 + r + tall + diagonal, x.length) - j0
             last = T.Cast("int32", T.max(0, T.min(KEYS, seen)))
-            for c in T.serial(KEYS // LANES // wide):
-                if c * wide * LANES < last:
-                    inner(w.ds, w.q, w.kt, r, c * wide * LANES, depth, wide)
-                    inner(w.p, w.do, w.vt, r, c * wide * LANES, dim, wide)
-            for m in T.serial(tall):
-                limit = T.Cast("int32", T.min(i0 + r + m + diagonal + 1, x.length) - j0)
-                for n in T.serial(KEYS // LANES):
-                    if (n * LANES < limit) & (r + m < rows):
-                        soften(x, w, i0, j0, r + m, n, limit)
+            product.scores(w.s, w.q, w.kt, r, last, depth)
+            product.scores(w.dp, w.do, w.vt, r, last, depth_v)
+            for n in T.serial(KEYS // LANES):
+                for m in T.serial(tall // per_word):
+                    at = m * per_word
+                    if pairs:
+                        rounded(x, w, i0, j0, at, r + at, n * LANES, rows, diagonal)
                     else:
-                        w.p[r + m, lanes(n * LANES)] = splat(T.float32(0))
-                        w.ds[r + m, lanes(n * LANES)] = splat(T.float32(0))
+                        kept(x, w, i0, j0, at, r + at, n * LANES, rows, diagonal)
             if last > 0:
-                add_queries(x, dq, w, slice_, i0, j0, r, last)
+                count = (last + per_word - 1) // per_word
+                product.into_queries(x, dq, w.ds, w.k, slice_, i0, r, count, columns)
+        stop = (rows + per_word - 1) // per_word
         for block in T.serial(KEYS // tall):
             r = block * tall
-            start = T.max(0, j0 + r - diagonal - i0)
-            if (start < rows) & (j0 + r < x.length):
-                add_keys(w.dv, w.p, w.do, r, start, rows, dim16)
-                add_keys(w.dk, w.ds, w.q, r, start, rows, depth16)
+            start = T.max(0, j0 + r - diagonal - i0) // per_word
+            if (start < stop) & (j0 + r < x.length):
+                product.into_keys(w.dv, w.p, w.do_down, r, start, stop, columns_v)
+                product.into_keys(w.dk, w.ds_down, w.q_down, r, start, stop, columns)
 
     @T.inline
     def key_tile(x, dq, w, slice_, j0, group, diagonal, dk, dv):
         """dk and dv of the keys from j0 on, and their part of dq."""
         count = T.min(KEYS, x.length - j0)
-        zero(w.k, KEYS, depth16)
-        zero(w.kt, depth, KEYS)
-        zero(w.vt, dim, KEYS)
-        copy(w.k, x.k, x.b, x.hk, j0, count, depth)
-        turn(w.kt, x.k, x.b, x.hk, j0, count, depth)
-        turn(w.vt, x.v, x.b, x.hk, j0, count, dim)
-        zero(w.dk, KEYS, depth16)
-        zero(w.dv, KEYS, dim16)
+        copy.turned(w.kt, w.rows, x.k, x.b, x.hk, j0, count, depth)
+        copy.turned(w.vt, w.rows, x.v, x.b, x.hk, j0, count, depth_v)
+        copy.zero(w.k, KEYS // per_word, columns)
+        if pairs:
+            copy.down(w.k, w.zeros, x.k, x.b, x.hk, j0, count, spec.head_dim)
+        else:
+            copy.along(w.k, x.k, x.b, x.hk, j0, count, depth)
+        copy.clear(w.dk, KEYS, columns)
+        copy.clear(w.dv, KEYS, columns_v)
         first = T.max(0, j0 - diagonal) // ROWS
         for g in T.serial(group):
             for tile in T.serial((x.queries + ROWS - 1) // ROWS - first):
                 tile_pair(x.of(g), dq, w, slice_, (first + tile) * ROWS, j0, diagonal)
         for r in T.serial(count):
-            for c in T.serial(depth // 8):
+            for c in T.serial(spec.head_dim // 8):
                 dk[x.b, x.hk, j0 + r, T.ramp(c * 8, 1, 8)] = w.dk[r, T.ramp(c * 8, 1, 8)]
-            for c in T.serial(dim // 8):
+            for c in T.serial(spec.value_dim // 8):
                 dv[x.b, x.hk, j0 + r, T.ramp(c * 8, 1, 8)] = w.dv[r, T.ramp(c * 8, 1, 8)]
 
     @T.prim_func(s_tir=True)
@@ -305,16 +228,16 @@ def build(spec: Spec) -> Any:
         batch, heads, key_heads = T.int64(), T.int64(), T.int64()
         queries, length, chunks = T.int64(), T.int64(), T.int64()
         mask_shape = (batch, heads, queries, length) if masked else (T.int64(1),) * 4
-        q = tensor(q_, (batch, heads, queries, depth), "float32")
-        k = tensor(k_, (batch, key_heads, length, depth), "float32")
-        v = tensor(v_, (batch, key_heads, length, dim), "float32")
+        q = tensor(q_, (batch, heads, queries, dims[0]), spec.dtype)
+        k = tensor(k_, (batch, key_heads, length, dims[0]), spec.dtype)
+        v = tensor(v_, (batch, key_heads, length, dims[1]), spec.dtype)
         mask = tensor(mask_, mask_shape, spec.mask or "float32", T.int64())
-        grad = tensor(grad_, (batch, heads, queries, dim), "float32")
+        grad = tensor(grad_, (batch, heads, queries, dims[1]), spec.dtype)
         stats = T.match_buffer(stats_, (T.int64(2), batch, heads, queries), "float32", align=1)
         delta = T.match_buffer(delta_, (batch, heads, queries), "float32", align=1)
-        dq = T.match_buffer(dq_, (chunks, batch, heads, queries, depth16), "float32", align=1)
-        dk = T.match_buffer(dk_, (batch, key_heads, length, depth), "float32", align=1)
-        dv = T.match_buffer(dv_, (batch, key_heads, length, dim), "float32", align=1)
+        dq = T.match_buffer(dq_, (chunks, batch, heads, queries, columns), "float32", align=1)
+        dk = T.match_buffer(dk_, (batch, key_heads, length, dims[0]), "float32", align=1)
+        dv = T.match_buffer(dv_, (batch, key_heads, length, dims[1]), "float32", align=1)
         with T.attr(0, "pragma_import_llvm", spec.helpers):
             group = heads // key_heads
             factor = factor_of(spec, scale)
@@ -322,15 +245,30 @@ def build(spec: Spec) -> Any:
             slope = scale * soft_cap if spec.capped else scale
             tiles = (length + KEYS - 1) // KEYS
             for item in loop(batch * key_heads * chunks):
-                qs = T.alloc_buffer((ROWS, depth16), "float32")
-                do = T.alloc_buffer((ROWS, dim16), "float32")
-                ks = T.alloc_buffer((KEYS, depth16), "float32")
-                kt = T.alloc_buffer((depth, KEYS), "float32")
-                vt = T.alloc_buffer((dim, KEYS), "float32")
-                p = T.alloc_buffer((ROWS, KEYS), "float32")
-                ds = T.alloc_buffer((ROWS, KEYS), "float32")
-                dks = T.alloc_buffer((KEYS, depth16), "float32")
-                dvs = T.alloc_buffer((KEYS, dim16), "float32")
+                qs = T.alloc_buffer((ROWS, wide_depth), spec.word)
+                do = T.alloc_buffer((ROWS, wide_depth_v), spec.word)
+                rows = T.alloc_buffer((KEYS, max(wide_depth, wide_depth_v)), spec.word)
+                kt = T.alloc_buffer((depth, KEYS), spec.word)
+                vt = T.alloc_buffer((depth_v, KEYS), spec.word)
+                ks = T.alloc_buffer((KEYS // per_word, columns), spec.word)
+                s = T.alloc_buffer((tall, KEYS), "float32")
+                dp = T.alloc_buffer((tall, KEYS), "float32")
+                p = T.alloc_buffer((ROWS // per_word, KEYS), spec.word)
+                ds = T.alloc_buffer((ROWS, KEYS // per_word), spec.word)
+                dks = T.alloc_buffer((KEYS, columns), "float32")
+                dvs = T.alloc_buffer((KEYS, columns_v), "float32")
+                zeros = T.alloc_buffer((LANES,), "int32")
+                zeros[lanes(0)] = splat(T.int32(0))
+                down = T.meta_var(ROWS // 2 if pairs else 1)
+                q_down = T.alloc_buffer((down, columns), spec.word)
+                do_down = T.alloc_buffer((down, columns_v), spec.word)
+                ds_down = T.alloc_buffer((down, KEYS), spec.word)
+                w = T.meta_var(
+                    Tiles(
+                        qs, q_down if pairs else qs, do, do_down if pairs else do, rows, ks, kt, vt,
+                        s, dp, p, ds, ds_down if pairs else ds, dks, dvs, zeros,
+                    )
+                )  # fmt: skip
                 b = T.meta_var(item // chunks // key_heads)
                 hk = T.meta_var(item // chunks % key_heads)
                 slice_ = item % chunks
@@ -341,9 +279,6 @@ def build(spec: Spec) -> Any:
                         queries, length, factor, slope, cap,
                     )
                 )  # fmt: skip
-                w = T.meta_var(_Tiles(qs, do, ks, kt, vt, p, ds, dks, dvs))
-                zero(qs, ROWS, depth16)
-                zero(do, ROWS, dim16)
                 # A thread's chunks are every C-th tile: causal work falls with the tile.
                 for turn_ in T.serial((tiles - slice_ + chunks - 1) // chunks):
                     j0 = (turn_ * chunks + slice_) * KEYS

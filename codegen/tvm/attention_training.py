@@ -1,7 +1,7 @@
 """`ridgeline::tvm_attention_saved` and its backward: attention on the host CPU, for training.
 
 Law: `ridgeline.codegen.saved_attention`; kernels: `attention_kernel`, `attention_backward_kernel`.
-bf16 and fp16 operands are widened for the backward, whose arithmetic is fp32.
+fp16 operands are widened for the backward, and bf16 ones where that is no slower (`read_as`).
 """
 
 import functools
@@ -23,6 +23,7 @@ from ridgeline.codegen.tvm.attention import (
     attention_out,
     expanded,
 )
+from ridgeline.codegen.tvm.isa import quick_bf16
 from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
 
 LANES, KEYS = 16, 64
@@ -31,32 +32,49 @@ LANES, KEYS = 16, 64
 
 @functools.cache
 def kernel(
-    head_dim: int, value_dim: int, mask: torch.dtype | None, capped: bool, parallel: bool
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mask: torch.dtype | None,
+    capped: bool,
+    parallel: bool,
 ) -> Callable[..., None]:
-    """The compiled backward; `attention_backward_kernel.build` says what it takes."""
-    return compile_kernel(_prim_func(head_dim, value_dim, mask, capped, parallel), host_isa())
+    """The compiled backward for operands of `read_as(dtype)`; its module says what it takes."""
+    kinds = dtype, mask, capped, parallel
+    return compile_kernel(_prim_func(head_dim, value_dim, *kinds), host_isa())
+
+
+def read_as(dtype: torch.dtype) -> torch.dtype:
+    """bf16 where the CPU multiplies it faster than fp32; anything else is widened."""
+    narrow = dtype == torch.bfloat16 and quick_bf16()
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def source(
     head_dim: int, value_dim: int, *, dtype: torch.dtype, mask: torch.dtype | None, capped: bool
 ) -> str:
-    """The TVMScript text of the backward, for head dimensions that are multiples of 8 and tensors
-    of `dtype`, which it reads widened. Raises UnsupportedProblem."""
+    """The TVMScript text of the backward for tensors of `dtype`, head dimensions multiples of 8.
+    Raises UnsupportedProblem."""
     if dtype not in DTYPES or mask not in MASKS:
         raise UnsupportedProblem(
             f"expected dtype in {list(DTYPES)} and mask in {list(MASKS)}, found {dtype}, {mask}"
         )
-    return _prim_func(head_dim, value_dim, mask, capped, True).script()
+    return _prim_func(head_dim, value_dim, dtype, mask, capped, True).script()
 
 
 def _prim_func(
-    head_dim: int, value_dim: int, mask: torch.dtype | None, capped: bool, parallel: bool
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mask: torch.dtype | None,
+    capped: bool,
+    parallel: bool,
 ) -> Any:
     import_tvm()
     from ridgeline.codegen.tvm.attention_backward_kernel import build
     from ridgeline.codegen.tvm.attention_vectors import Spec
 
-    kinds = "float32", MASKS[mask], None, capped
+    kinds = DTYPES[read_as(dtype)], MASKS[mask], None, capped
     return build(Spec(head_dim, value_dim, *kinds, host_isa(), parallel))
 
 
@@ -111,12 +129,13 @@ def attention_backward(
     dq = stats.new_zeros(chunks, batch, heads, queries, wide_dim + -wide_dim % LANES)
     dk = stats.new_empty(batch, key_heads, length, wide_dim)
     dv = stats.new_empty(batch, key_heads, length, wide_value)
-    kernel(wide_dim, wide_value, mask_dtype, soft_cap is not None, parallel)(
+    kinds = query.dtype, mask_dtype, soft_cap is not None, parallel
+    kernel(wide_dim, wide_value, *kinds)(
         _operand(query, wide_dim),
         _operand(key, wide_dim),
         _operand(value, wide_value),
         entries,
-        _operand(grad, wide_value),
+        _operand(grad.to(query.dtype), wide_value),
         stats,
         delta,
         dq,
@@ -136,8 +155,9 @@ def attention_backward(
 
 
 def _operand(x: Tensor, width: int) -> Tensor:
-    """x as the kernel reads it: fp32, of that width, last dimension contiguous."""
-    x = F.pad(x.float(), (0, width - x.shape[-1])) if width > x.shape[-1] else x.float()
+    """x as the kernel reads it, of that width, last dimension contiguous."""
+    x = x.to(read_as(x.dtype))
+    x = F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
     return x if x.stride(3) == 1 else x.contiguous()
 
 

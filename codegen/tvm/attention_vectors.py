@@ -10,6 +10,7 @@ rl_halves_low/high_n        the same for 32 columns, in the order that costs one
                             4 columns of every 8, first ones and last ones
 rl_columns_low/high         puts two such vectors back in the order of the columns
 rl_round_pairs              words (bf16(a[l]), bf16(b[l])), nearest even
+rl_round_row                the 8 words (bf16(a[2l]), bf16(a[2l+1])), nearest even
 rl_keep                     0 where a byte of a boolean mask is not 0, else -inf
 rl_exp2_fine, rl_exp2_coarse  2**x for x <= 0: 2**floor(x) p(x - floor(x)), p the minimax polynomial
                             of degree 5 (relative error 8e-8) or 3 (8e-5); exactly 0 at -inf
@@ -279,6 +280,9 @@ def _rounded_pairs() -> str:
         "(<16 x float> %b, <16 x float> %a)\n"
         + _shuffle("x", "%t", "poison", interleave, "bfloat", 32)
         + "  %y = bitcast <32 x bfloat> %x to <16 x i32>\n  ret <16 x i32> %y\n}\n"
+        "define <8 x i32> @rl_round_row(<16 x float> %a) alwaysinline {\n"
+        "  %t = fptrunc <16 x float> %a to <16 x bfloat>\n"
+        "  %y = bitcast <16 x bfloat> %t to <8 x i32>\n  ret <8 x i32> %y\n}\n"
     )
 
 

@@ -56,3 +56,9 @@ def host_isa() -> str:
             " unset it or choose a lower one"
         )
     return forced
+
+
+def quick_bf16() -> bool:
+    """Is `vdpbf16ps` worth its conversions where products, not memory, take the time? It does the
+    work of two fp32 multiplications, but CPUs with AMX issue it on one port, and those on two."""
+    return host_isa() == "avx512_bf16" and not torch.cpu.get_capabilities().get("amx_bf16")

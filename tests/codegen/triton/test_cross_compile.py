@@ -93,7 +93,7 @@ def test_a_spilling_configuration_is_rejected() -> None:
     pointers = {"sinks_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
 
     def build(config: Config):
-        return problems._attention(
+        return problems.attention_kernel(
             *(attention_forward, pointers, config, "sm_80", 128, 128, bf16, True, "none", bf16),
             sinks=False,
             capped=False,

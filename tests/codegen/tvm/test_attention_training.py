@@ -9,6 +9,7 @@ from torch import nn
 
 import ridgeline
 from ridgeline.codegen.tvm import attention_training as cpu
+from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.ir.attention import reference
 
 OP = cpu.OP
@@ -85,15 +86,39 @@ def test_masks_and_sinks(kind):
             assert off(f, e) < 2e-6
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 5e-3), (torch.float16, 6e-4)])
-def test_narrow_dtypes_are_rounded_once(dtype, most):
-    q, k, v, grad = operands(1, 4, 2, 90, 90, 64, 64, dtype)
+@pytest.fixture(params=["as it is", "widened"])
+def reading(request, monkeypatch):
+    """bf16 operands multiplied as they are, and in fp32."""
+    if request.param == "as it is" and host_isa() != "avx512_bf16":
+        pytest.skip("this CPU does not multiply bf16")
+    dtype = torch.bfloat16 if request.param == "as it is" else torch.float32
+    monkeypatch.setattr(cpu, "read_as", lambda own: own if own == torch.float32 else dtype)
+    cpu.kernel.cache_clear()
+    yield
+    cpu.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 90, 91, 64, 64), (2, 2, 1, 33, 130, 24, 40)])
+def test_bf16_is_rounded_once_or_in_products(reading, shape):
+    q, k, v, grad = operands(*shape, torch.bfloat16)
+    mask = torch.randn(shape[0], 1, shape[3], shape[4]) > -1
+    for options in ({"diagonal": 0}, {"mask": mask}, {"soft_cap": 2.0, "diagonal": 5}):
+        rest = {"scale": 0.125} | options
+        found = gradients(saved, (q, k, v), grad, **rest)
+        expected = gradients(reference, (q.double(), k.double(), v.double()), grad.double(), **rest)
+        for f, e in zip(found, expected, strict=True):
+            assert f.dtype == torch.bfloat16
+            assert off(f, e) < 8e-3
+
+
+def test_fp16_is_rounded_once():
+    q, k, v, grad = operands(1, 4, 2, 90, 90, 64, 64, torch.float16)
     rest = {"scale": 0.125, "diagonal": 0}
     found = gradients(saved, (q, k, v), grad, **rest)
     expected = gradients(reference, (q.double(), k.double(), v.double()), grad.double(), **rest)
     for f, e in zip(found, expected, strict=True):
-        assert f.dtype == dtype
-        assert off(f, e) < most
+        assert f.dtype == torch.float16
+        assert off(f, e) < 6e-4
 
 
 def test_strides_and_dimensions_that_are_no_multiple_of_eight():
