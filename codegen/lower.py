@@ -43,8 +43,7 @@ def lower(
     training: gradients must flow, so every op keeps its autograd formula.
     """
     if training:
-        note = "training: ops without a backward kernel run by their references"
-        return Lowered(module, (), (note,))
+        return _lower_training(module, inputs, target, lowering)
     nodes, reports, notes = compiled(module, target)
     elsewhere = _elsewhere(target, module, inputs)
     if elsewhere:
@@ -61,6 +60,25 @@ def lower(
     module.recompile()
     run, refusal = _rest(module, inputs, lowering)
     return Lowered(run, reports, (*notes, *refusal))
+
+
+def _lower_training(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    target: Target,
+    lowering: Literal["inductor", "eager"],
+) -> Lowered:
+    """Every op keeps its autograd formula; `group_rational` brings its kernels along."""
+    by_law = "training: ops without a backward kernel run by their references"
+    elsewhere = _elsewhere(target, module, inputs)
+    if elsewhere or lowering == "eager":
+        return Lowered(module, (), (f"{elsewhere}: {by_law}" if elsewhere else by_law,))
+    try:
+        run = compile_graph(module, inputs, dynamic=_is_symbolic(module), training=True)
+    except Exception as error:  # whatever Inductor meets; the model must come back working
+        return Lowered(module, (), (_not_compiled(error), by_law))
+    note = "training: Inductor compiles ops without a backward kernel from their laws and gradients"
+    return Lowered(run, (), (note,))
 
 
 def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
@@ -141,15 +159,20 @@ def _rest(
     """What is not ours, compiled, and a note where that could not be done."""
     if lowering == "eager":
         return run_eager(module), ()
-    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
-    symbolic = any(
-        isinstance(s, torch.SymInt)
-        for v in values
-        for s in (v.shape if isinstance(v, torch.Tensor) else (v,))
-    )
     try:
-        return compile_graph(module, inputs, dynamic=symbolic), ()
+        return compile_graph(module, inputs, dynamic=_is_symbolic(module)), ()
     except Exception as error:  # whatever Inductor meets; the model must come back working
-        log.warning("Inductor did not compile the graph, which runs op by op: %s", error)
-        reason = str(error).strip().partition("\n")[0]
-        return run_eager(module), (f"Inductor did not compile the rest of the graph: {reason}",)
+        return run_eager(module), (_not_compiled(error),)
+
+
+def _is_symbolic(module: fx.GraphModule) -> bool:
+    """Does the graph take free sizes?"""
+    values = [n.meta.get("val") for n in module.graph.find_nodes(op="placeholder")]
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,))]
+    return any(isinstance(s, torch.SymInt) for s in sizes)
+
+
+def _not_compiled(error: Exception) -> str:
+    log.warning("Inductor did not compile the graph, which runs op by op: %s", error)
+    reason = str(error).strip().partition("\n")[0]
+    return f"Inductor did not compile the rest of the graph: {reason}"

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from ridgeline.codegen.code_version import code_version
+from ridgeline.codegen.inductor import inductor_decompositions
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
@@ -126,7 +127,7 @@ def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
     try:
         rewritten = compiler.rewrite(program)
         if program.training:
-            run = _inductor(rewritten, program.inputs)
+            run = _inductor(rewritten, program.inputs, inductor_decompositions())
         else:
             run = compiler.lower(rewritten, program)
     except RidgelineError:
@@ -201,8 +202,12 @@ def _concrete(value: Any) -> Any:
     return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     with torch.compiler.config.patch(cache_key_tag=code_version()):
-        return compile_fx(gm, list(example_inputs))
+        return compile_fx(gm, list(example_inputs), decompositions=decompositions)
