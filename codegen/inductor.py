@@ -119,7 +119,8 @@ def compile_graph(
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's own, and the laws of `WITHOUT_BACKWARD_KERNEL`."""
+    """Inductor's own, and the laws of `WITHOUT_BACKWARD_KERNEL`, which write nothing in place: they
+    are put in below the stage that would make that functional."""
     from torch._inductor.decomposition import select_decomp_table
 
     laws = {op.overload: op.reference for op in WITHOUT_BACKWARD_KERNEL}

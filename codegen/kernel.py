@@ -39,6 +39,7 @@ class Kernel:
     """How nodes of `op` become code of `backend` on targets of the given kinds.
 
     place: puts the kernel's own op where the node stands (the device is here).
+    training: what is placed instead where gradients flow; None without a backward kernel.
     compile: the kernel for the node's shapes on a target, built with no device; raises a
         RidgelineError that says why where there is none.
     """
@@ -48,6 +49,7 @@ class Kernel:
     kinds: frozenset[str]
     place: Callable[[fx.Node, fx.GraphModule], None]
     compile: Callable[[fx.Node, Target], KernelReport]
+    training: "Kernel | None" = None
 
 
 def argument(node: fx.Node, position: int, default: Any = None) -> Any:

@@ -40,11 +40,10 @@ def lower(
     """Lower `module` for `target`; it must own its graph (the kernels are put in place in it).
 
     inputs: the program's example inputs. lowering: "inductor" or "eager", for what is not ours.
-    training: gradients must flow, so every op keeps its autograd formula.
+    training: gradients must flow, through the gradients that the ops have; with "eager", and for
+        a target that is not here, what comes back is the module itself.
     """
-    if training:
-        return _lower_training(module, inputs, target, lowering)
-    nodes, reports, notes = compiled(module, target)
+    nodes, reports, notes = compiled(module, target, training)
     elsewhere = _elsewhere(target, module, inputs)
     if elsewhere:
         note = f"{elsewhere}: the model runs where it is, by the ops' references"
@@ -53,32 +52,18 @@ def lower(
                 f", and the kernels listed are compiled for {target.arch or target.name}, not run"
             )
         notes.append(note)
-        return Lowered(run_eager(module), reports, tuple(notes))
+        return Lowered(module if training else run_eager(module), reports, tuple(notes))
     for node, kernel in nodes:
         kernel.place(node, module)
     module.graph.eliminate_dead_code()
     module.recompile()
-    run, refusal = _rest(module, inputs, lowering)
+    run, refusal = _rest(module, inputs, lowering, training)
     return Lowered(run, reports, (*notes, *refusal))
 
 
-def _lower_training(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    target: Target,
-    lowering: Literal["inductor", "eager"],
-) -> Lowered:
-    """Every op keeps its autograd formula; `group_rational` brings its kernels along."""
-    by_law = "training: ops without a backward kernel run by their references"
-    elsewhere = _elsewhere(target, module, inputs)
-    if elsewhere or lowering == "eager":
-        return Lowered(module, (), (f"{elsewhere}: {by_law}" if elsewhere else by_law,))
-    try:
-        run = compile_graph(module, inputs, dynamic=_is_symbolic(module), training=True)
-    except Exception as error:  # whatever Inductor meets; the model must come back working
-        return Lowered(module, (), (_not_compiled(error), by_law))
-    note = "training: Inductor compiles ops without a backward kernel from their laws and gradients"
-    return Lowered(run, (), (note,))
+def _ours(node: fx.Node) -> bool:
+    overload = isinstance(node.target, torch._ops.OpOverload)
+    return overload and node.target.namespace == "ridgeline"
 
 
 def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
@@ -101,22 +86,27 @@ def _kernels(target: Target) -> tuple[tuple[Kernel, ...], str]:
 
 
 def compiled(
-    module: fx.GraphModule, target: Target
+    module: fx.GraphModule, target: Target, training: bool = False
 ) -> tuple[list[tuple[fx.Node, Kernel]], tuple[KernelReport, ...], list[str]]:
     """Compile the kernels that a rewritten graph calls for; the device need not be here.
 
+    training: those that have a backward; the notes name the ops that run by their references.
     Returns the nodes that have a kernel, a report per distinct kernel, and notes: why other nodes
     run by their references.
     """
     kernels, missing = _kernels(target)
-    by_op = {k.op: k for k in kernels}
+    chosen = (k.training for k in kernels) if training else kernels
+    by_op = {k.op: k for k in chosen if k is not None}
     nodes: list[tuple[fx.Node, Kernel]] = []
     reports: dict[str, KernelReport] = {}
     notes = [missing] if missing else []
+    plain: dict[str, None] = {}
     for node in module.graph.nodes:
-        ours = isinstance(node.target, torch._ops.OpOverload)
-        kernel = by_op.get(node.target._schema.name) if ours else None
+        if not _ours(node):
+            continue
+        kernel = by_op.get(node.target._schema.name)
         if kernel is None:
+            plain[node.target._schema.name] = None
             continue
         try:
             report = kernel.compile(node, target)
@@ -126,6 +116,8 @@ def compiled(
         nodes.append((node, kernel))
         for own in (report, *report.also):
             reports.setdefault(f"{own.op} {own.configuration}", own)
+    if training and plain:
+        notes.append(f"training: {', '.join(plain)} have no kernels of their own for the backward")
     return nodes, tuple(reports.values()), notes
 
 
@@ -154,15 +146,21 @@ def _device_present(target: Target) -> bool:
 
 
 def _rest(
-    module: fx.GraphModule, inputs: Sequence[Any], lowering: Literal["inductor", "eager"]
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    lowering: Literal["inductor", "eager"],
+    training: bool,
 ) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """What is not ours, compiled, and a note where that could not be done."""
     if lowering == "eager":
-        return run_eager(module), ()
+        return module if training else run_eager(module), ()
     try:
-        return compile_graph(module, inputs, dynamic=_is_symbolic(module)), ()
+        return compile_graph(module, inputs, dynamic=_is_symbolic(module), training=training), ()
     except Exception as error:  # whatever Inductor meets; the model must come back working
-        return run_eager(module), (_not_compiled(error),)
+        log.warning("Inductor did not compile the graph, which runs op by op: %s", error)
+        reason = str(error).strip().partition("\n")[0]
+        note = f"Inductor did not compile the rest of the graph: {reason}"
+        return module if training else run_eager(module), (note,)
 
 
 def _is_symbolic(module: fx.GraphModule) -> bool:
@@ -170,9 +168,3 @@ def _is_symbolic(module: fx.GraphModule) -> bool:
     values = [n.meta.get("val") for n in module.graph.find_nodes(op="placeholder")]
     sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,))]
     return any(isinstance(s, torch.SymInt) for s in sizes)
-
-
-def _not_compiled(error: Exception) -> str:
-    log.warning("Inductor did not compile the graph, which runs op by op: %s", error)
-    reason = str(error).strip().partition("\n")[0]
-    return f"Inductor did not compile the rest of the graph: {reason}"

@@ -17,16 +17,13 @@ weights from DRAM is shown for a batch that shares it and for an image that does
 """
 
 import argparse
-import gzip
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from images import Data, ViT, add_arguments, batches, chosen
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -40,122 +37,11 @@ from ridgeline.passes.shift_add_vit import (
     freeze,
 )
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
-class Attention(nn.Module):
-    """Softmax self-attention with one packed projection, as ViTs have it."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.num_heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B,N,C] -> [B,N,C]."""
-        batch, tokens, dim = x.shape
-        packed = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        y = F.scaled_dot_product_attention(*packed.permute(2, 0, 3, 1, 4).unbind(0))
-        return self.proj(y.transpose(1, 2).reshape(batch, tokens, dim))
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.fc1, self.fc2 = (
-            nn.LayerNorm(dim),
-            nn.Linear(dim, 4 * dim),
-            nn.Linear(4 * dim, dim),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """Square grey images [B,S,S] -> 10 logits; tokens are square patches and a class token."""
-
-    def __init__(
-        self, size: int, patch: int, dim: int = 64, depth: int = 4, heads: int = 4
-    ) -> None:
-        super().__init__()
-        self.patch, self.side = patch, size // patch
-        self.embed = nn.Linear(patch * patch, dim)
-        self.cls = nn.Parameter(torch.zeros(1, 1, dim))
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.side**2 + 1, dim))
-        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        batch, side, patch = images.shape[0], self.side, self.patch
-        patches = images.view(batch, side, patch, side, patch).permute(0, 1, 3, 2, 4)
-        tokens = self.embed(patches.reshape(batch, side * side, patch * patch))
-        tokens = torch.cat((self.cls.expand(batch, -1, -1), tokens), 1) + self.position
-        return self.head(self.norm(self.blocks(tokens))[:, 0])
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Images fp32 [n,S,S] about zero and labels [n], for training and for the table."""
-
-    name: str
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    patch: int
-    batch: int
-    epochs: tuple[int, int, int, int]  # of fp32, shift, add, MoE
-
-
-def digits() -> Data:
-    """scikit-learn's 1797 digits of 8 x 8: 1437 to train on, 360 to test on, by a fixed draw."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise SystemExit(
-            "--data digits needs scikit-learn: pip install 'ridgeline[examples]'"
-        ) from None
-    found = load_digits()
-    images, labels = torch.tensor(found.images).float() / 16 - 0.3, torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1437], order[1437:]
-    return Data(
-        "digits", images[train], labels[train], images[test], labels[test], 2, 96, (40, 20, 40, 30)
-    )
-
-
-def fashion(folder: Path) -> Data:
-    """Fashion-MNIST: 60000 images of 28 x 28 to train on, 10000 to test on."""
-
-    def read(name: str) -> Tensor:
-        path = folder / f"{name}.gz"
-        if not path.exists():
-            raise SystemExit(
-                f"no {path}: install Debian's package dataset-fashion-mnist (apt install"
-                " dataset-fashion-mnist), or name the folder of the four idx.gz files with"
-                " --fashion-path, or run with --data digits"
-            )
-        raw = bytearray(gzip.decompress(path.read_bytes()))
-        return torch.frombuffer(raw, dtype=torch.uint8)
-
-    def pair(part: str) -> tuple[Tensor, Tensor]:
-        images = read(f"{part}-images-idx3-ubyte")[16:].view(-1, 28, 28).float() / 255 - 0.286
-        return images / 0.353, read(f"{part}-labels-idx1-ubyte")[8:].long()
-
-    return Data("Fashion-MNIST", *pair("train"), *pair("t10k"), 7, 128, (3, 1, 1, 1))
-
-
-def batches(data: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch, shuffled; half of the batches are moved by up to a pixel."""
-    for chosen in torch.randperm(len(data.images)).split(data.batch):
-        images = data.images[chosen]
-        if torch.rand(()) < 0.5:
-            images = images.roll(torch.randint(-1, 2, (2,)).tolist(), (1, 2))
-        yield images, data.labels[chosen]
+EPOCHS = {"digits": (40, 20, 40, 30), "Fashion-MNIST": (3, 1, 1, 1)}
+"""Of fp32, shift, add and the mixtures."""
 
 
 def train(
@@ -201,7 +87,7 @@ BALANCE = 0.1
 
 def variants(data: Data, target: str, latencies: tuple[float, float]) -> dict[str, nn.Module]:
     """The fp32 ViT and its fine-tuned forms."""
-    first, shifted, added, mixed = data.epochs
+    first, shifted, added, mixed = EPOCHS[data.name]
     vit = train(ViT(data.images.shape[1], data.patch), data, first, 2e-3, "fp32 ViT")
     forms = {"fp32 ViT": vit}
 
@@ -282,8 +168,7 @@ def table(data: Data, forms: dict[str, nn.Module], rounds: int) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", choices=("digits", "fashion", "both"), default="both")
-    parser.add_argument("--fashion-path", type=Path, default=FASHION, help="the four idx.gz files")
+    add_arguments(parser)
     parser.add_argument("--target", default="cpu", help="whose cost model times the experts")
     published = {"default": (6.0, 4.0), "metavar": ("MULT", "SHIFT")}
     said = "of the experts, for the second mixture; the default is the published code's"
@@ -291,9 +176,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=15, help="of the timing, interleaved")
     options = parser.parse_args()
-    loaders = {"digits": digits, "fashion": lambda: fashion(options.fashion_path)}
     start = time.perf_counter()
-    for data in [load() for name, load in loaders.items() if options.data in (name, "both")]:
+    for data in chosen(options):
         torch.manual_seed(options.seed)
         forms = variants(data, options.target, tuple(options.latencies))
         console.print(table(data, forms, options.rounds))

@@ -90,13 +90,32 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 
 
 def _backward(ctx, grad):
-    """dV = PᵀdO;  dS = P∘(dO Vᵀ - Δ), Δ = rowsum(dO∘O);  dQ = scale dS K;  dK = scale dSᵀQ.
+    saved = ctx.saved_tensors
+    mask_needs = saved[3] is not None and ctx.needs_input_grad[3]
+    return gradients(grad, *saved, mask_needs, **ctx.options)
+
+
+def gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    output: Tensor,
+    mask_needs_grad: bool,
+    *,
+    scale: float,
+    diagonal: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, mask and sinks, differentiable themselves.
+
+    dV = PᵀdO;  dS = P∘(dO Vᵀ - Δ), Δ = rowsum(dO∘O);  dQ = scale dS K;  dK = scale dSᵀQ.
 
     A sink's value is 0, so that its dS is -p Δ, p being what it takes of the row. A cap c has the
     slope 1 - (z/c)² between the products' dS and that of the scores, which the mask is added to.
     """
-    query, key, value, mask, sinks, output = ctx.saved_tensors
-    scale, diagonal, soft_cap = (ctx.options[k] for k in ("scale", "diagonal", "soft_cap"))
     group = query.shape[1] // key.shape[1]
     scores = _unmasked(query, key, scale, soft_cap)
     p, taken = _probabilities(_masked(scores, mask, diagonal), sinks)
@@ -111,7 +130,7 @@ def _backward(ctx, grad):
 
     d_value = per_key_head(p.transpose(-1, -2) @ wide_grad).to(value.dtype)
     d_mask = d_sinks = None
-    if mask is not None and ctx.needs_input_grad[3]:
+    if mask_needs_grad:
         d_mask = ds.sum_to_size(mask.shape).to(mask.dtype)
     if soft_cap is not None:
         ds = ds * (1 - (scores / soft_cap) ** 2)

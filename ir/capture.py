@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ridgeline.ir import caches
+from ridgeline.ir import caches, idle_masks
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.call import PLAIN, Call, flatten
 from ridgeline.ir.capture_errors import CaptureError, explain, quiet
@@ -81,7 +81,8 @@ def capture(
     traces: list[_Trace] = []
     wrapper = _Flat(model, call, traces.append)
     wrapper.training = model.training  # not train(): submodules keep their own modes
-    with torch.set_grad_enabled(training), plain_tensors_kept(model) as changed:
+    grad = torch.set_grad_enabled(training)
+    with grad, idle_masks.left_out(), plain_tensors_kept(model) as changed:
         exported = _export(wrapper, call, dynamic)
     _refuse_state(changed)
     module = _unlifted(exported, wrapper)

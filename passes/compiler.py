@@ -1,8 +1,7 @@
 """From a captured program to code: propose, choose, apply, certify, lower; the plan records it."""
 
-import fnmatch
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
@@ -21,6 +20,7 @@ from ridgeline.passes.base import Candidate, Pass, Setting, location
 from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
 from ridgeline.passes.decide import Choice, Objective, choose, decision, refusal_decision
 from ridgeline.passes.fold import fold_stacks
+from ridgeline.passes.ignore import check_patterns, ignored
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.plan import Certificate, Decision, Plan
 from ridgeline.passes.propose import propose
@@ -60,7 +60,7 @@ class Compiler:
         passes: Sequence[Pass],
         ignore: Sequence[str] = (),
         lowering: Literal["inductor", "eager"] = "inductor",
-        hessians: dict[str, torch.Tensor] | None = None,
+        hessians: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """The arguments are `optimize`'s, checked here; hessians: weight name -> [K,K]."""
         if not isinstance(tolerance, int | float) or not 0.0 <= tolerance < 1.0:
@@ -69,8 +69,7 @@ class Compiler:
             raise OptimizeError(f"objective is {objective!r}; choose one of {get_args(Objective)}")
         if lowering not in ("inductor", "eager"):
             raise OptimizeError(f"lowering is {lowering!r}; choose 'inductor' or 'eager'")
-        if isinstance(ignore, str) or not all(isinstance(p, str) for p in ignore or ()):
-            raise OptimizeError(f"ignore is {ignore!r}; pass a list of patterns, as ['lm_head']")
+        check_patterns(ignore, OptimizeError)
         for p in passes:
             if not isinstance(p, Pass):
                 raise OptimizeError(f"{p!r} is no pass; choose from ridgeline.passes.PASSES")
@@ -124,7 +123,7 @@ class Compiler:
         setting = Setting(self.target, program.training, self.tolerance, observed, self._weights)
         with spent("match"):
             candidates, refusals = propose(self.passes, module, setting)
-            candidates, ignored = self._without_ignored(candidates, label)
+            candidates, left = self._without_ignored(candidates, label)
         sensitivity = 1.0
         if any(c.error > 0 for c in candidates):
             with spent("measure"):
@@ -169,7 +168,7 @@ class Compiler:
             for r in choice.refused
         ]
         plan.refused += [refusal_decision(r, label) for r in refusals]
-        plan.refused += ignored
+        plan.refused += left
         with spent("choose"):
             plan.predicted[label] = {
                 side: graph_figures(m, self.target)
@@ -210,21 +209,20 @@ class Compiler:
     def _without_ignored(
         self, candidates: list[Candidate], phase: str
     ) -> tuple[list[Candidate], list[Decision]]:
-        def ignored(node: fx.Node) -> bool:
-            path = location(node).partition(":")[0]
-            return any(fnmatch.fnmatch(path, pattern) for pattern in self.ignore)
+        def left_alone(node: fx.Node) -> bool:
+            return ignored(location(node).partition(":")[0], self.ignore)
 
         out = {
             (c.rewrite.name, location(o)): c.rewrite.exactness
             for c in candidates
             for o in c.site.outs
-            if ignored(o)
+            if left_alone(o)
         }
         lines = [
             Decision(name, at, exactness, "precondition", "listed in ignore=", phase)
             for (name, at), exactness in out.items()
         ]
-        return [c for c in candidates if not any(map(ignored, c.site.outs))], lines
+        return [c for c in candidates if not any(map(left_alone, c.site.outs))], lines
 
     def _certified(
         self, chosen: Sequence[Candidate]

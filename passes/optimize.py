@@ -1,8 +1,6 @@
 """`optimize`: rewrite a model for one target and account for every step."""
 
-import difflib
-import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,8 +12,9 @@ from ridgeline.passes.base import Pass
 from ridgeline.passes.compiler import Compiler, Objective, OptimizeError
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.forced_bits import forced
+from ridgeline.passes.ignore import check_ignore
 from ridgeline.passes.quantizable import is_linear, unfit
-from ridgeline.passes.quantization import collect_hessians
+from ridgeline.passes.quantization import HessiansOnDemand
 from ridgeline.passes.quantization.data import calibration_batches
 from ridgeline.passes.shift_add_vit import freeze
 
@@ -84,7 +83,7 @@ def optimize(
         lowering=lowering,
         hessians={} if forced_bits else hessians_of(model, calibration, tokenizer),
     )
-    _refuse_unmatched(compiler.ignore, model)
+    check_ignore(model, compiler.ignore, OptimizeError)
     if forced_bits:
         model, said = forced(
             model, compiler.target, bits, average_bits, calibration, tokenizer, compiler.ignore
@@ -96,18 +95,9 @@ def optimize(
     return fast
 
 
-def _refuse_unmatched(ignore: Sequence[str], model: nn.Module) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for pattern in ignore:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, 3)
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            raise OptimizeError(f"ignore: no module of the model matches {pattern!r}{hint}")
-
-
 def hessians_of(
     model: nn.Module, calibration: Any, tokenizer: Any = None
-) -> dict[str, torch.Tensor]:
+) -> Mapping[str, torch.Tensor]:
     """Weight name -> H [K,K] of the linear layers, as `Compiler` takes them; {} without data."""
     if calibration is None:
         return {}
@@ -120,5 +110,4 @@ def hessians_of(
     if not layers:
         return {}
     batches = calibration_batches(calibration, tokenizer, model=model)
-    hessians = collect_hessians(model, layers, batches)
-    return {f"{name}.weight": h for name, h in hessians.items()}
+    return HessiansOnDemand(model, layers, batches)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
 from torch import nn
 
+from ridgeline.passes.ignore import check_ignore, ignored
 from ridgeline.passes.quantization import Codec, QuantizationError
 
 SMALLEST = 64
@@ -43,29 +43,12 @@ def unfit(module: nn.Module, parent: nn.Module | None) -> str:
     return ""
 
 
-def check_ignore(model: nn.Module, ignore: Sequence[str]) -> None:
-    """Raises QuantizationError for what is no list of patterns, or matches no module."""
-    if isinstance(ignore, str) or not all(isinstance(p, str) for p in ignore or ()):
-        raise QuantizationError(f"ignore is {ignore!r}; pass a list of patterns, as ['lm_head']")
-    names = [name for name, _ in model.named_modules()]
-    for pattern in ignore or ():
-        if not any(fnmatch(name, pattern) for name in names):
-            raise QuantizationError(f"ignore: no module of the model matches {pattern!r}")
-
-
-def ignored(name: str, ignore: Sequence[str]) -> bool:
-    """Does a pattern match the module's path or that of a module around it?"""
-    words = name.split(".")
-    paths = [".".join(words[: i + 1]) for i in range(len(words))]
-    return any(fnmatch(path, pattern) for path in paths for pattern in ignore)
-
-
 def quantizable(model: nn.Module, ignore: Sequence[str]) -> tuple[list[str], list[Requantized]]:
     """Names of the layers that can be held as codes, and why others stay.
 
     Raises QuantizationError where there is none, or `ignore` cannot be used.
     """
-    check_ignore(model, ignore)
+    check_ignore(model, ignore, QuantizationError)
     embeddings = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }

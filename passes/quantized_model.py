@@ -51,6 +51,7 @@ PREPARATION_WINDOWS, JUDGING_WINDOWS = 3, 2
 """Windows that folds are chosen on, and others by which prepared and plain weights are compared."""
 
 Preparation = Literal["auto", "rotation"]
+Hessian = Literal["full", "diagonal"]
 
 RECIPES = {
     2: Recipe(steps=60, scale_rate=5e-3),
@@ -82,7 +83,14 @@ def shift_add_linear(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def quantized_linear(model: nn.Module, **options: Any) -> nn.Module:
-    """Layers of 4 or 8 bits, scale and minimum per group; options as of `quantized_model`."""
+    """Layers of 4 or 8 bits, scale and minimum per group; options as of `quantized_model`, but for
+    mixed widths, which go down to codes that this form does not have."""
+    for name in ("average_bits", "divergence"):
+        if options.get(name) is not None:
+            raise QuantizationError(
+                f"{name} gives out 2, 3 and 4 bits, and quantized_linear has 4 and 8; use the"
+                " method shift_add_linear, or pass bits="
+            )
     return quantized_model(model, codec_of=uniform_codec, **options)
 
 
@@ -99,6 +107,7 @@ def quantized_model(
     calibration: Any = None,
     tokenizer: Any = None,
     ignore: Sequence[str] = (),
+    hessian: Hessian = "full",
     preparation: Preparation | None = None,
     distillation: Recipe | bool = True,
     folder: str | Path | None = None,
@@ -114,6 +123,8 @@ def quantized_model(
         `calibration_batches`.
     ignore: patterns of module paths that stay. Layers whose weight is an embedding's too, layers
         outputs of which are the model's own (`get_output_embeddings`) and small ones stay anyway.
+    hessian: of a layer's inputs, "full" to let columns make up for each other's errors, or its
+        "diagonal", each column for itself: for few tokens, which tell little of more than that.
     preparation: "rotation" for rotations and scales folded into the weights first, exact in real
         arithmetic (`ridgeline.passes.preparation`); "auto" for the better of that and the weights
         as they are, by the harm that coding does to them on windows no fold was chosen on.
@@ -144,6 +155,8 @@ def quantized_model(
         raise QuantizationError(
             f"preparation is {preparation!r}; choose one of {get_args(Preparation)}, or None"
         )
+    if hessian not in get_args(Hessian):
+        raise QuantizationError(f"hessian is {hessian!r}; choose one of {get_args(Hessian)}")
     batches = calibration_batches(calibration, tokenizer, model=model)
     names, stay = quantizable(model, ignore)
     for name in names:
@@ -164,8 +177,8 @@ def quantized_model(
     else:
         chosen = codec or codec_of(bits)
         codecs = dict.fromkeys(names, chosen)
-    results = Results(folder, _fingerprint(model, codecs, batches))
-    found = _in_sequence(model, codecs, batches, results, say)
+    results = Results(folder, _fingerprint(model, codecs, batches, hessian))
+    found = _in_sequence(model, codecs, batches, hessian, results, say)
     new = _assembled(model, found)
     recipe = _recipe(distillation, codecs)
     if recipe is not None:
@@ -258,9 +271,14 @@ def _in_sequence(
     model: nn.Module,
     codecs: dict[str, Codec],
     batches: Sequence[Batch],
+    kept: Hessian,
     results: Results,
     say: Progress,
 ) -> dict[str, QuantizedWeight]:
+    def quantizer(name: str, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
+        seen = hessian if kept == "full" else hessian.diagonal().diag()
+        return quantize(weight, codecs[name], seen)
+
     working = copy.deepcopy(model).eval()
     if getattr(getattr(working, "config", None), "use_cache", False):
         working.config.use_cache = False  # a cache would keep every window's keys and values
@@ -268,7 +286,7 @@ def _in_sequence(
         working,
         list(codecs),
         spread(batches, HESSIAN_WINDOWS),
-        lambda name, weight, hessian: quantize(weight, codecs[name], hessian),
+        quantizer,
         known=results.known,
         done=results.add,
         progress=lambda name, done, total: say("quantise", name, done, total),
@@ -295,9 +313,11 @@ def _recipe(distillation: Recipe | bool, codecs: dict[str, Codec]) -> Recipe | N
     return RECIPES.get(narrowest) if distillation else None
 
 
-def _fingerprint(model: nn.Module, codecs: dict[str, Codec], batches: Sequence[Batch]) -> str:
+def _fingerprint(
+    model: nn.Module, codecs: dict[str, Codec], batches: Sequence[Batch], hessian: Hessian
+) -> str:
     """Of weights, codecs and data: results of one run are of no use to another."""
-    digest = hashlib.sha256(repr(sorted(codecs.items(), key=str)).encode())
+    digest = hashlib.sha256(repr((hessian, sorted(codecs.items(), key=str))).encode())
     for value in [*model.state_dict().values(), *tree_leaves(batches)]:
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().reshape(-1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class WeightStore:
     found; without it, by a calibration-free search.
     """
 
-    def __init__(self, hessians: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, hessians: Mapping[str, Tensor] | None = None) -> None:
         self.hessians = hessians or {}
         self._sources: dict[str, Tensor] = {}
         self._versions: list[int] = []

@@ -39,10 +39,17 @@ def lookup(rounds: int, console: Console) -> None:
 
 
 def attention(rounds: int, console: Console) -> None:
-    """Attention against scaled_dot_product_attention: causal prefill and decoding."""
-    with torch.inference_mode():
-        for title, timings in bench_attention.cases(rounds):
-            console.print(timings.table(title))
+    """Attention against scaled_dot_product_attention: causal prefill, training and decoding."""
+    for title, timings in bench_attention.cases(rounds):
+        console.print(timings.table(title))
+
+
+def training(rounds: int, console: Console) -> None:
+    """A training step of a small Llama: eager, torch.compile, ridgeline's two doors."""
+    from ridgeline.tools import bench_training
+
+    title = f"a training step, {bench_training.BATCH} x {bench_training.LENGTH} tokens"
+    console.print(bench_training.run(rounds).table(title))
 
 
 def group_rational(rounds: int, console: Console) -> None:

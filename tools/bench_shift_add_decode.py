@@ -22,17 +22,19 @@ def run(rounds: int, console: Console) -> None:
 
     model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
     ids = bench_decode.prompt_ids(PROMPT)
-    sessions = {
-        name: bench_decode.build(name, ids, NEW, "static", tolerance=TOLERANCE)
-        for name in BASELINES
-    }
+    sessions = {}
+    for name in BASELINES:
+        console.print(f"compiling {name}")
+        sessions[name] = bench_decode.build(name, ids, NEW, "static", tolerance=TOLERANCE)
     for name in CONFIGURATIONS:
+        console.print(f"compiling {name}")
         fast = ridgeline.optimize(
             quantized(name, model, tokenizer, console), target="cpu", tolerance=TOLERANCE
         )
         sessions[name] = bench_decode.TorchSession(
             fast, model.config, ids, NEW, cache="static", dtype=torch.float32
         )
+    console.print("timing")
     _, decode = bench_decode.compare(sessions, baseline="compile-fp32", rounds=rounds)
     console.print(decode.table(f"SmolLM2-135M decode, {NEW} tokens after {PROMPT}, batch 1"))
     print_rates(bench_decode.rates(decode, NEW), "decode", console)

@@ -60,6 +60,7 @@ class Bench(StrEnum):
     linear = "linear"
     lookup = "lookup"
     attention = "attention"
+    training = "training"
     group_rational = "group-rational"
     norm = "norm"
     gated = "gated"

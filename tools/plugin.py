@@ -112,24 +112,24 @@ def _state(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(w.data_ptr(), w._version) for w in weights]
 
 
-def _compiler(chosen: Options) -> Compiler:
+def _compiler(chosen: Options, training: bool = False) -> Compiler:
+    """training: kernels are put in place, and AOTAutograd and Inductor get the graph from here."""
     return Compiler(
         chosen.target,
         tolerance=chosen.tolerance,
         objective=chosen.objective,
         passes=PASSES,
         ignore=chosen.ignore,
+        lowering="eager" if training else "inductor",
     )
 
 
 def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
-    compiler = _compiler(chosen)
+    compiler = _compiler(chosen, program.training)
     try:
-        rewritten = compiler.rewrite(program)
+        run = compiler.lower(compiler.rewrite(program), program)
         if program.training:
-            run = _inductor(rewritten, program.inputs, inductor_decompositions())
-        else:
-            run = compiler.lower(rewritten, program)
+            run = _inductor(run, program.inputs, inductor_decompositions())
     except RidgelineError:
         raise
     except Exception:  # the user's model must still run

@@ -7,8 +7,9 @@ Law, for query head h reading key/value head h // (H / Hk):
     z[i,j] excluded unless j <= i + diagonal        (diagonal None: every j is kept)
     out[i] = sum_j p[i,j] * v[j]                    (a row with every j excluded gives 0)
     p[i,j] = exp(z[i,j] - lse[i])
-    lse[i] = log(sum_j exp(z[i,j]) + exp(sinks[h])) (no sinks: without that term; +inf for a row
-                                                     with nothing in the sum)
+    lse[i] = log(sum_j exp(z[i,j]) + exp(sinks[h])) (no sinks: without that term), kept as the row's
+                                                     maximum and what is left, whose sum it is; 0
+                                                     and inf for a row with nothing in the sum
 
 q [B,H,Sq,D], k [B,Hk,Sk,D], v [B,Hk,Sk,Dv]; fp16, bf16 or fp32, any strides; scores, softmax and
 accumulation in fp32; fp32 inputs are multiplied in IEEE fp32, never in TF32. sinks [H].
@@ -161,7 +162,7 @@ def attention_forward(
     mask_ptr,
     sinks_ptr,
     out_ptr,
-    lse_ptr,
+    stats_ptr,
     heads,
     key_heads,
     query_length,
@@ -278,9 +279,10 @@ def attention_forward(
         out.to(out_ptr.dtype.element_ty),
         mask=in_rows[:, None] & in_dv[None, :],
     )
-    lse = tl.where(empty, float("inf"), natural + tl.log(total))
-    lse_ptr += (batch * heads + head) * query_length
-    tl.store(lse_ptr + wide_rows, lse, mask=in_rows)
+    stats_ptr += (batch * heads + head) * query_length
+    tl.store(stats_ptr + wide_rows, tl.where(empty, 0.0, natural), mask=in_rows)
+    stats_ptr += tl.num_programs(0).to(tl.int64) // row_tiles * query_length
+    tl.store(stats_ptr + wide_rows, tl.where(empty, float("inf"), tl.log(total)), mask=in_rows)
 
 
 def attention(
@@ -304,7 +306,7 @@ def attention(
     mask: boolean or floating, broadcastable to [B,H,Sq,Sk]; sinks: floating, contiguous; out: where
     to write, any strides.
     Returns (out [B,H,Sq,Dv] in the query's dtype, its memory [B,Sq,H,Dv] if it is made here, and
-    lse [B,H,Sq] fp32).
+    stats fp32 [2,B,H,Sq], the row's maximum and what lse adds to it).
     """
     batch, heads, query_length, head_dim = query.shape
     key_length, value_dim = value.shape[-2:]
@@ -312,9 +314,9 @@ def attention(
         query, scale = -query, -scale
     if out is None:
         out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
-    lse = query.new_empty(batch, heads, query_length, dtype=torch.float32)
+    stats = query.new_empty(2, batch, heads, query_length, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return out, stats
     kind = NO_MASK
     mask_strides = (0, 0, 0, 0)
     if mask is not None:
@@ -329,7 +331,7 @@ def attention(
         query if mask is None else mask,
         query if sinks is None else sinks,
         out,
-        lse,
+        stats,
         heads,
         key.shape[1],
         query_length,
@@ -356,7 +358,7 @@ def attention(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    return out, lse
+    return out, stats
 
 
 def self_check(device: str, **config: int) -> float:

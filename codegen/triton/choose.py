@@ -30,6 +30,30 @@ _PREFILL = {
 }  # fmt: skip
 # fp32 runs on the vector units in IEEE arithmetic: small tiles, operands held in registers.
 _PREFILL_FP32 = ((64, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))
+# Of the backward: keys (BLOCK_M queries walk by BLOCK_N keys), then queries; by the same key.
+_BACKWARD_KEYS = {
+    ("ampere", 64): ((64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 1), (32, 32, 4, 1)),
+    ("ampere", 128): ((32, 64, 8, 2), (32, 64, 8, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    ("ampere", 256): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    ("hopper", 64): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1), (32, 64, 4, 1)),
+    ("hopper", 128): ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1), (32, 64, 4, 1)),
+    ("hopper", 256): ((32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    ("cdna", 64): ((32, 64, 4, 1), (32, 32, 4, 1)),
+    ("cdna", 128): ((32, 32, 4, 1), (16, 32, 4, 1)),
+    ("cdna", 256): ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+_BACKWARD_QUERIES = {
+    ("ampere", 64): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
+    ("ampere", 128): ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 4, 1), (32, 16, 4, 1)),
+    ("ampere", 256): ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
+    ("hopper", 64): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 1)),
+    ("hopper", 128): ((64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1)),
+    ("hopper", 256): ((64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 4, 1)),
+    ("cdna", 64): ((64, 32, 4, 1), (32, 32, 4, 1)),
+    ("cdna", 128): ((32, 32, 4, 1), (32, 16, 4, 1)),
+    ("cdna", 256): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+_BACKWARD_FP32 = ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1))
 _DECODE = ((64, 4, 3), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1))  # BLOCK_N, warps, stages
 
 # tokens up to -> (BLOCK_M, BLOCK_N, warps, stages) of the quantised linear layer, 16-bit products.
@@ -77,6 +101,18 @@ def attention_candidates(
         for m, n, warps, stages in tiles
         # Query tile plus the pipelined key and value tiles; compilers add to this, never take.
         if item * (m * d + max(1, stages - 1) * n * (d + dv)) <= arch.shared_bytes
+    )
+
+
+def backward_candidates(
+    arch: Arch, *, head_dim: int, value_dim: int, dtype: torch.dtype, keys: bool
+) -> tuple[Config, ...]:
+    """Configurations of `attention_backward_keys` or `.._queries`, best first."""
+    largest = max(64, padded(head_dim), padded(value_dim))
+    table = _BACKWARD_KEYS if keys else _BACKWARD_QUERIES
+    tiles = _BACKWARD_FP32 if dtype == torch.float32 else table[_family(arch), largest]
+    return tuple(
+        Config((("BLOCK_M", m), ("BLOCK_N", n)), warps, stages) for m, n, warps, stages in tiles
     )
 
 

@@ -15,6 +15,7 @@ _DEFAULTS = {
     "gated": Config((("BLOCK", 2048),), num_warps=4, num_stages=1),
     "rotary": Config((("BLOCK_H", 8),), num_warps=4, num_stages=1),
     "quantized_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=4),
+    "attention_backward": Config((("BLOCK_M", 32), ("BLOCK_N", 64)), num_warps=4, num_stages=1),
     "coded_linear": Config((("BLOCK_M", 16), ("BLOCK_N", 64)), num_warps=4, num_stages=3),
     "binary_attention": Config(
         (("BLOCK_T", 32), ("BLOCK_M", 32)), num_warps=4, num_stages=2, splits=2

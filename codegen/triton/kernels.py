@@ -6,9 +6,10 @@ import functools
 import torch
 from torch import fx
 
+from ridgeline.codegen import saved_attention
 from ridgeline.codegen.kernel import Kernel, KernelReport, argument, hints, norm_arguments
+from ridgeline.codegen.triton import attention_training, pointwise
 from ridgeline.codegen.triton import ops as ops  # registers the kernels' own ops
-from ridgeline.codegen.triton import pointwise
 from ridgeline.codegen.triton.binary_attention_launch import compile_binary_attention
 from ridgeline.codegen.triton.cross_compile import Compiled
 from ridgeline.codegen.triton.cuda_text import cuda_of_binary_attention, cuda_of_linear
@@ -16,7 +17,7 @@ from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.group_rational_launch import compile_group_rational
 from ridgeline.codegen.triton.linear_nodes import compile_linear_node, place_linear_node
 from ridgeline.codegen.triton.norm_ops import compile_norm
-from ridgeline.codegen.triton.problems import compile_attention
+from ridgeline.codegen.triton.problems import compile_attention, mask_kind
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.binary_attention import BINARY_ATTENTION
@@ -41,9 +42,7 @@ def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
 def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
     query, key, value = node.args[:3]
     mask, sinks = argument(node, 3), argument(node, 4)
-    kind = "none" if mask is None else "added"
-    if mask is not None and mask.meta["val"].dtype == torch.bool:
-        kind = "boolean"
+    kind = mask_kind(None if mask is None else mask.meta["val"])
     compiled = compile_attention(
         hints(query),  # pyright: ignore[reportArgumentType]
         hints(key),  # pyright: ignore[reportArgumentType]
@@ -58,6 +57,27 @@ def _compile_attention(node: fx.Node, target: Target) -> KernelReport:
         multiprocessors=target.cores,
     )
     return _report(ATTENTION.qualified, compiled, target)
+
+
+def _place_attention_saved(node: fx.Node, module: fx.GraphModule) -> None:
+    saved_attention.place(node, module, attention_training.OP)
+
+
+def _compile_attention_saved(node: fx.Node, target: Target) -> KernelReport:
+    """The backward, and the forward, which keeps what it reads, beside it."""
+    forward, mask = _compile_attention(node, target), argument(node, 3)
+    compiled = attention_training.compile_attention_backward(
+        hints(argument(node, 0))[3],
+        hints(argument(node, 2))[3],
+        dtype=node.meta["val"].dtype,
+        arch=target.arch,
+        causal=node.kwargs.get("diagonal") is not None,
+        mask=mask_kind(None if mask is None else mask.meta["val"]),
+        mask_dtype=None if mask is None else mask.meta["val"].dtype,
+        capped=node.kwargs.get("soft_cap") is not None,
+    )
+    backward = _report(ATTENTION.qualified, compiled, target)
+    return dataclasses.replace(backward, also=(forward, *forward.also))
 
 
 def _compile_linear(node: fx.Node, target: Target) -> KernelReport:
@@ -148,8 +168,8 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
     file = next(
         f
         for f in (
-            *("attention_decode", "attention", "quantized_linear", "norm", "gated", "rotary"),
-            *("group_rational", "coded_linear", "binary_attention"),
+            *("attention_decode", "attention_backward", "attention", "quantized_linear", "norm"),
+            *("gated", "rotary", "group_rational", "coded_linear", "binary_attention"),
         )
         if compiled.kernel.startswith(f)
     )
@@ -163,8 +183,25 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
     )
 
 
+_RATIONAL = Kernel(
+    GROUP_RATIONAL.qualified, "triton", _KINDS, _place_group_rational, _compile_group_rational
+)
+
 KERNELS = (
-    Kernel(ATTENTION.qualified, "triton", _KINDS, _place_attention, _compile_attention),
+    Kernel(
+        ATTENTION.qualified,
+        "triton",
+        _KINDS,
+        _place_attention,
+        _compile_attention,
+        Kernel(
+            ATTENTION.qualified,
+            "triton",
+            _KINDS,
+            _place_attention_saved,
+            _compile_attention_saved,
+        ),
+    ),
     Kernel(QUANTIZED_LINEAR.qualified, "triton", _KINDS, place_linear_node, _compile_linear),
     Kernel(
         BINARY_ATTENTION.qualified,
@@ -173,13 +210,7 @@ KERNELS = (
         _place_binary_attention,
         _compile_binary_attention,
     ),
-    Kernel(
-        GROUP_RATIONAL.qualified,
-        "triton",
-        _KINDS,
-        _place_group_rational,
-        _compile_group_rational,
-    ),
+    dataclasses.replace(_RATIONAL, training=_RATIONAL),
     *(
         Kernel(op.qualified, "triton", _KINDS, _place_norm, _compile_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)

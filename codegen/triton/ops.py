@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
+from ridgeline.codegen.triton.problems import (
+    compile_attention,
+    compile_quantized_linear,
+    mask_kind,
+)
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.op import LIBRARY
 
@@ -35,9 +39,7 @@ def _launch_attention(
             "triton_attention expects query, key and value of one dtype,"
             f" found {query.dtype}, {key.dtype} and {value.dtype}"
         )
-    kind = "none"
-    if mask is not None:
-        kind = "boolean" if mask.dtype == torch.bool else "added"
+    kind = mask_kind(mask)
     sinks = None if sinks is None else sinks.contiguous()
     arch, multiprocessors = device_arch(query.device.index)
     config = compile_attention(

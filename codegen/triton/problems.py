@@ -59,10 +59,10 @@ def compile_attention(
     if mask not in _MASKS:
         raise UnsupportedProblem(f"expected a mask of {', '.join(_MASKS)}, found {mask!r}")
     _type_name(dtype)
-    mask_type = {"none": dtype, "boolean": torch.uint8, "added": mask_dtype or dtype}[mask]
-    problem = arch, head_dim, value_dim, dtype, causal, mask, mask_type, sinks_dtype, capped
+    read = mask_type(mask, mask_dtype, dtype)
+    problem = arch, head_dim, value_dim, dtype, causal, mask, read, sinks_dtype, capped
     if not choose.is_decode(query_length, heads, key_heads):
-        return _prefill(*problem)
+        return compile_prefill(*problem)
     rows = choose.padded(query_length * (heads // key_heads))
     part = _decode(rows, *problem)
     config = choose.split_decode(
@@ -72,6 +72,18 @@ def compile_attention(
         multiprocessors=multiprocessors or architecture(arch).multiprocessors,
     )
     return replace(part, config=config)
+
+
+def mask_kind(mask: torch.Tensor | None) -> str:
+    """What `compile_attention` calls a mask."""
+    if mask is None:
+        return "none"
+    return "boolean" if mask.dtype == torch.bool else "added"
+
+
+def mask_type(kind: str, mask_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """What a kernel reads a mask of that kind as."""
+    return {"none": dtype, "boolean": torch.uint8, "added": mask_dtype or dtype}[kind]
 
 
 def compile_quantized_linear(
@@ -148,7 +160,7 @@ def compile_quantized_linear(
 
 
 @functools.lru_cache(maxsize=1024)
-def _prefill(
+def compile_prefill(
     arch: str,
     head_dim: int,
     value_dim: int,
@@ -159,13 +171,14 @@ def _prefill(
     sinks_dtype: torch.dtype | None,
     capped: bool,
 ) -> Compiled:
+    """`compile_attention` for many rows, or where a backward needs the statistics."""
     require_triton()
     from ridgeline.codegen.triton.attention import attention_forward
 
     pointers = {
         "sinks_ptr": pointer(sinks_dtype or dtype),
         "out_ptr": pointer(dtype),
-        "lse_ptr": "*fp32",
+        "stats_ptr": "*fp32",
     }
     candidates = choose.attention_candidates(
         architecture(arch),
@@ -175,7 +188,7 @@ def _prefill(
         masked=mask != "none",
     )
     return first_accepted(
-        lambda config: _attention(
+        lambda config: attention_kernel(
             attention_forward, pointers, config, arch, head_dim, value_dim, dtype, causal, mask,
             mask_type, sinks_dtype is not None, capped,
         ),
@@ -201,7 +214,7 @@ def _decode(
 
     pointers = {"partial_ptr": "*fp32", "peak_ptr": "*fp32", "total_ptr": "*fp32"}
     part = first_accepted(
-        lambda config: _attention(
+        lambda config: attention_kernel(
             attention_decode.attention_decode_part, pointers, config, arch, head_dim, value_dim,
             dtype, causal, mask, mask_type, sinks_dtype is not None, capped,
         ),
@@ -231,7 +244,7 @@ def _decode(
     return replace(part, then=then)
 
 
-def _attention(
+def attention_kernel(
     kernel,
     pointers: dict[str, str],
     config: Config,
@@ -245,7 +258,7 @@ def _attention(
     sinks: bool,
     capped: bool,
 ) -> Compiled:
-    """Either attention kernel, for tensors whose last dimension is contiguous."""
+    """Any kernel of attention, for tensors whose last dimension is contiguous."""
     block_d, block_dv = choose.padded(head_dim), choose.padded(value_dim)
     constants = {
         "CAUSAL": causal,
@@ -257,7 +270,7 @@ def _attention(
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "UPCAST_DOT": False,
-        **dict.fromkeys(("stride_qd", "stride_kd", "stride_vd", "stride_od"), 1),
+        **dict.fromkeys(("stride_qd", "stride_kd", "stride_vd", "stride_od", "stride_gd"), 1),
     }
     if mask == "none":
         constants |= {f"stride_mask_{axis}": 0 for axis in "bhmn"}

@@ -13,7 +13,7 @@ The result lies in memory as [B,Sq,H,Dv], because what follows is nearly always
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,14 @@ DECODE_ROWS = 16
 PARALLEL_WORK = 1 << 18
 """B H Sq Sk (D + Dv) from which a second thread earns its wake-up: about 10 us of one core."""
 
-_ABSENT = torch.zeros(1, 1, 1, 1)
+Role = Literal["decode", "tiled", "saved"]
+"""Few rows; many; many, whose softmax statistics are kept for a backward."""
+
+ABSENT = torch.zeros(1, 1, 1, 1)
 
 
 def _prim_func(
-    decode: bool,
+    role: Role,
     head_dim: int,
     value_dim: int,
     dtype: torch.dtype,
@@ -58,9 +61,9 @@ def _prim_func(
             f" head dimensions that are multiples of 8, found {dtype}, {mask}, {sinks},"
             f" {head_dim} and {value_dim}"
         )
-    build = attention_decode_kernel.build if decode else attention_kernel.build
+    build = attention_decode_kernel.build if role == "decode" else attention_kernel.build
     names = DTYPES[dtype], MASKS[mask], SINKS[sinks]
-    return build(Spec(head_dim, value_dim, *names, capped, isa, parallel))
+    return build(Spec(head_dim, value_dim, *names, capped, isa, parallel, role == "saved"))
 
 
 @functools.cache
@@ -71,7 +74,7 @@ def kernel(*specification: Any) -> Callable[..., None]:
 
 @functools.cache
 def host_kernel(
-    decode: bool,
+    role: Role,
     head_dim: int,
     value_dim: int,
     dtype: torch.dtype,
@@ -81,7 +84,7 @@ def host_kernel(
     parallel: bool,
 ) -> Callable[..., None]:
     """`kernel` for `host_isa()`, which is asked once: reading it costs as much as a small call."""
-    return kernel(decode, head_dim, value_dim, dtype, mask, sinks, capped, host_isa(), parallel)
+    return kernel(role, head_dim, value_dim, dtype, mask, sinks, capped, host_isa(), parallel)
 
 
 def source(
@@ -92,20 +95,20 @@ def source(
     mask: torch.dtype | None = None,
     sinks: torch.dtype | None = None,
     capped: bool = False,
-    decode: bool = False,
+    role: Role = "tiled",
     isa: str | None = None,
     parallel: bool = True,
 ) -> str:
     """The TVMScript text of a kernel, to read or to take away.
 
     head_dim, value_dim (by default equal): multiples of 8. mask, sinks: their dtypes, None where
-    absent. capped: do scores pass through a tanh? decode: the kernel for at most `DECODE_ROWS`
-    query rows per key head.
+    absent. capped: do scores pass through a tanh? role: "decode" is for at most `DECODE_ROWS` query
+    rows per key head.
     Raises UnsupportedProblem for what no kernel is built for.
     """
     kinds = dtype, mask, sinks, capped
     isa = isa or host_isa()
-    return _prim_func(decode, head_dim, value_dim or head_dim, *kinds, isa, parallel).script()
+    return _prim_func(role, head_dim, value_dim or head_dim, *kinds, isa, parallel).script()
 
 
 def attention(
@@ -127,7 +130,7 @@ def attention(
     """
     if not query.dim() == key.dim() == value.dim() == 4:
         raise _problem(query, key, value, mask, sinks)
-    out = _empty(query, value.shape[3])
+    out = result(query, value.shape[3])
     options = {"scale": scale, "diagonal": diagonal, "soft_cap": soft_cap}
     attention_out(query, key, value, mask, sinks, **options, out=out)
     return out
@@ -144,19 +147,23 @@ def attention_out(
     diagonal: int | None,
     soft_cap: float | None = None,
     out: Tensor,
+    stats: Tensor | None = None,
 ) -> None:
     """`attention` into `out`, for compiled graphs: no dispatcher, no allocation.
 
-    out [B,H,Sq,Dv]: last dimension contiguous.
+    out [B,H,Sq,Dv]: last dimension contiguous. stats: where to put
+    what a backward needs, as `attention_kernel` has it.
     """
     batch, heads, queries, head_dim = query.shape
     _, key_heads, length, value_dim = value.shape
     if head_dim % 8 or value_dim % 8:
-        _padded(query, key, value, mask, sinks, scale, diagonal, soft_cap, out)
+        _padded(query, key, value, mask, sinks, scale, diagonal, soft_cap, out, stats)
         return
     if not (batch and heads and queries and length):
         _check(query, key, value, mask, sinks)
         out.zero_()
+        if stats is not None:
+            stats[0], stats[1] = 0.0, torch.inf
         return
     if query.stride(3) != 1:
         query = query.contiguous()
@@ -164,30 +171,31 @@ def attention_out(
         key = key.contiguous()
     if value.stride(3) != 1:
         value = value.contiguous()
-    entries, mask_dtype = _ABSENT, None
+    entries, mask_dtype = ABSENT, None
     if mask is not None:
         try:
-            entries, mask_dtype = _expanded(mask, (batch, heads, queries, length))
+            entries, mask_dtype = expanded(mask, (batch, heads, queries, length))
         except RuntimeError:
             raise _problem(query, key, value, mask, sinks) from None
-    given = () if sinks is None else (_plain(sinks),)
+    given = tuple(x for x in (stats, None if sinks is None else _plain(sinks)) if x is not None)
     if not key_heads or heads % key_heads:
         raise _problem(query, key, value, mask, sinks)
     rows = queries * heads // key_heads
-    decode = rows <= DECODE_ROWS
+    role = "saved" if stats is not None else "decode" if rows <= DECODE_ROWS else "tiled"
     # also gives this thread's OpenMP teams torch's setting, which its first call must do
     threads = torch.get_num_threads()
     parallel = (
         threads > 1 and batch * heads * queries * length * (head_dim + value_dim) >= PARALLEL_WORK
     )
-    kinds = query.dtype, mask_dtype, given[0].dtype if given else None, soft_cap is not None
-    run = host_kernel(decode, head_dim, value_dim, *kinds, parallel)
+    sinks_dtype = None if sinks is None else given[-1].dtype
+    kinds = query.dtype, mask_dtype, sinks_dtype, soft_cap is not None
+    run = host_kernel(role, head_dim, value_dim, *kinds, parallel)
     cap = 0.0
     if soft_cap is not None:
         scale, cap = scale / soft_cap, soft_cap
     reach = length if diagonal is None else max(-queries, min(diagonal, length))
     try:
-        if decode:
+        if role == "decode":
             run(query, key, value, entries, out, scale, reach, cap, *given)
         else:
             # 128 rows share a copied tile, where that leaves each thread two blocks or more
@@ -198,8 +206,8 @@ def attention_out(
         raise
 
 
-def _empty(query: Tensor, value_dim: int) -> Tensor:
-    """Room for the result, [B,H,Sq,Dv]."""
+def result(query: Tensor, value_dim: int) -> Tensor:
+    """Room for the result, [B,H,Sq,Dv], in memory [B,Sq,H,Dv]."""
     batch, heads, queries, _ = query.shape
     row = heads * value_dim
     return query.new_empty_strided(
@@ -207,7 +215,7 @@ def _empty(query: Tensor, value_dim: int) -> Tensor:
     )
 
 
-def _expanded(mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, torch.dtype]:
+def expanded(mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, torch.dtype]:
     """The mask as the kernel reads it, strides 0 where it repeats, and its dtype."""
     dtype = mask.dtype
     if dtype == torch.bool:
@@ -232,11 +240,13 @@ def _padded(
     diagonal: int | None,
     soft_cap: float | None,
     out: Tensor,
+    stats: Tensor | None,
 ) -> None:
     """Head dimensions that are no multiple of 8: zeros add nothing to a product."""
     head_pad, value_dim = (0, -query.shape[3] % 8), value.shape[3]
     _check(query, key, value, mask, sinks)
-    wider = attention(
+    wider = result(query, value_dim + -value_dim % 8)
+    attention_out(
         F.pad(query, head_pad),
         F.pad(key, head_pad),
         F.pad(value, (0, -value_dim % 8)),
@@ -245,6 +255,8 @@ def _padded(
         scale=scale,
         diagonal=diagonal,
         soft_cap=soft_cap,
+        out=wider,
+        stats=stats,
     )
     out.copy_(wider[..., :value_dim])
 
@@ -304,7 +316,7 @@ OP.unmasked_out = lambda query, key, value, sinks, **rest: attention_out(
 
 @torch.library.register_fake("ridgeline::tvm_attention")
 def _fake(query, key, value, mask=None, sinks=None, *, scale, diagonal=None, soft_cap=None):
-    return _empty(query, value.shape[-1])
+    return result(query, value.shape[-1])
 
 
 @functools.cache

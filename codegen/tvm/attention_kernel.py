@@ -22,7 +22,9 @@ For each tile, with running maximum m and total l of a row:
     m' = max(m, max_j z[j]),  a = exp(m - m'),  p[j] = exp(z[j] - m')
     l  = a l + sum_j p[j],    o = a o + sum_j p[j] v[j];          at the end, out = o / l
 
-A sink is a key that was seen before the first and has no value: m = sink, l = 1, o = 0.
+A sink is a key that was seen before the first and has no value: m = sink, l = 1, o = 0. For a
+backward, m and log l are put out, in the units of `Spec.natural`; 0 and inf where a row has no key.
+Their sum would lose log l beside a mask of finfo.min.
 """
 
 from typing import Any
@@ -49,6 +51,7 @@ from ridgeline.codegen.tvm.attention_vectors import (
     per_head,
     registers,
     splat,
+    statistics,
     tensor,
     vector,
     words,
@@ -64,12 +67,13 @@ SUB_BLOCKS = 2
 
 
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`: main(q, k, v, mask, out, scale, diagonal, sub_blocks, cap, sinks).
+    """The kernel for `spec`:
+    main(q, k, v, mask, out, scale, diagonal, sub_blocks, cap, stats, sinks).
 
     mask [B,H,Sq,Sk] of any strides, or fp32 [1,1,1,1] where `spec.mask` is None; diagonal between
     -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; cap: not
-    read unless `spec.capped`, where scale is that of the law over the cap; sinks [H], absent unless
-    `spec.sinks` names their dtype.
+    read unless `spec.capped`, where scale is that of the law over the cap; stats fp32 [2,B,H,Sq]
+    contiguous, absent unless `spec.saved`; sinks [H], absent unless `spec.sinks` names their dtype.
     """
     depth, dim, pairs, masked = spec.depth, spec.value_dim, spec.pairs, spec.mask is not None
     depth16, dim16 = -(-depth // LANES) * LANES, -(-dim // LANES) * LANES
@@ -241,6 +245,7 @@ def build(spec: Spec) -> Any:
         diagonal: T.int64,
         sub_blocks: T.int64,
         soft_cap: T.float32,
+        stats_: T.handle,
         sinks_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
@@ -252,6 +257,8 @@ def build(spec: Spec) -> Any:
         v = tensor(v_, (batch, key_heads, length, dim), spec.dtype)
         mask = tensor(mask_, mask_shape, spec.mask or "float32", T.int64())
         out = tensor(out_, (batch, heads, queries, dim), spec.dtype)
+        shape = T.meta_var((T.int64(2), batch, heads, queries))
+        stats = T.meta_var(statistics(stats_, shape, spec.saved))
         sinks = T.meta_var(per_head(sinks_, heads, spec.sinks))
         with T.attr(0, "pragma_import_llvm", spec.helpers):
             group = heads // key_heads
@@ -283,7 +290,7 @@ def build(spec: Spec) -> Any:
                 turn = item % blocks
                 block = T.if_then_else(turn % 2 == 0, turn // 2, blocks - 1 - turn // 2)
                 attend_block(
-                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap),
+                    Head(q, k, v, mask, sinks, out, stats, b, h, group, rows, length, factor, cap),
                     Tiles(
                         qt,
                         kt,

@@ -18,8 +18,10 @@ from ridgeline.codegen.tvm.attention_vectors import (
     Spec,
     lanes,
     load,
+    logarithm,
     mask_number,
     mask_vector,
+    peak,
     registers,
     splat,
     vector,
@@ -36,6 +38,7 @@ class Head(NamedTuple):
     mask: Any
     sinks: Any
     out: Any
+    stats: Any
     b: Any
     h: Any
     group: Any
@@ -185,12 +188,18 @@ def copies(spec: Spec) -> Copies:
 
     @T.inline
     def store(x, w, row, sub, part):
-        """16 finished rows: divided by their totals, turned back, rounded."""
+        """16 finished rows: divided by their totals, turned back, rounded; and their statistics."""
         inverse = registers((LANES,))
         total = w.total[sub, part, lanes(0)]
         inverse[lanes(0)] = T.Select(
             total > splat(T.float32(0)), splat(T.float32(1)) / total, splat(T.float32(0))
         )
+        if spec.saved:
+            for lane in T.serial(T.min(LANES, x.rows - row)):
+                b, h, i = x.b, x.h * x.group + (row + lane) % x.group, (row + lane) // x.group
+                summed = w.total[sub, part, lane]
+                x.stats[0, b, h, i] = peak(w.top[sub, part, lane], summed)
+                x.stats[1, b, h, i] = logarithm(spec, summed)
         for c in T.serial(dim // LANES):
             columns(x, w, inverse, row, sub, part, c * LANES, LANES)
         if dim % LANES != 0:

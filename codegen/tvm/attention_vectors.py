@@ -40,6 +40,7 @@ class Spec(NamedTuple):
     mask: None, "uint8" (boolean), or the dtype of an additive mask. sinks: their dtype, or None.
     capped: whether scores pass through a tanh.
     isa: one of `isa.ISAS`. parallel: whether the work is spread over threads.
+    saved: whether the softmax statistics of each row are put out too, for a backward.
     """
 
     head_dim: int
@@ -50,6 +51,7 @@ class Spec(NamedTuple):
     capped: bool
     isa: str
     parallel: bool
+    saved: bool = False
 
     @property
     def pairs(self) -> bool:
@@ -134,12 +136,17 @@ def per_head(handle: Any, heads: Any, dtype: str | None) -> Any:
     return T.match_buffer(handle, (heads,), dtype, align=1) if dtype else None
 
 
+def statistics(handle: Any, shape: tuple[Any, ...], present: bool) -> Any:
+    """An fp32 argument, contiguous; None where a kernel has none."""
+    return T.match_buffer(handle, shape, "float32", align=1) if present else None
+
+
 def kernel_of(main: Any, spec: Spec) -> Any:
-    """`main`, whose last argument are the sinks: without it where there are none, since one that is
-    not read would still be checked at each call."""
-    if spec.sinks:
-        return main
-    return PrimFunc(main.params[:-1], main.body, main.ret_type, main.attrs)
+    """`main` without the arguments that this specification does not read, `stats_` and `sinks_`:
+    they would still be checked at each call."""
+    unread = {name for name, read in (("stats_", spec.saved), ("sinks_", spec.sinks)) if not read}
+    params = [p for p in main.params if p.name not in unread]
+    return PrimFunc(params, main.body, main.ret_type, main.attrs)
 
 
 def exponential(spec: Spec, difference: Any) -> Any:
@@ -147,6 +154,17 @@ def exponential(spec: Spec, difference: Any) -> Any:
     if spec.natural:
         difference = difference * splat(T.float32(LOG2_E))
     return vector("rl_exp2_coarse" if spec.pairs else "rl_exp2_fine", difference)
+
+
+def peak(top: Any, total: Any) -> Any:
+    """The maximum that a row's total is relative to; 0 where nothing was summed."""
+    return T.if_then_else(total > T.float32(0), top, T.float32(0))
+
+
+def logarithm(spec: Spec, total: Any) -> Any:
+    """log(total) in the units of `Spec.natural`; inf where nothing was summed."""
+    log = T.log(total) if spec.natural else T.log2(total)
+    return T.if_then_else(total > T.float32(0), log, T.float32(float("inf")))
 
 
 def mask_vector(spec: Spec, address: Any) -> Any:

@@ -1,5 +1,6 @@
 """The TVM kernels of the host CPU, as nodes of a graph."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ridgeline.codegen import saved_attention
 from ridgeline.codegen.errors import UnsupportedProblem
 from ridgeline.codegen.kernel import (
     Kernel,
@@ -21,6 +23,7 @@ from ridgeline.codegen.kernel import (
 )
 from ridgeline.codegen.tvm import (
     attention,
+    attention_training,
     binary_attention,
     gated,
     group_rational,
@@ -46,6 +49,34 @@ def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
     node.target = attention.OP
 
 
+def _place_attention_saved(node: fx.Node, module: fx.GraphModule) -> None:
+    saved_attention.place(node, module, attention_training.OP)
+
+
+def _report_attention_saved(node: fx.Node, target: Target) -> KernelReport:
+    """Forward and backward; what is shown is the backward's source."""
+    query, _, value = (hints(argument(node, i)) for i in range(3))
+    dtype, mask = node.meta["val"].dtype, argument(node, 3)
+    mask = None if mask is None else mask.meta["val"].dtype
+    capped = node.kwargs.get("soft_cap") is not None
+    source = functools.partial(
+        attention_training.source,
+        query[3] + -query[3] % 8,
+        value[3] + -value[3] % 8,
+        dtype=dtype,
+        mask=mask,
+        capped=capped,
+    )
+    source()  # raises where there is no kernel
+    return KernelReport(
+        ATTENTION.qualified,
+        "tvm",
+        target.name,
+        f"{host_isa()}, {_name(dtype)}, forward and backward, D {query[3]}/{value[3]}",
+        source,
+    )
+
+
 def _report_attention(node: fx.Node, target: Target) -> KernelReport:
     query, key, value = (hints(argument(node, i)) for i in range(3))
     dtype, mask, sinks = node.meta["val"].dtype, argument(node, 3), argument(node, 4)
@@ -59,7 +90,7 @@ def _report_attention(node: fx.Node, target: Target) -> KernelReport:
         mask=None if mask is None else mask.meta["val"].dtype,
         sinks=None if sinks is None else sinks.meta["val"].dtype,
         capped=node.kwargs.get("soft_cap") is not None,
-        decode=decode,
+        role="decode" if decode else "tiled",
     )
     return KernelReport(
         ATTENTION.qualified,
@@ -274,16 +305,31 @@ def _report_rotary(node: fx.Node, target: Target) -> KernelReport:
     return KernelReport(ROTARY.qualified, "tvm", target.name, said, source)
 
 
+_RATIONAL = Kernel(
+    GROUP_RATIONAL.qualified,
+    "tvm",
+    frozenset({"cpu"}),
+    _place_group_rational,
+    _report_group_rational,
+)
+
 KERNELS = (
-    Kernel(ATTENTION.qualified, "tvm", frozenset({"cpu"}), _place_attention, _report_attention),
-    Kernel(QUANTIZED_LINEAR.qualified, "tvm", frozenset({"cpu"}), _place_linear, _report_linear),
     Kernel(
-        GROUP_RATIONAL.qualified,
+        ATTENTION.qualified,
         "tvm",
         frozenset({"cpu"}),
-        _place_group_rational,
-        _report_group_rational,
+        _place_attention,
+        _report_attention,
+        Kernel(
+            ATTENTION.qualified,
+            "tvm",
+            frozenset({"cpu"}),
+            _place_attention_saved,
+            _report_attention_saved,
+        ),
     ),
+    Kernel(QUANTIZED_LINEAR.qualified, "tvm", frozenset({"cpu"}), _place_linear, _report_linear),
+    dataclasses.replace(_RATIONAL, training=_RATIONAL),
     *(
         Kernel(op.qualified, "tvm", frozenset({"cpu"}), _place_norm, _report_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)

@@ -9,7 +9,6 @@ is returned. What comes back is a plain model: nothing is added to what it compu
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ridgeline.ir.capture import capture
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.apply import copy_graph
 from ridgeline.passes.copy_model import copy_model
+from ridgeline.passes.ignore import ignored
 from ridgeline.passes.preparation.choose import Outcome, choose
 from ridgeline.passes.preparation.fold import Turn, Weights
 from ridgeline.passes.preparation.prove import UnprovenError, prove
@@ -85,7 +85,7 @@ def rotation(
     program = capture(model, args, kwargs, dynamic=False).program
     captured, _ = copy_graph(program.module)
     found, refused = find(normalize(program.module), model)
-    sites = [s for s in found if not any(fnmatch(p, i) for p in s.paths for i in ignore)]
+    sites = [s for s in found if not any(ignored(p, ignore) for p in s.paths)]
     refused += [(str(s), "listed in ignore=") for s in found if s not in sites]
     if batches is None or not sites:
         weights, outcomes = _turned(model, sites, seed)

@@ -2,7 +2,10 @@
 
 from torch import Tensor
 
-from ridgeline.passes.quantization.calibrate import collect_hessians, stream_hessians
+from ridgeline.passes.quantization.calibrate import (
+    HessiansOnDemand,
+    collect_hessians,
+)
 from ridgeline.passes.quantization.codec import Codec, QuantizationError, QuantizedWeight
 from ridgeline.passes.quantization.descent import descend
 from ridgeline.passes.quantization.gptq import gptq
@@ -13,6 +16,7 @@ from ridgeline.passes.quantization.store import bits_per_weight, load_quantized,
 
 __all__ = [
     "Codec",
+    "HessiansOnDemand",
     "QuantizationError",
     "QuantizedLinear",
     "QuantizedWeight",
@@ -25,7 +29,6 @@ __all__ = [
     "quantize",
     "round_to_nearest",
     "save_quantized",
-    "stream_hessians",
 ]
 
 

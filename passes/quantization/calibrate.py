@@ -35,46 +35,72 @@ def collect_hessians(
 ) -> dict[str, Tensor]:
     """H of every layer in `names`, all held together; layers with one input share one tensor.
 
-    Raises QuantizationError where they need more than `byte_limit` bytes: use `stream_hessians`.
+    Raises QuantizationError where they need more than `byte_limit` bytes: use `HessiansOnDemand`.
     """
     shared = shared_inputs(model, names, batches)
     needed = sum(_hessian_bytes(model, leader) for leader in shared)
     if needed > byte_limit:
         raise QuantizationError(
             f"the Hessians of {len(names)} layers take {needed} bytes, above the limit of"
-            f" {byte_limit}; raise byte_limit, or take them chunk by chunk from stream_hessians"
+            f" {byte_limit}; raise byte_limit, or read them from HessiansOnDemand"
         )
     return accumulate(model, shared, batches, _counter(progress, len(batches)), shared.uses)
 
 
-def stream_hessians(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Batch],
-    *,
-    byte_limit: int = 4 * 2**30,
-    progress: Progress | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """H of the layers in `names`, chunk after chunk in the order in which the model runs them.
+class HessiansOnDemand(Mapping[str, Tensor]):
+    """Weight name -> H of its layer, computed when asked for, `byte_limit` bytes alive at once.
 
-    A consumer that writes a chunk's quantised weights into the model before it asks for the next
-    chunk calibrates sequentially: later layers then see what the quantised prefix computes. Asking
-    for the next chunk empties the dict of the last one, which is what keeps to `byte_limit`.
+    Where all of them fit they are computed now; else each chunk, in the order in which the model
+    runs its layers, when one of its layers is asked for, and the chunk before it is given up. Who
+    asks in that order pays one pass over `batches` per chunk. `model` must stay as it is.
 
-    model: run as `model(batch)`, `model(*batch)` or `model(**batch)`, in eval mode, without grad.
     names: qualified names of nn.Linear or transformers' Conv1D modules.
-    batches: run through once per chunk; every row of a layer's input counts, so leave padding out.
-    byte_limit: bytes of Hessians alive at once; each must fit by itself.
-    progress: called with (batches run, batches to run in all) after each batch.
+    batches: every row of a layer's input counts, so leave padding out.
+    Raises QuantizationError for what `byte_limit` cannot hold by itself, and as `accumulate` does:
+    for a chunk that comes later when it is read.
     """
-    shared = shared_inputs(model, names, batches)
-    chunks = _chunks(model, shared, byte_limit)
-    tick = _counter(progress, len(chunks) * len(batches))
-    for chunk in chunks:
-        hessians = accumulate(model, chunk, batches, tick, shared.uses)
-        yield hessians
-        # The consumer's loop variable would keep these alive while the next ones grow.
-        hessians.clear()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        batches: Sequence[Batch],
+        *,
+        byte_limit: int = 4 * 2**30,
+    ) -> None:
+        self._model, self._batches = model, batches
+        shared = shared_inputs(model, names, batches)
+        self._uses = shared.uses
+        self._chunks = _chunks(model, shared, byte_limit)
+        self._chunk_of = {
+            f"{name}.weight": chunk
+            for chunk in self._chunks
+            for readers in chunk.values()
+            for name in readers
+        }
+        self._held: dict[str, Tensor] = {}
+        if len(self._chunks) == 1:
+            self._load(self._chunks[0])
+
+    def _load(self, chunk: dict[str, list[str]]) -> None:
+        self._held.clear()
+        found = accumulate(self._model, chunk, self._batches, lambda: None, self._uses)
+        self._held = {f"{name}.weight": hessian for name, hessian in found.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        chunk = self._chunk_of[name]
+        if name not in self._held:
+            self._load(chunk)
+        return self._held[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._chunk_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chunk_of)
+
+    def __len__(self) -> int:
+        return len(self._chunk_of)
 
 
 def in_features(module: nn.Module) -> int:

@@ -144,3 +144,17 @@ class AdditiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_heads} heads of {self.head_dim}"
+
+
+class PairedAttention(AdditiveAttention):
+    """The same, called as the attentions of transformers' ViTs are, and returning what they do."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: object
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B,N,C] -> ([B,N,C], None); options other than a request for weights are
+        those of the attention that this replaces, and not read."""
+        weights = bool(options.get("output_attentions"))
+        out = super().forward(hidden_states, attn_mask=attention_mask, need_weights=weights)
+        assert isinstance(out, Tensor)
+        return out, None

@@ -10,7 +10,6 @@ The recipe has two stages, each followed by fine-tuning (from the paper, section
 """
 
 import copy
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from ridgeline.cost_model import Target, load_target
+from ridgeline.passes.ignore import check_ignore, ignored
 from ridgeline.passes.shift_add_vit.additive_attention import AdditiveAttention
 from ridgeline.passes.shift_add_vit.errors import ShiftAddError
 from ridgeline.passes.shift_add_vit.find import (
@@ -96,10 +96,7 @@ def shift_add_vit(
     attention that can be told; `ridgeline.cost_model.UnknownTarget`.
     """
     options = _checked(stage, target, attention, linears, terms, capacity, tokens, latencies)
-    names = [name for name, _ in model.named_modules()]
-    for pattern in ignore:
-        if not fnmatch.filter(names, pattern):
-            raise ShiftAddError(f"ignore: no module of the model matches {pattern!r}")
+    check_ignore(model, ignore, ShiftAddError)
     earlier = getattr(model, "report", ())
     if not isinstance(earlier, tuple) or not all(isinstance(line, Replaced) for line in earlier):
         raise ShiftAddError("the model has an attribute `report` of its own; rename it")
@@ -142,13 +139,6 @@ def _checked(
     return Options(attention, linears, terms, capacity, tokens, latencies, machine)
 
 
-def _ignored(path: str, ignore: Sequence[str]) -> bool:
-    """Does a pattern name the module or one that holds it?"""
-    parts = path.split(".")
-    above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatch(each, pattern) for each in above for pattern in ignore)
-
-
 def _attentions(model: nn.Module, options: Options, ignore: Sequence[str]) -> list[Replaced]:
     """Replace the attentions of `model` that can be."""
     report: list[Replaced] = []
@@ -158,7 +148,7 @@ def _attentions(model: nn.Module, options: Options, ignore: Sequence[str]) -> li
     for place in list(places(model)):
         if not is_attention(place.module) or any(place.path.startswith(f"{d}.") for d in done):
             continue
-        new = "named in `ignore`" if _ignored(place.path, ignore) else additive(place)
+        new = "named in `ignore`" if ignored(place.path, ignore) else additive(place)
         if isinstance(new, AdditiveAttention):
             setattr(place.parent, place.name, new.train(place.module.training))
             done.append(place.path)
@@ -184,7 +174,7 @@ def _linears(model: nn.Module, options: Options, ignore: Sequence[str]) -> list[
         and not isinstance(p.parent, MixtureOfPrimitives)
     ]
     for place in inside:
-        refusal = "named in `ignore`" if _ignored(place.path, ignore) else None
+        refusal = "named in `ignore`" if ignored(place.path, ignore) else None
         refusal = refusal or linear_refusal(place, model)
         if refusal:
             report.append(Replaced(place.path, "", refusal))

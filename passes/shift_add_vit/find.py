@@ -1,25 +1,27 @@
 """Which attentions and linear layers of a model can be reparameterised, and why others cannot.
 
-Attentions are known by structure: `self_attn` of an `nn.TransformerEncoderLayer`, and a module with
-linear layers `qkv` (C -> 3 C) and `proj` (C -> C) and a number `num_heads`, as ViTs have; whether
-that module computes plain softmax attention is tried on random tokens, not assumed. Linear layers
-are those of the blocks that hold such an attention: a ViT's embedding and head stay.
+Attentions are known by structure: `self_attn` of an `nn.TransformerEncoderLayer`; a module with
+linear layers `qkv` (C -> 3 C) and `proj` (C -> C) and a number `num_heads`, as timm's ViTs have;
+one with `q_proj`, `k_proj`, `v_proj` and `o_proj` or `out_proj`, as those of transformers have.
+Whether such a module computes plain softmax attention is tried on random tokens, not assumed.
+Linear layers are those of the blocks that hold such an attention: a ViT's embedding and head stay.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ridgeline.passes.shift_add_vit.additive_attention import AdditiveAttention
+from ridgeline.passes.shift_add_vit.additive_attention import AdditiveAttention, PairedAttention
 from ridgeline.passes.shift_add_vit.mixture import MixtureOfPrimitives
 from ridgeline.passes.shift_add_vit.shift_linear import ShiftLinear
 
 PARTS = {"qkv", "proj", "attn_drop", "proj_drop", "q_norm", "k_norm", "norm"}
 """Modules that a ViT's attention may hold."""
+SEPARATE = ("q_proj", "k_proj", "v_proj")
 MATCH = 1e-4
 """Relative error up to which a module is taken to compute softmax attention, in fp32."""
 
@@ -58,9 +60,12 @@ def additive(place: Place) -> AdditiveAttention | str:
         return _of_multihead(place, module)
     if isinstance(getattr(module, "qkv", None), nn.Linear):
         return _of_packed(module)
+    if all(isinstance(getattr(module, name, None), nn.Linear) for name in SEPARATE):
+        return _of_separate(module)
     return (
         f"{type(module).__name__} is neither an nn.MultiheadAttention of an"
-        " nn.TransformerEncoderLayer nor a module with linear layers `qkv` and `proj`"
+        " nn.TransformerEncoderLayer nor a module with linear layers `qkv` and `proj`, or `q_proj`,"
+        " `k_proj`, `v_proj` and `o_proj`"
     )
 
 
@@ -114,6 +119,46 @@ def _of_packed(attention: nn.Module) -> AdditiveAttention | str:
     return new
 
 
+def _of_separate(attention: nn.Module) -> AdditiveAttention | str:
+    held = dict(attention.named_children())
+    heads = getattr(attention, "num_attention_heads", getattr(attention, "num_heads", None))
+    proj = held.get("o_proj", held.get("out_proj"))
+    if not isinstance(heads, int) or not isinstance(proj, nn.Linear):
+        return "no linear layer `o_proj` or `out_proj`, or no number of heads, beside `q_proj`"
+    parts = [held[name] for name in SEPARATE]
+    sizes = {(part.in_features, part.out_features) for part in parts}
+    width = proj.in_features
+    if sizes != {(width, width)} or width % heads:
+        return f"projections of shapes {sorted(sizes)}, where {width} -> {width} is expected of all"
+    others = sorted(set(held) - {*SEPARATE, "o_proj", "out_proj"})
+    if others:
+        return f"holds {', '.join(others)}, whose part in attention is not known"
+    if getattr(attention, "is_causal", False):
+        return "is causal, and additive attention sees all tokens"
+    rates = (getattr(attention, name, 0.0) for name in ("attention_dropout", "dropout"))
+    rate = max(r for r in rates if isinstance(r, float | int))
+    if rate:
+        return f"dropout {rate} in attention has no counterpart; build it without"
+    new = PairedAttention(_packed(parts), proj, heads)
+    if not _is_softmax(attention, new):
+        return "does not compute softmax(q kᵀ / √D) v of its projections, tried on random tokens"
+    return new
+
+
+@torch.no_grad()
+def _packed(parts: Sequence[nn.Linear]) -> nn.Linear:
+    """Linear layers of one input as one; a bias that one lacks is 0."""
+    like = parts[0].weight
+    rows = sum(part.out_features for part in parts)
+    biased = any(part.bias is not None for part in parts)
+    new = nn.Linear(like.shape[1], rows, biased, device=like.device, dtype=like.dtype)
+    new.weight.copy_(torch.cat([part.weight for part in parts]))
+    if biased:
+        zeros = like.new_zeros(like.shape[0])
+        new.bias.copy_(torch.cat([zeros if p.bias is None else p.bias for p in parts]))
+    return new
+
+
 @torch.no_grad()
 def _is_softmax(attention: nn.Module, new: AdditiveAttention) -> bool:
     """Does the module compute softmax attention of the parts that `new` shares with it?"""
@@ -132,6 +177,8 @@ def _is_softmax(attention: nn.Module, new: AdditiveAttention) -> bool:
     except (TypeError, ValueError, RuntimeError):
         return False
     expected = parts(x)
+    if isinstance(parts, PairedAttention):
+        found, expected = (out[0] if isinstance(out, tuple) else out for out in (found, expected))
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False
     return bool((found - expected).norm() <= MATCH * expected.norm())

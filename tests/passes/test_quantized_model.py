@@ -207,11 +207,37 @@ def test_optimize_takes_a_width(model, ids, bits):
         ({"bits": 3, "calibration": []}, "no batch"),
         ({"bits": 3, "calibration": 7}, "calibration is int"),
         ({"bits": 3, "ignore": ["*"]}, "nothing to quantise"),
+        ({"bits": 3, "hessian": "half"}, "hessian is 'half'"),
     ],
 )
 def test_bad_options_are_named(model, ids, options, reason):
     with pytest.raises(QuantizationError, match=reason):
         ridgeline.reparameterize(model, "shift_add_linear", **({"calibration": ids} | options))
+
+
+def test_uniform_layers_have_no_mixed_widths(model, ids):
+    with pytest.raises(QuantizationError, match="use the method shift_add_linear"):
+        ridgeline.reparameterize(model, "quantized_linear", average_bits=3.0, calibration=ids)
+
+
+def test_of_a_diagonal_hessian_only_the_diagonal_counts():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 64)).eval()
+    mixed = torch.randn(64, 64) * 10 ** torch.linspace(0, 1, 64)
+    batches = [torch.randn(256, 64) @ mixed]
+    x = torch.randn(256, 64) @ mixed
+
+    def off(batches, hessian):
+        options = {"bits": 2, "calibration": batches, "distillation": False}
+        made = ridgeline.reparameterize(layer, "shift_add_linear", hessian=hessian, **options)
+        return float((made(x) - layer(x)).detach().norm())
+
+    def apart(x):
+        """Rows with one entry each, whose Hessian is the diagonal of that of x."""
+        return [torch.diag_embed(x.square().mean(0).sqrt()) * len(x.T) ** 0.5]
+
+    assert off(batches, "full") < off(batches, "diagonal")
+    assert off(batches, "diagonal") == pytest.approx(off(apart(batches[0]), "full"), rel=1e-3)
 
 
 def test_weights_that_are_no_numbers_are_named_before_anything_is_done(model, ids):

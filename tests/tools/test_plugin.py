@@ -180,7 +180,7 @@ def test_modules_are_named_as_in_the_model(compiled):
 def test_trained_weights_are_said_not_to_be_quantised(compiled):
     fast, plans = compiled(_mlp(), tolerance=0.02, objective="memory")
     fast(torch.randn(4, 256))
-    assert "call within torch.no_grad()" in plans[0].notes[0]
+    assert any("call within torch.no_grad()" in note for note in plans[0].notes)
     assert "an input of the graph" in plans[0].refused[0].reason
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.triton.attention import attention
+from ridgeline.codegen.triton.attention_backward import attention_backward
 from ridgeline.codegen.triton.attention_decode import attention_decode
 from ridgeline.codegen.triton.norm import norm
 from ridgeline.codegen.triton.quantized_linear import pack, quantized_linear, unpack
@@ -88,7 +89,8 @@ def attention_errors() -> dict[str, float]:
         wide_mask = mask.double() if mask is not None and mask.is_floating_point() else mask
         wide = [t.double() for t in (query, key, value)]
         expected = attention_law.reference(*wide, wide_mask, **options)
-        out, lse = attention(query, key, value, mask, **options, **TILES)
+        out, (peak, log_total) = attention(query, key, value, mask, **options, **TILES)
+        lse = peak + log_total
         errors[f"attention-{name}"] = relative(out, expected)
         if name == "empty-rows":
             dead = torch.arange(rows) + diagonal < 0
@@ -97,7 +99,8 @@ def attention_errors() -> dict[str, float]:
         sinks = torch.randn(heads).to(dtype)
         sinks[0] = -torch.inf  # a sink that takes nothing
         taken = attention_law.reference(*wide, wide_mask, sinks.double(), **options)
-        out, with_sinks = attention(query, key, value, mask, sinks, **options, **TILES)
+        out, stats = attention(query, key, value, mask, sinks, **options, **TILES)
+        with_sinks = stats.sum(0)
         errors[f"attention-sinks-{name}"] = relative(out, taken)
         capped = options | {"soft_cap": 1.5}
         expected_capped = attention_law.reference(*wide, wide_mask, **capped)
@@ -125,6 +128,31 @@ def attention_errors() -> dict[str, float]:
         )
         errors[f"decode-sinks-{name}"] = relative(decode, taken)
         errors[f"decode-sinks-lse-{name}"] = unequal(decode_lse, with_sinks[:, :, :few])
+    return errors
+
+
+def backward_errors() -> dict[str, float]:
+    """Of dq, dk and dv, each with and without a soft cap, from what the forward kernel kept."""
+    errors = {}
+    for name, (heads, key_heads, rows, keys, d, dv, dtype, diagonal, kind) in ATTENTION.items():
+        shapes = (heads, rows, d), (key_heads, keys, d), (key_heads, keys, dv), (heads, rows, dv)
+        *operands, grad = (torch.randn(2, *shape).to(dtype) for shape in shapes)
+        mask = make_mask(kind, rows, keys)
+        wide_mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+        for soft_cap in (None, 1.5):
+            options = {"scale": d**-0.5, "diagonal": diagonal, "soft_cap": soft_cap}
+            wide = [x.double().requires_grad_() for x in operands]
+            attention_law.reference(*wide, wide_mask, **options).backward(grad.double())
+            out, stats = attention(*operands, mask, **options, **TILES)
+            delta = (grad.float() * out.float()).sum(-1).contiguous()
+            found = attention_backward(
+                grad, *operands, mask, stats, delta, **options, keys=TILES, queries=TILES
+            )
+            for letter, own, leaf in zip("qkv", found, wide, strict=True):
+                # what cancels is judged beside dv, which does not
+                size = leaf.grad.norm() + 0.1 * wide[2].grad.norm()
+                error = float((own.double() - leaf.grad).norm() / size)
+                errors[f"d{letter}-{soft_cap}-{name}"] = error
     return errors
 
 
@@ -198,4 +226,4 @@ def norm_errors() -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    json.dump(attention_errors() | linear_errors() | norm_errors(), sys.stdout)
+    json.dump(attention_errors() | backward_errors() | linear_errors() | norm_errors(), sys.stdout)

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 from ridgeline.codegen.errors import KernelRejected, UnknownArchitecture, UnsupportedProblem
 from ridgeline.codegen.triton import problems
 from ridgeline.codegen.triton.arch import architecture
+from ridgeline.codegen.triton.attention_training import compile_attention_backward
 from ridgeline.codegen.triton.audit import Audit
 from ridgeline.codegen.triton.config import Config
 from ridgeline.codegen.triton.cross_compile import first_accepted
@@ -20,7 +21,7 @@ MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_m
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path))
-    problems._prefill.cache_clear()
+    problems.compile_prefill.cache_clear()
     problems._decode.cache_clear()
     problems._linear.cache_clear()
     return tmp_path
@@ -43,6 +44,15 @@ def test_causal_attention(arch: str, head_dim: int) -> None:
         problems.compile_attention(shape, shape, dtype=torch.bfloat16, arch=arch, causal=True),
         arch,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", MATRIX)
+def test_attention_backward(arch: str) -> None:
+    options = {"dtype": torch.bfloat16, "arch": arch, "mask": "boolean", "causal": True}
+    compiled = compile_attention_backward(64, 64, **options)
+    check(compiled, arch)  # no atomics: what is summed has one order
+    check(compiled.then, arch)
 
 
 @pytest.mark.parametrize("queries", [1, 512])

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.triton import ops  # noqa: F401 - registers the operations
+from ridgeline.codegen.triton import (
+    attention_training,
+    ops,  # noqa: F401 - registers the operations
+)
 from ridgeline.ir import attention as attention_law
 from ridgeline.ir import quantized_linear as linear_law
 
@@ -39,6 +42,38 @@ def test_attention(dtype: torch.dtype, rows: int, masked: bool, with_sinks: bool
     assert relative(found, attention_law.reference(*wide, **options)) < BARS[dtype]
     again = torch.ops.ridgeline.triton_attention(query, key, value, mask, sinks, **options)
     assert torch.equal(found, again)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("dtype", BARS)
+@pytest.mark.parametrize("rows", [5, 700])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_backward(dtype: torch.dtype, rows: int, masked: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    operands = normal(2, 8, rows, 64), normal(2, 2, 777, 64), normal(2, 2, 777, 64)
+    mask = normal(2, 1, rows, 777) if masked else None
+    sinks, grad = normal(8), normal(2, 8, rows, 64)
+    options = {"scale": 0.125, "diagonal": 777 - rows}
+
+    def gradients(attention, wide: bool) -> list[torch.Tensor]:
+        leaves = [x.double() if wide else x.clone() for x in (*operands, sinks)]
+        leaves = [x.requires_grad_() for x in leaves]
+        extra = mask.double() if wide and mask is not None else mask
+        out = attention(*leaves[:3], extra, leaves[3], **options)
+        out.backward(grad.to(out.dtype))
+        return [x.grad for x in leaves]
+
+    saved = attention_training.OP
+    found, again = (gradients(lambda *x, **o: saved(*x, **o)[0], False) for _ in range(2))
+    expected = gradients(attention_law.reference, True)
+    for own, repeated, exact in zip(found, again, expected, strict=True):
+        assert torch.equal(own, repeated)
+        assert relative(own, exact) < 3 * BARS[dtype]
 
 
 @pytest.mark.cuda

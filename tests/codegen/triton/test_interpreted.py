@@ -37,7 +37,7 @@ def test_every_case_agrees_with_float64() -> None:
     "kernel",
     [
         *("attention", "attention_decode", "quantized_linear", "norm", "gated", "rotary"),
-        *("group_rational", "coded_linear", "binary_attention"),
+        *("group_rational", "coded_linear", "binary_attention", "attention_backward"),
     ],
 )
 def test_emitted_file_checks_itself(kernel: str, tmp_path: Path) -> None:

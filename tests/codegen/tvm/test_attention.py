@@ -283,9 +283,9 @@ def test_problems_are_named():
             attention(*wrong, scale=1.0)
 
 
-@pytest.mark.parametrize("decode", [False, True])
-def test_source_is_the_kernel(isa, decode):
-    text = cpu.source(64, dtype=torch.bfloat16, mask=torch.bool, decode=decode, isa=isa)
+@pytest.mark.parametrize("role", ["tiled", "decode", "saved"])
+def test_source_is_the_kernel(isa, role):
+    text = cpu.source(64, dtype=torch.bfloat16, mask=torch.bool, role=role, isa=isa)
     assert "def main(" in text
     assert ("rl_dpbf16" in text.split("import_llvm")[1].split("T.alloc_buffer", 1)[1]) == (
         isa == "avx512_bf16"

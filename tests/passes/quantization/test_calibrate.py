@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ridgeline.passes.quantization import QuantizationError, collect_hessians, stream_hessians
+from ridgeline.passes.quantization import HessiansOnDemand, QuantizationError, collect_hessians
 
 
 class Block(nn.Module):
@@ -54,39 +54,39 @@ def test_readers_of_one_input_share_one_hessian(model, batches):
     assert len({id(h) for h in hessians.values()}) == 4
 
 
-def test_chunks_keep_to_the_limit_and_to_the_order_of_execution(model, batches):
-    whole = collect_hessians(model, NAMES, batches)
-    seen = []
-    for chunk in stream_hessians(model, NAMES, batches, byte_limit=4 * (12**2 + 20**2)):
-        assert sum(h.nbytes for h in {id(h): h for h in chunk.values()}.values()) <= 2176
-        seen += [sorted(chunk)]
-        for name, hessian in chunk.items():
-            assert torch.equal(hessian, whole[name])
-    assert seen == [["0.k", "0.out", "0.q"], ["1.k", "1.out", "1.q"]]
+def test_hessians_on_demand_keep_to_the_limit(model, batches):
+    whole, limit = collect_hessians(model, NAMES, batches), 4 * (12**2 + 20**2)
+    lazy = HessiansOnDemand(model, NAMES, batches, byte_limit=limit)
+    order = ["0.q", "0.k", "0.out", "1.q", "1.k", "1.out"]
+    assert list(lazy) == [f"{name}.weight" for name in order]
+    assert "0.idle.weight" not in lazy
+    for name in (*order, "0.q"):
+        assert torch.equal(lazy[f"{name}.weight"], whole[name])
+        held = {id(h): h.nbytes for h in lazy._held.values()}
+        assert sum(held.values()) <= limit
 
 
-def test_a_chunk_is_released_when_the_next_is_asked_for(model, batches):
-    stream = stream_hessians(model, NAMES, batches, byte_limit=4 * (12**2 + 20**2))
-    first = next(stream)
-    assert first
-    assert next(stream)
-    assert not first
+def test_a_chunk_costs_one_pass_over_the_batches(model, batches):
+    lazy = HessiansOnDemand(model, NAMES, batches, byte_limit=4 * (12**2 + 20**2))
+    before = model[1].runs
+    assert [lazy[name].isfinite().all() for name in lazy]
+    # The pass for block 0 stops inside it, that for block 1 inside that: no forward is completed.
+    assert model[1].runs == before
+
+
+def test_what_fits_is_computed_at_once(model, batches):
+    lazy = HessiansOnDemand(model, NAMES, batches)
+    with torch.no_grad():
+        model[0].out.weight.zero_()
+    assert torch.equal(lazy["1.q.weight"], lazy["1.k.weight"])
+    after = collect_hessians(model, ["1.q"], batches)["1.q"]
+    assert not torch.allclose(lazy["1.q.weight"], after)
 
 
 def test_a_pass_stops_after_the_last_layer_of_its_chunk(model, batches):
     collect_hessians(model, ["0.q", "0.k"], batches)
     # The first run finds who shares what and runs through; the counted runs stop inside block 0.
     assert [block.runs for block in model] == [1, 1]
-
-
-def test_a_consumer_that_writes_back_calibrates_sequentially(model, batches):
-    before = collect_hessians(model, ["1.q"], batches)["1.q"]
-    stream = stream_hessians(model, ["0.q", "1.q"], batches, byte_limit=4 * 12**2)
-    next(stream)
-    with torch.no_grad():
-        model[0].out.weight.zero_()
-    after = next(stream)["1.q"]
-    assert not torch.allclose(before, after)
 
 
 def test_batches_may_be_tuples_or_mappings(model, batches):
@@ -107,11 +107,8 @@ def test_transformers_conv1d_is_read_transposed():
 
 def test_progress_counts_every_batch(model, batches):
     calls = []
-    chunks = stream_hessians(
-        model, NAMES, batches, byte_limit=2176, progress=lambda *at: calls.append(at)
-    )
-    assert len(list(chunks)) == 2
-    assert calls == [(i, 6) for i in range(1, 7)]
+    collect_hessians(model, NAMES, batches, progress=lambda *at: calls.append(at))
+    assert calls == [(i, 3) for i in range(1, 4)]
 
 
 def test_the_model_is_left_as_it_was(model, batches):
@@ -132,6 +129,6 @@ def test_what_cannot_be_calibrated_is_refused(model, batches):
     with pytest.raises(QuantizationError, match="above the limit of 100"):
         collect_hessians(model, ["0.q"], batches, byte_limit=100)
     with pytest.raises(QuantizationError, match="above the limit of 100"):
-        list(stream_hessians(model, ["0.q"], batches, byte_limit=100))
+        HessiansOnDemand(model, ["0.q"], batches, byte_limit=100)
     with pytest.raises(QuantizationError, match=r"inputs of 0\.q hold NaN"):
         collect_hessians(model, ["0.q"], [torch.full((2, 12), torch.nan)])

@@ -17,6 +17,7 @@ from ridgeline.passes.shift_add_vit import (
     count_operations,
     freeze,
 )
+from ridgeline.passes.shift_add_vit.find import SEPARATE
 
 
 class Attention(nn.Module):
@@ -230,10 +231,48 @@ def test_operations_are_counted():
     assert count_operations(layers, tokens).multiplications > 5 * 2 * (4 * 32 * 32 + 2 * 32 * 48)
 
 
+def test_a_vit_of_transformers_trains_and_runs_by_kernels():
+    """Its queries, keys and values have layers of their own, and its attention gives a pair."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = transformers.ViTConfig(
+        num_attention_heads=4, image_size=16, patch_size=4, num_labels=10, **sizes
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    images = torch.randn(2, 3, 16, 16)
+    new = reparameterized(model, linears="shift").train()
+    assert became(new)["vit.layers.1.attention"] == "AdditiveAttention"
+    assert became(new)["vit.layers.1.mlp.fc1"] == "ShiftLinear"
+    loss = F.cross_entropy(new(pixel_values=images).logits, torch.tensor([1, 2]))
+    loss.backward()
+    attention = new.vit.layers[0].attention
+    assert bool(attention.qkv.weight.grad.any())
+    packed = torch.cat([getattr(model.vit.layers[0].attention, n).weight for n in SEPARATE])
+    torch.testing.assert_close(attention.qkv.weight, packed)
+    with torch.no_grad():
+        fast = ridgeline.optimize(new.eval(), kwargs={"pixel_values": images}, target="cpu")
+        found = fast(pixel_values=images).logits
+        torch.testing.assert_close(found, new(pixel_values=images).logits, rtol=1e-3, atol=1e-4)
+    ran = [k.op for k in fast.plan.kernels]
+    assert {"ridgeline::binary_attention", "ridgeline::quantized_linear"} <= set(ran)
+    with pytest.raises(ShiftAddError, match="neither masks nor weights"):
+        attention(torch.randn(1, 5, 64), torch.ones(1, 1, 5, 5))
+
+
 class _Relative(Attention):
     def __init__(self) -> None:
         super().__init__()
         self.bias_table = nn.Parameter(torch.zeros(3))
+
+
+class SeparateAttention(nn.Module):
+    """An attention of transformers' form, as far as it is looked at."""
+
+    def __init__(self, **attributes: object) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32) for _ in range(4))
+        for name, value in ({"num_heads": 2} | attributes).items():
+            setattr(self, name, value)
 
 
 class _Odd(nn.Module):
@@ -251,6 +290,9 @@ class _Odd(nn.Module):
         (lambda: _Odd(nn.MultiheadAttention(32, 2)), "second.attn", "cross attention"),
         (lambda: _Odd(_Relative()), "second.attn", "bias_table"),
         (lambda: _Odd(Attention(scale=1.0)), "second.attn", "does not compute softmax"),
+        (lambda: _Odd(SeparateAttention(is_causal=True)), "second.attn", "is causal"),
+        (lambda: _Odd(SeparateAttention(dropout=0.1)), "second.attn", "dropout 0.1"),
+        (lambda: _Odd(SeparateAttention(num_heads=5)), "second.attn", "projections of shapes"),
     ],
 )
 def test_attentions_that_stay_say_why(build, path, reason):
