@@ -13,8 +13,10 @@ import ridgeline
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM
+from ridgeline.ir.op import TransformError
 from ridgeline.ir.rms_norm import ADD_RMS_NORM
 from ridgeline.ir.rotary import ROTARY
+from ridgeline.nn import GroupRational
 
 pytestmark = pytest.mark.filterwarnings("default")  # Inductor warns of its own parts
 
@@ -115,3 +117,55 @@ def test_a_parameter_may_be_frozen_and_thawed(block, fast):
     finally:
         block.gate.requires_grad_(True)
         block.zero_grad()
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_transforms_are_refused_by_operations(transform):
+    """torch alone would lose the tangent of a jvp without a word."""
+    a, b = torch.randn(2, 6), torch.rand(2, 4)
+
+    def law(x: Tensor) -> Tensor:
+        return GROUP_RATIONAL.overload(x, a, b)
+
+    calls = {
+        "grad": lambda x: torch.func.grad(lambda x: law(x).sum())(x),
+        "jvp": lambda x: torch.func.jvp(law, (x,), (x,)),
+        "vmap": torch.vmap(law),
+    }
+    with pytest.raises(TransformError, match=r"torch\.autograd\.grad"):
+        calls[transform](torch.randn(3, 8))
+
+
+def test_transforms_of_an_optimized_model_run_the_original_code():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).train()
+    fast = ridgeline.optimize(model, target="cpu")
+    parameters, x = dict(model.named_parameters()), torch.randn(3, 4)
+
+    def loss(parameters: dict[str, Tensor], network: nn.Module) -> Tensor:
+        return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+    found, expected = (torch.func.grad(loss)(parameters, m) for m in (fast, model))
+    torch.testing.assert_close(found, expected)
+    assert fast.captures == 0
+    (reason,) = fast.fallbacks.values()
+    assert "torch.func transform" in reason
+
+
+def test_autocast_through_torch_compile():
+    """The graph that Dynamo gives on is traced under the caller's autocast, casts and all."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(32, 64), GroupRational(64, 4), nn.Linear(64, 8)).train()
+    fast = torch.compile(model, backend="ridgeline", options={"target": "cpu"})
+    x, exact = torch.randn(16, 32), copy.deepcopy(model).double()
+
+    def step(network: nn.Module) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = network(x)
+            assert y.dtype == torch.bfloat16
+        return list(torch.autograd.grad(y.float().square().sum(), list(network.parameters())))
+
+    law = torch.autograd.grad(exact(x.double()).square().sum(), list(exact.parameters()))
+    for own, eager, value in zip(step(fast), step(model), law, strict=True):
+        assert own.dtype == torch.float32
+        error = (own.double() - value).norm() / value.norm()
+        assert error <= 2 * (eager.double() - value).norm() / value.norm() + 4e-3
