@@ -1,4 +1,4 @@
-"""Lower a rewritten graph for inference: one compiled call instead of one dispatch per node.
+"""Lower a rewritten graph: one compiled call instead of one dispatch per node.
 
 A batch-1 decode step reads each weight once, so it should take
 
@@ -9,6 +9,10 @@ and the second term is what this module makes small. Inductor fuses what lies be
 entered at `compile_fx`, below dynamo: no frame is traced and no dynamo guard is evaluated, because
 the caller already chose this graph by its own guards. What compiled code takes for granted about
 its inputs is checked here instead (`inductor_inputs`), once per call and for the inputs only.
+
+For training the same compiler makes a forward and a backward. `ridgeline::` operations that have
+no backward kernel are given to it as their laws, so that it fuses them, and the explicit formulas
+of their gradients, with what stands beside them.
 
 Caches stay in place: AOTAutograd makes ``index_copy_`` on an input functional, Inductor puts it
 back, so a mutated input is written and never copied.
@@ -26,6 +30,10 @@ from torch.utils._pytree import tree_leaves
 from ridgeline.codegen.code_version import code_version
 from ridgeline.codegen.errors import BackendMissing
 from ridgeline.codegen.inductor_inputs import Check, InputMismatch, input_check
+from ridgeline.ir.gated import GATED_ACTIVATION
+from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
+from ridgeline.ir.rotary import ROTARY
 
 Compiled = Callable[..., tuple[Any, ...]]
 
@@ -48,14 +56,27 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
+WITHOUT_BACKWARD_KERNEL = (
+    *(RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM),
+    *(GATED_ACTIVATION, ROTARY),
+)
+"""Bound by memory: in training, Inductor makes loops of their laws and of their gradients."""
+
+
+_TRAINING: dict[str, Any] = {
+    # Dropout draws what the model itself would: a seed gives the same run with and without us.
+    "fallback_random": True,
+}
+
+
 class NoCompiler(BackendMissing):
     """Inductor needs a C++ compiler and there is none; eager lowering needs none."""
 
 
 def compile_graph(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, dynamic: bool
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, dynamic: bool, training: bool = False
 ) -> Compiled:
-    """Compile `module` with Inductor, for inference.
+    """Compile `module` with Inductor.
 
     module: pre-dispatch ATen and `ridgeline::` nodes, weights as `get_attr`; neither it nor its
         tensors are changed. Mutations of inputs and of buffers are kept.
@@ -63,9 +84,12 @@ def compile_graph(
         constant is compiled in.
     dynamic: True takes shapes from the placeholders' ``meta["val"]``, whose symbolic sizes stay
         free; False specialises on the example inputs.
+    training: gradients flow to the inputs and parameters that require them now; where another set
+        of parameters requires them at a call, the call compiles anew.
 
     Returns a function of the flat inputs that returns the flat outputs as a tuple, without
-    gradients. A call raises InputMismatch where dtype, shape or strides are not what was compiled.
+    gradients unless `training`. A call raises InputMismatch where dtype, shape or strides are not
+    what was compiled.
     Raises NoCompiler without a C++ compiler.
     """
     _require_compiler()
@@ -84,8 +108,43 @@ def compile_graph(
     values = [values[i] for i in free]
     if not any(isinstance(leaf, fx.Node) for leaf in outputs) and not _has_effects(graph):
         return _constant(outputs)
-    run, check = _lower(fx.GraphModule(module, graph), values)
-    return _bind(run, check, len(placeholders), free, outputs)
+    owner = fx.GraphModule(module, graph)
+    if not training:
+        run, check = _lower(owner, values)
+        return _bind(run, check, len(placeholders), free, outputs)
+    for i, value in zip(free, values, strict=True):
+        if isinstance(value, torch.Tensor) and example_inputs[i].requires_grad:
+            value.requires_grad_()
+    return _bind(*_trained(owner, values), len(placeholders), free, outputs, training=True)
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's own, and the laws of `WITHOUT_BACKWARD_KERNEL`, which write nothing in place: they
+    are put in below the stage that would make that functional."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    laws = {op.overload: op.reference for op in WITHOUT_BACKWARD_KERNEL}
+    return {**select_decomp_table(), **laws}
+
+
+def _trained(module: fx.GraphModule, values: list[Any]) -> tuple[Callable[..., Any], Check]:
+    """What runs for training: compiled once per set of parameters that require gradients, which
+    compiled code takes for granted and a caller may change by `requires_grad_`."""
+    parameters = list(module.parameters())
+
+    def required() -> tuple[bool, ...]:
+        return tuple(p.requires_grad for p in parameters)
+
+    first, check = _lower(module, values, training=True)
+    known = {required(): first}
+
+    def run(*inputs: Any) -> Any:
+        wanted = required()
+        if wanted not in known:
+            known[wanted], _ = _lower(module, values, training=True)
+        return known[wanted](*inputs)
+
+    return run, check
 
 
 def run_eager(module: fx.GraphModule) -> Compiled:
@@ -158,7 +217,9 @@ def _constant(outputs: list[Any]) -> Compiled:
     return call
 
 
-def _lower(module: fx.GraphModule, values: list[Any]) -> tuple[Callable[..., Any], Check]:
+def _lower(
+    module: fx.GraphModule, values: list[Any], training: bool = False
+) -> tuple[Callable[..., Any], Check]:
     """Compile, and return the compiled function and the check of what it takes for granted."""
     from torch._guards import TracingContext, detect_fake_mode, tracing
 
@@ -173,14 +234,15 @@ def _lower(module: fx.GraphModule, values: list[Any]) -> tuple[Callable[..., Any
     context = TracingContext(fake_mode) if fake_mode is not None else None
     with (
         torch.inference_mode(False),
-        torch.no_grad(),
+        torch.set_grad_enabled(training),
         tracing(context),
-        config.patch(_SETTINGS),
+        config.patch({**_SETTINGS, **(_TRAINING if training else {})}),
         torch.compiler.config.patch(cache_key_tag=code_version()),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on first use
-        run: Any = compile_fx(module, values)
+        decompositions = inductor_decompositions() if training else None
+        run: Any = compile_fx(module, values, decompositions=decompositions)
     assumed = []
     if environment is not None:  # a size that was fixed on the way is a number in the shapes now
         held = (environment.simplify(g.expr) for g in environment.guards[known:])
@@ -197,7 +259,12 @@ def _filled(outputs: list[Any], values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _bind(
-    run: Callable[..., Any], check: Check, arity: int, free: list[int], outputs: list[Any]
+    run: Callable[..., Any],
+    check: Check,
+    arity: int,
+    free: list[int],
+    outputs: list[Any],
+    training: bool = False,
 ) -> Compiled:
     select = None if len(free) == arity else free
 
@@ -207,7 +274,7 @@ def _bind(
         if select is not None:
             inputs = tuple(inputs[i] for i in select)
         check(*inputs)
-        with torch.no_grad():
+        with torch.set_grad_enabled(training):
             return _filled(outputs, run(*inputs))
 
     return call

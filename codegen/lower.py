@@ -40,8 +40,8 @@ def lower(
     """Lower `module` for `target`; it must own its graph (the kernels are put in place in it).
 
     inputs: the program's example inputs. lowering: "inductor" or "eager", for what is not ours.
-    training: gradients must flow: what comes back is the module itself, to be run op by op, or
-        compiled by who calls, through the gradients that its ops have.
+    training: gradients must flow, through the gradients that the ops have; with "eager", and for
+        a target that is not here, what comes back is the module itself.
     """
     nodes, reports, notes = compiled(module, target, training)
     elsewhere = _elsewhere(target, module, inputs)
@@ -57,9 +57,7 @@ def lower(
         kernel.place(node, module)
     module.graph.eliminate_dead_code()
     module.recompile()
-    if training:
-        return Lowered(module, reports, tuple(notes))
-    run, refusal = _rest(module, inputs, lowering)
+    run, refusal = _rest(module, inputs, lowering, training)
     return Lowered(run, reports, (*notes, *refusal))
 
 
@@ -119,7 +117,7 @@ def compiled(
         for own in (report, *report.also):
             reports.setdefault(f"{own.op} {own.configuration}", own)
     if training and plain:
-        notes.append(f"training: {', '.join(plain)} run by their references, forward and backward")
+        notes.append(f"training: {', '.join(plain)} have no kernels of their own for the backward")
     return nodes, tuple(reports.values()), notes
 
 
@@ -148,20 +146,25 @@ def _device_present(target: Target) -> bool:
 
 
 def _rest(
-    module: fx.GraphModule, inputs: Sequence[Any], lowering: Literal["inductor", "eager"]
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    lowering: Literal["inductor", "eager"],
+    training: bool,
 ) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """What is not ours, compiled, and a note where that could not be done."""
     if lowering == "eager":
-        return run_eager(module), ()
-    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
-    symbolic = any(
-        isinstance(s, torch.SymInt)
-        for v in values
-        for s in (v.shape if isinstance(v, torch.Tensor) else (v,))
-    )
+        return module if training else run_eager(module), ()
     try:
-        return compile_graph(module, inputs, dynamic=symbolic), ()
+        return compile_graph(module, inputs, dynamic=_is_symbolic(module), training=training), ()
     except Exception as error:  # whatever Inductor meets; the model must come back working
         log.warning("Inductor did not compile the graph, which runs op by op: %s", error)
         reason = str(error).strip().partition("\n")[0]
-        return run_eager(module), (f"Inductor did not compile the rest of the graph: {reason}",)
+        note = f"Inductor did not compile the rest of the graph: {reason}"
+        return module if training else run_eager(module), (note,)
+
+
+def _is_symbolic(module: fx.GraphModule) -> bool:
+    """Does the graph take free sizes?"""
+    values = [n.meta.get("val") for n in module.graph.find_nodes(op="placeholder")]
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,))]
+    return any(isinstance(s, torch.SymInt) for s in sizes)

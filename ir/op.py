@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
+from ridgeline.ir.errors import RidgelineError
+
 LIBRARY = torch.library.Library("ridgeline", "DEF")
+
+
+class TransformError(RidgelineError, NotImplementedError):
+    """An operation called within a torch.func transform, for which it has no rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +40,19 @@ class Op:
         LIBRARY.define(self.schema)
         LIBRARY.impl(self.name, self.reference, "CompositeExplicitAutograd")
         torch.library.register_fake(self.qualified, self.fake)
+        # Before any transform sees the call: some would drop a derivative without a word.
+        LIBRARY.impl(self.name, self._refuse_transforms, "FuncTorchDynamicLayerFrontMode")
         if self.backward is not None:
             torch.library.register_autograd(
                 self.qualified, self.backward, setup_context=self.setup_context
             )
+
+    def _refuse_transforms(self, *args: Any, **kwargs: Any) -> Any:
+        raise TransformError(
+            f"{self.qualified} expects to be called outside torch.func's transforms (grad, jvp,"
+            " vmap, ...) and found one active; use torch.autograd.grad, or transform"
+            f" its law in plain torch, {self.reference.__module__}.{self.reference.__name__}"
+        )
 
     @property
     def name(self) -> str:

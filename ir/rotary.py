@@ -29,11 +29,9 @@ def rotate(x: Tensor, interleaved: bool) -> Tensor:
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     c, s = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
-    part = x[..., : cos.shape[-1]].to(wide)
-    out = heads_side_by_side(x, x.shape)
-    out[..., : cos.shape[-1]] = part * c + rotate(part, interleaved) * s
-    out[..., cos.shape[-1] :] = x[..., cos.shape[-1] :]
-    return out
+    part, rest = x[..., : cos.shape[-1]].to(wide), x[..., cos.shape[-1] :]
+    out = torch.cat(((part * c + rotate(part, interleaved) * s).to(x.dtype), rest), dim=-1)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def reference(

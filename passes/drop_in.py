@@ -154,6 +154,10 @@ class OptimizedModule(nn.Module):
         state.weights = Watched.of(state.modules)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # Transforms wrap the parameters for the time being: no reason to drop the graphs.
+            self._refuse(args, kwargs, None, CaptureError(_TRANSFORMED))
+            return self._eager(*args, **kwargs)
         with self._ridgeline.lock:
             self._forget_changed_weights()
         try:
@@ -312,6 +316,12 @@ def _moves(fn: Callable[[Tensor], Tensor], p: nn.Parameter) -> bool:
     probe = torch.empty(0, dtype=p.dtype, device=p.device)
     moved = fn(probe)
     return (moved.dtype, moved.device) != (probe.dtype, probe.device)
+
+
+_TRANSFORMED = (
+    "the call is made within a torch.func transform (grad, vmap, jvp, ...), which compiled code has"
+    " no rule for; use torch.autograd.grad, or transform the original model"
+)
 
 
 def _refuse_autocast() -> None:

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from ridgeline.codegen.code_version import code_version
+from ridgeline.codegen.inductor import inductor_decompositions
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
@@ -111,22 +112,24 @@ def _state(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(w.data_ptr(), w._version) for w in weights]
 
 
-def _compiler(chosen: Options) -> Compiler:
+def _compiler(chosen: Options, training: bool = False) -> Compiler:
+    """training: kernels are put in place, and AOTAutograd and Inductor get the graph from here."""
     return Compiler(
         chosen.target,
         tolerance=chosen.tolerance,
         objective=chosen.objective,
         passes=PASSES,
         ignore=chosen.ignore,
+        lowering="eager" if training else "inductor",
     )
 
 
 def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
-    compiler = _compiler(chosen)
+    compiler = _compiler(chosen, program.training)
     try:
         run = compiler.lower(compiler.rewrite(program), program)
         if program.training:
-            run = _inductor(run, program.inputs)
+            run = _inductor(run, program.inputs, inductor_decompositions())
     except RidgelineError:
         raise
     except Exception:  # the user's model must still run
@@ -199,8 +202,12 @@ def _concrete(value: Any) -> Any:
     return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     with torch.compiler.config.patch(cache_key_tag=code_version()):
-        return compile_fx(gm, list(example_inputs))
+        return compile_fx(gm, list(example_inputs), decompositions=decompositions)
