@@ -16,6 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from ridgeline.cost_model.quiet import quiet_c
 from ridgeline.ir.errors import RidgelineError
 
 # Proving the last thousandth of a large knapsack takes minutes.
@@ -147,13 +148,14 @@ def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
         at_row, at_column, values = zip(*entries, strict=True) if entries else ((), (), ())
         matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), len(options)))
         constraints = [LinearConstraint(matrix, ub=np.array(limits))]
-    result = milp(
-        -objective,
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0.0, allowed),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0 if len(options) <= EXACT_UP_TO else LARGE_GAP},
-    )
+    with quiet_c():
+        result = milp(
+            -objective,
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0.0, allowed),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0 if len(options) <= EXACT_UP_TO else LARGE_GAP},
+        )
     if result.x is None:
         freed = -sum(min(o.memory_bytes, 0) for o, ok in zip(options, allowed, strict=True) if ok)
         raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, freed))
