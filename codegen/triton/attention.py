@@ -285,6 +285,19 @@ def attention_forward(
     tl.store(stats_ptr + wide_rows, tl.where(empty, float("inf"), tl.log(total)), mask=in_rows)
 
 
+def mask_operand(
+    mask: Tensor | None, shape: tuple[int, ...]
+) -> tuple[int, Tensor | None, tuple[int, ...]]:
+    """(kind, what a kernel reads, its strides) of a mask that broadcasts to `shape`."""
+    if mask is None:
+        return NO_MASK, None, (0, 0, 0, 0)
+    boolean, mask = mask.dtype == torch.bool, mask.expand(shape)
+    strides = mask.stride()
+    return (
+        (BOOLEAN_MASK, mask.view(torch.uint8), strides) if boolean else (ADDED_MASK, mask, strides)
+    )
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -317,13 +330,7 @@ def attention(
     stats = query.new_empty(2, batch, heads, query_length, dtype=torch.float32)
     if out.numel() == 0:
         return out, stats
-    kind = NO_MASK
-    mask_strides = (0, 0, 0, 0)
-    if mask is not None:
-        kind = BOOLEAN_MASK if mask.dtype == torch.bool else ADDED_MASK
-        mask = mask.expand(batch, heads, query_length, key_length)
-        mask_strides = mask.stride()
-        mask = mask.view(torch.uint8) if kind == BOOLEAN_MASK else mask
+    kind, mask, mask_strides = mask_operand(mask, (batch, heads, query_length, key_length))
     attention_forward[(triton.cdiv(query_length, block_m) * batch * heads,)](
         query,
         key,

@@ -23,30 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ridgeline.codegen.triton.attention import (
-    ADDED_MASK,
-    BOOLEAN_MASK,
-    INTERPRETED,
-    NO_MASK,
-    _dot,
-    _tanh,
-)
+from ridgeline.codegen.triton.attention import INTERPRETED, _dot, _tanh, mask_operand
 
 
 @triton.jit
 def _soften(
-    z,
-    dp,
-    peak,
-    log_total,
-    delta,
-    extra,
-    keep,
-    scale,
-    soft_cap,
-    MASK: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
+    z, dp, peak, log_total, delta, extra, keep, scale, soft_cap,
+    MASK: tl.constexpr, CAPPED: tl.constexpr
+):  # fmt: skip
     """(p, ds) of a tile, from the products z = q·k and dp = do·v; statistics broadcast to it."""
     LOG2E: tl.constexpr = 1.4426950408889634
     if CAPPED:
@@ -348,12 +332,7 @@ def attention_backward(
     d_query, d_key, d_value = (x.new_zeros(x.shape) for x in (query, key, value))
     if not (query.numel() and key.numel() and value.numel()):
         return d_query, d_key, d_value
-    kind, mask_strides = NO_MASK, (0, 0, 0, 0)
-    if mask is not None:
-        kind = BOOLEAN_MASK if mask.dtype == torch.bool else ADDED_MASK
-        mask = mask.expand(batch, heads, query_length, key_length)
-        mask_strides = mask.stride()
-        mask = mask.view(torch.uint8) if kind == BOOLEAN_MASK else mask
+    kind, mask, mask_strides = mask_operand(mask, (batch, heads, query_length, key_length))
     operands = (query, key, value, query if mask is None else mask, grad, stats, delta)
     sizes = (
         heads,

@@ -14,14 +14,9 @@ from ridgeline.codegen.triton import choose, require_triton
 from ridgeline.codegen.triton.arch import architecture
 from ridgeline.codegen.triton.config import Config
 from ridgeline.codegen.triton.cross_compile import Compiled, first_accepted
+from ridgeline.codegen.triton.masks import mask_kind, mask_type
 from ridgeline.codegen.triton.ops import device_arch
-from ridgeline.codegen.triton.problems import (
-    attention_kernel,
-    compile_prefill,
-    mask_kind,
-    mask_type,
-    pointer,
-)
+from ridgeline.codegen.triton.problems import attention_kernel, compile_prefill, pointer
 
 
 @functools.lru_cache(maxsize=1024)

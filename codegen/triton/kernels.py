@@ -16,8 +16,9 @@ from ridgeline.codegen.triton.cuda_text import cuda_of_binary_attention, cuda_of
 from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.group_rational_launch import compile_group_rational
 from ridgeline.codegen.triton.linear_nodes import compile_linear_node, place_linear_node
+from ridgeline.codegen.triton.masks import mask_kind
 from ridgeline.codegen.triton.norm_ops import compile_norm
-from ridgeline.codegen.triton.problems import compile_attention, mask_kind
+from ridgeline.codegen.triton.problems import compile_attention
 from ridgeline.cost_model import Target
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.binary_attention import BINARY_ATTENTION

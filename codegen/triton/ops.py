@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.triton.problems import (
-    compile_attention,
-    compile_quantized_linear,
-    mask_kind,
-)
+from ridgeline.codegen.triton.masks import mask_kind
+from ridgeline.codegen.triton.problems import compile_attention, compile_quantized_linear
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.op import LIBRARY
 

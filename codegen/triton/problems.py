@@ -14,6 +14,7 @@ from ridgeline.codegen.triton import choose, require_triton
 from ridgeline.codegen.triton.arch import architecture
 from ridgeline.codegen.triton.config import Config
 from ridgeline.codegen.triton.cross_compile import Compiled, cross_compile, first_accepted
+from ridgeline.codegen.triton.masks import mask_type
 
 _FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _INTEGERS = {torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32"}
@@ -72,18 +73,6 @@ def compile_attention(
         multiprocessors=multiprocessors or architecture(arch).multiprocessors,
     )
     return replace(part, config=config)
-
-
-def mask_kind(mask: torch.Tensor | None) -> str:
-    """What `compile_attention` calls a mask."""
-    if mask is None:
-        return "none"
-    return "boolean" if mask.dtype == torch.bool else "added"
-
-
-def mask_type(kind: str, mask_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    """What a kernel reads a mask of that kind as."""
-    return {"none": dtype, "boolean": torch.uint8, "added": mask_dtype or dtype}[kind]
 
 
 def compile_quantized_linear(

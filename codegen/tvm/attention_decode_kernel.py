@@ -379,7 +379,7 @@ def build(spec: Spec) -> Any:
                 h = T.meta_var(item // parts % key_heads)
                 start = T.meta_var(item % parts * part_keys)
                 attend_part(
-                    Head(q, k, v, mask, sinks, out, None, b, h, group, rows, length, factor, cap),
+                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap),
                     State(qw, s, p, alpha, top, total, o, item),
                     start,
                     T.min(length, start + part_keys) - 1,
@@ -390,9 +390,7 @@ def build(spec: Spec) -> Any:
                 h = T.meta_var(n % key_heads)
                 for r in T.serial(rows):
                     combine(
-                        Head(
-                            q, k, v, mask, sinks, out, None, b, h, group, rows, length, factor, cap
-                        ),
+                        Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap),
                         State(None, None, None, None, top, total, o, n * parts),
                         parts,
                         r,

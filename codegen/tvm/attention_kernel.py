@@ -290,7 +290,7 @@ def build(spec: Spec) -> Any:
                 turn = item % blocks
                 block = T.if_then_else(turn % 2 == 0, turn // 2, blocks - 1 - turn // 2)
                 attend_block(
-                    Head(q, k, v, mask, sinks, out, stats, b, h, group, rows, length, factor, cap),
+                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap, stats),
                     Tiles(
                         qt,
                         kt,

@@ -38,7 +38,6 @@ class Head(NamedTuple):
     mask: Any
     sinks: Any
     out: Any
-    stats: Any
     b: Any
     h: Any
     group: Any
@@ -46,6 +45,7 @@ class Head(NamedTuple):
     length: Any
     factor: Any
     cap: Any
+    stats: Any = None
 
     def query_row(self, tensor: Any, row: Any, column: Any) -> Any:
         """Element `column` of a row of q, mask or out."""
