@@ -154,8 +154,11 @@ def _rest(
     """What is not ours, compiled, and a note where that could not be done."""
     if lowering == "eager":
         return module if training else run_eager(module), ()
+    # Inductor's backward graphs cannot read free sizes off sums such as S + 1, a Llama's loss: a
+    # training step is compiled for the sizes of its inputs, and others compile anew.
+    dynamic = not training and _is_symbolic(module)
     try:
-        return compile_graph(module, inputs, dynamic=_is_symbolic(module), training=training), ()
+        return compile_graph(module, inputs, dynamic=dynamic, training=training), ()
     except Exception as error:  # whatever Inductor meets; the model must come back working
         log.warning("Inductor did not compile the graph, which runs op by op: %s", error)
         reason = str(error).strip().partition("\n")[0]

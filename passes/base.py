@@ -21,14 +21,15 @@ class Setting:
     """What a pass may look at besides the site.
 
     target: the machine; training: gradients must flow; tolerance: the user's error budget.
-    observed: node -> its value on the example inputs (read only by approximate passes).
+    observed: node -> its value on the example inputs (read only by approximate passes), and
+        ``observed.values(node)``: what it ranges over; an `observe.Observation`.
     weights: the store of quantised weights, shared by all graphs of one `optimize`.
     """
 
     target: Target
     training: bool
     tolerance: float
-    observed: Callable[[fx.Node], Any]
+    observed: Any
     weights: Any
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ from ridgeline.passes.certify import relative_error
 LINEAR = (torch.ops.aten.linear.default, QUANTIZED_LINEAR.overload)
 ROWS = 256
 """Rows of each observed activation that are kept."""
+SAMPLE = 4096
+"""Numbers of each value that are kept of those that any operation gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Of a floating value: the largest magnitude, and up to `SAMPLE` numbers evenly taken."""
+
+    reach: float
+    sample: Tensor
 
 
 @contextlib.contextmanager
@@ -68,6 +79,7 @@ class Observation:
     def __init__(self, module: fx.GraphModule, program: Program) -> None:
         self._module, self._program = module, program
         self._rows: dict[fx.Node, Tensor] | None = None
+        self._values: dict[fx.Node, Values] | None = None
 
     def __call__(self, node: fx.Node) -> Tensor:
         """Up to `ROWS` rows of the value of `node`, which must be read by a linear layer."""
@@ -77,6 +89,15 @@ class Observation:
                 run.run(*inputs)
             self._rows = run.rows
         return self._rows[node]
+
+    def values(self, node: fx.Node) -> Values:
+        """What the value of `node`, any floating tensor, ranges over."""
+        if self._values is None:
+            run = _Ranges(self._module, graph=self._module.graph)
+            with rehearsal(self._program) as inputs:
+                run.run(*inputs)
+            self._values = run.values
+        return self._values[node]
 
     def sensitivity(self) -> float:
         """Output error per unit of local error, measured by rounding every linear input to bf16.
@@ -95,6 +116,22 @@ class Observation:
         results = slice(self._program.results or None)
         ratio = relative_error(got[results], expected[results]) / local if local else math.nan
         return max(ratio, 1e-3) if math.isfinite(ratio) else 1.0
+
+
+class _Ranges(fx.Interpreter):
+    """Runs a program, keeping what each floating value ranges over."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.values: dict[fx.Node, Values] = {}
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
+            flat = result.detach().flatten()
+            sample = flat[:: -(-flat.numel() // SAMPLE)].clone()
+            self.values[n] = Values(flat.abs().max().item(), sample)
+        return result
 
 
 class _Recorder(fx.Interpreter):

@@ -4,6 +4,7 @@ They stand beside `optimize`, above all folders, because they bind a law of `ir`
 `codegen`, which `ir` must not import.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,13 @@ import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL, RationalError, check_attributes
 from ridgeline.ir.rational_fit import fit
 
-__all__ = ["GroupRational"]
+__all__ = ["GroupRational", "with_group_rational"]
+
+_KAT_COEFFICIENTS = (
+    ("weight_numerator", "weight_denominator"),
+    ("numerator_v", "denominator_v"),
+)
+"""How the public KAT_Group and FlashKAT_Group name a [1 or G, m+1] and b [1 or G, n]."""
 
 
 class GroupRational(nn.Module):
@@ -85,3 +92,63 @@ class GroupRational(nn.Module):
             f"{self.channels}, groups={self.groups}, init={init!r}, degrees={self.degrees},"
             f" form={self.form!r}, sign0={self.sign0}"
         )
+
+
+def with_group_rational(model: nn.Module) -> nn.Module:
+    """A copy of `model` with `GroupRational` for its public KAT_Group and FlashKAT_Group layers.
+
+    They are known by what they hold, not by their class: two matrices of coefficients under the
+    names that one of the two gives them. What they compute on GPUs, and were trained with, is form
+    "abs_terms" with sign0 = 1, and that is what the copy computes on any device; their plain torch
+    code is another function (see `ridgeline.ir.group_rational`). A layer on x [..., C] reads C from
+    its input, so here `channels` is the number of groups, of which C must be a multiple. Layers in
+    several places stay shared; coefficients are copied. Raises RationalError for coefficients that
+    no law fits, and where the model holds no such layer.
+    """
+    model = copy.deepcopy(model)
+    made: dict[int, GroupRational] = {}
+    if (own := _converted(model, made)) is not None:
+        return own
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and (layer := _converted(child, made)) is not None:
+                setattr(parent, name, layer)
+    if not made:
+        raise RationalError(
+            "expected layers that hold coefficients as KAT_Group (weight_numerator,"
+            " weight_denominator) or FlashKAT_Group (numerator_v, denominator_v) do; found none in"
+            f" {type(model).__name__}; build the model with ridgeline.nn.GroupRational instead"
+        )
+    return model
+
+
+def _converted(layer: nn.Module, made: dict[int, GroupRational]) -> GroupRational | None:
+    names = next(
+        (pair for pair in _KAT_COEFFICIENTS if set(pair) <= layer._parameters.keys()), None
+    )
+    if names is None:
+        return None
+    if id(layer) not in made:
+        a, b = (layer._parameters[name] for name in names)
+        assert a is not None
+        assert b is not None
+        groups = max(len(a), len(b))
+        if a.dim() != 2 or b.dim() != 2 or {len(a), len(b)} - {1, groups} or not b.shape[1]:
+            raise RationalError(
+                f"{names[0]} and {names[1]} expect shapes [1 or G, m+1] and [1 or G, n]; found"
+                f" {list(a.shape)} and {list(b.shape)} in a {type(layer).__name__}"
+            )
+        made[id(layer)] = own = GroupRational(
+            groups,
+            groups,
+            "identity",
+            degrees=(a.shape[1] - 1, b.shape[1]),
+            shared_numerator=len(a) == 1,
+            shared_denominator=len(b) == 1,
+            device=a.device,
+            dtype=a.dtype,
+        )
+        own.numerator = nn.Parameter(a.detach().clone(), a.requires_grad)
+        own.denominator = nn.Parameter(b.detach().clone(), b.requires_grad)
+        own.train(layer.training)
+    return made[id(layer)]

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import ridgeline
 from ridgeline.ir.group_rational import RationalError, reference
-from ridgeline.nn import GroupRational
+from ridgeline.nn import GroupRational, with_group_rational
 
 
 def test_a_new_activation_is_what_it_was_asked_to_be():
@@ -59,3 +60,48 @@ def test_it_stays_one_operation_when_optimized():
 def test_groups_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(RationalError, match="7 groups and 24 channels"):
         GroupRational(24, 7)
+
+
+class OnGpuOnly(nn.Module):
+    """As the public classes: coefficients under their names, kernels that are not here."""
+
+    def __init__(self, names: tuple[str, str], rows: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_parameter(names[0], nn.Parameter(torch.randn(rows[0], 6)))
+        self.register_parameter(names[1], nn.Parameter(torch.randn(rows[1], 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("a GPU kernel")
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (("weight_numerator", "weight_denominator"), (1, 8)),
+        (("numerator_v", "denominator_v"), (1, 8)),
+        (("numerator_v", "denominator_v"), (8, 8)),
+    ],
+)
+def test_public_kat_layers_are_known_by_what_they_hold(names, rows):
+    act = OnGpuOnly(names, rows)
+    model = nn.Sequential(nn.Linear(16, 48), act, nn.Linear(48, 48), act).eval()
+    made, x = with_group_rational(model), torch.randn(3, 16)
+    assert made[1] is made[3]
+    assert model[1] is act
+    own = [p.detach() for p in act.parameters()]
+
+    def law(x: torch.Tensor) -> torch.Tensor:
+        return reference(x, *own, form="abs_terms")
+
+    torch.testing.assert_close(made(x), law(model[2](law(model[0](x)))))
+    assert made[1].sign0 == 1
+    assert not made[1].training
+    alone = with_group_rational(act)
+    torch.testing.assert_close(alone(x), law(x))
+
+
+def test_models_without_such_layers_are_refused():
+    with pytest.raises(RationalError, match="found none in Linear"):
+        with_group_rational(nn.Linear(3, 3))
+    with pytest.raises(RationalError, match=r"found \[2, 6\] and \[8, 4\]"):
+        with_group_rational(OnGpuOnly(("numerator_v", "denominator_v"), (2, 8)))

@@ -1,0 +1,115 @@
+"""Activations refitted to rational functions: under the tolerance, on data, never unasked."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ridgeline
+from ridgeline.cost_model import load_target
+from ridgeline.ir.capture import capture
+from ridgeline.ir.group_rational import GROUP_RATIONAL
+from ridgeline.ir.normalize import normalize
+from ridgeline.passes import PASSES
+from ridgeline.passes.apply import apply
+from ridgeline.passes.base import Candidate, Setting
+from ridgeline.passes.observe import Observation
+from ridgeline.passes.propose import propose
+from ridgeline.passes.rational_activation import RATIONAL_ACTIVATION
+from ridgeline.passes.weights import WeightStore
+
+ACTIVATIONS = {
+    "gelu": (nn.GELU(), 4e-3),
+    "gelu_tanh": (nn.GELU("tanh"), 4e-3),
+    "silu": (nn.SiLU(), 1e-3),
+    "relu": (nn.ReLU(), 3e-2),
+    "tanh": (nn.Tanh(), 1e-3),
+    "sigmoid": (nn.Sigmoid(), 1e-4),
+}
+
+
+class Between(nn.Module):
+    """An activation between two layers."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(24, 40), act, nn.Linear(40, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+def proposed(model: nn.Module, x: Tensor, tolerance: float = 0.1):
+    program = capture(model, [x]).program
+    module = normalize(program.module)
+    observed = Observation(module, program)
+    setting = Setting(load_target("cpu"), program.training, tolerance, observed, WeightStore())
+    return module, *propose((RATIONAL_ACTIVATION,), module, setting)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@torch.no_grad()
+def test_the_stated_error_is_what_the_site_shows(name):
+    act, bound = ACTIVATIONS[name]
+    model, x = Between(act).eval(), 3 * torch.randn(64, 24)
+    module, (candidate,), refusals = proposed(model, x)
+    assert refusals == []
+    assert isinstance(candidate, Candidate)
+    hidden = model.first(x)
+    largest = hidden.abs().max().item()
+    assert largest <= candidate.call.fitted.reach <= 1.25 * largest + 0.5
+    rewritten = apply(module, [candidate])
+    (call,) = rewritten.graph.find_nodes(op="call_function", target=GROUP_RATIONAL.overload)
+    operands = [getattr(rewritten, str(n.target)) for n in call.args[1:]]
+    exact = act(hidden.double())
+    error = (GROUP_RATIONAL.overload(hidden, *operands) - exact).norm() / exact.norm()
+    assert error.item() == pytest.approx(candidate.error, rel=0.3, abs=1e-6)
+    assert candidate.error < bound
+    torch.testing.assert_close(rewritten(x)[0], model(x), rtol=0, atol=0.1)
+    assert "eighths of the domain" in candidate.preconditions[1]
+
+
+@torch.no_grad()
+def test_a_written_out_silu_is_one_site():
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(x)
+
+    _, (candidate,), _ = proposed(Written().eval(), torch.randn(4, 8))
+    assert candidate.variant.startswith("silu")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tolerance": 0.0}, "tolerance is 0"),
+        ({"train": True}, "is being trained"),
+        ({"scale": float("inf")}, "no domain is known"),
+    ],
+)
+def test_refusals(change, reason):
+    model = Between(nn.GELU()).train(change.get("train", False))
+    with torch.set_grad_enabled(change.get("train", False)):
+        x = torch.randn(4, 24) * change.get("scale", 1.0)
+        _, candidates, refusals = proposed(model, x, change.get("tolerance", 0.1))
+    assert candidates == []
+    (refusal,) = refusals
+    assert reason in refusal.reject.reason
+
+
+def test_it_is_never_applied_unasked_and_its_reason_is_told():
+    assert RATIONAL_ACTIVATION not in PASSES
+    model, x = Between(nn.GELU()).eval(), torch.randn(64, 24)
+    options = {"target": "cpu", "passes": (RATIONAL_ACTIVATION,), "lowering": "eager"}
+    with torch.no_grad():
+        for tolerance in (1e-7, 0.05):
+            fast = ridgeline.optimize(model, (x,), tolerance=tolerance, **options)
+            error = (fast(x) - model(x)).norm() / model(x).norm()
+            assert error <= tolerance
+            (line,) = [*fast.plan.applied, *fast.plan.refused]
+            assert line.rewrite == "rational_activation"
+            assert line.refused_by != "pattern"
