@@ -3,6 +3,7 @@
 from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
 from ridgeline.cost_model.estimate import Cost, estimate
+from ridgeline.cost_model.predict import InvalidShape, Prediction, predict
 from ridgeline.cost_model.target import (
     InvalidTarget,
     Target,
@@ -29,9 +30,11 @@ __all__ = [
     "Gemm",
     "InfeasibleChoice",
     "InvalidOption",
+    "InvalidShape",
     "InvalidTarget",
     "Norm",
     "Option",
+    "Prediction",
     "Stream",
     "Target",
     "Uncountable",
@@ -39,6 +42,7 @@ __all__ = [
     "Work",
     "estimate",
     "load_target",
+    "predict",
     "solve",
     "target_names",
     "work_of",

@@ -19,6 +19,8 @@ from ridgeline.ir.errors import RidgelineError
 
 FOLDER = Path(__file__).parent / "targets"
 HOST = ("native", "cpu")
+# The names under which published measurements know machines that are described under another.
+ALIASES = {"a100_80g": "a100", "a100_40g": "a100-40gb", "h100_sxm": "h100", "b200_sxm": "b200"}
 _KINDS = ("cuda", "hip", "cpu")
 _TEXTS = ("name", "kind", "arch")
 _NUMBERS = (
@@ -119,7 +121,7 @@ def load_target(name_or_path: str | Path | Target) -> Target:
         from ridgeline.cost_model.probe import probe_host  # the probe builds a Target
 
         return probe_host()
-    path = Path(text) if text.endswith(".toml") else FOLDER / f"{text}.toml"
+    path = Path(text) if text.endswith(".toml") else FOLDER / f"{ALIASES.get(text, text)}.toml"
     if not path.is_file():
         names = target_names()
         near = difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.4)

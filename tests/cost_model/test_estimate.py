@@ -20,7 +20,9 @@ from ridgeline.cost_model import (
 )
 from ridgeline.cost_model.target import FOLDER
 
-GPUS = [n for n in target_names() if n != "cpu"]
+ALL_GPUS = [n for n in target_names() if n != "cpu"]
+# The kernels below compute in bf16, which older machines have no unit for.
+GPUS = [n for n in ALL_GPUS if "bfloat16" in load_target(n).peaks]
 BF16 = torch.bfloat16
 CPU = """
 name = "desk"
@@ -206,7 +208,7 @@ def test_cpu_reads_at_the_speed_of_the_cache_that_holds_the_data(cpu):
 
 
 def test_shipped_folder_is_what_names_list():
-    assert sorted(p.stem for p in FOLDER.glob("*.toml")) == sorted(GPUS)
+    assert sorted(p.stem for p in FOLDER.glob("*.toml")) == sorted(ALL_GPUS)
 
 
 def coded(bits, scheme, dtype, m=1, n=4096, k=11008, **options):

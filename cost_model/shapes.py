@@ -1,0 +1,115 @@
+"""Operator names, dtypes and shape parameters of `predict`, and what the laws need of them.
+
+A *group* is a set of operators that share fitted constants ("gemm.bf16", "elementwise.fp32"): one
+law, one dtype, one kind of kernel library. bf16 kernels are measured in CUDA graphs, fp16 ones in
+traces of a serving engine, fp32 ones through torch's eager mode, so a dtype also says the harness.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+GEMM_BITS = {
+    "bf16": (16, 16), "fp16": (16, 16), "fp32": (32, 32), "fp8": (8, 8), "int8": (8, 8),
+    "w8a16": (16, 8), "w4a16": (16, 4.25),
+}  # fmt: skip
+UNIT = {
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn",
+    "int8": "int8", "w8a16": "float16", "w4a16": "float16",
+}  # fmt: skip
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Tensors of rows x width elements that a memory-bound operator reads and writes; `u` marks a
+# unary form, whose second operand is a number.
+STREAMS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("add", "div", "mul", "pow", "silu_mul"), (2, 1)),
+    **dict.fromkeys(("addu", "divu", "mulu", "powu", "gelu", "relu", "tanh"), (1, 1)),
+    **dict.fromkeys(("layernorm", "rmsnorm", "softmax", "rope"), (1, 1)),
+    "quant_fp8": (1, 0.5),
+}
+_OWN = ("layernorm", "softmax", "rmsnorm", "rope", "silu_mul", "quant_fp8")
+# Bytes on the wire per byte of payload, (p - 1)/p apart; and the passes over the ring.
+COLLECTIVES = {
+    "all_reduce": (2.0, 2), "all_gather": (1.0, 1), "reduce_scatter": (1.0, 1),
+    "alltoall": (1.0, 1), "send_recv": (2.0, 1),
+}  # fmt: skip
+_GEMM = {"m": None, "n": None, "k": None, "batch": 1}
+_ATTENTION = {
+    "batch": None, "heads": None, "kv_heads": None, "head_dim": None, "q_len": 1, "kv_len": None,
+    "window": 0,
+}  # fmt: skip
+PARAMETERS: Mapping[str, Mapping[str, int | None]] = {
+    "gemm": _GEMM,
+    "bmm": _GEMM,
+    "attn_prefill": _ATTENTION,
+    "attn_decode": _ATTENTION,
+    **{op: {"rows": None, "width": None} for op in STREAMS},
+    **{op: {"world": None, "per_node": None, "bytes": None} for op in COLLECTIVES},
+}
+_LAW = {"gemm": "gemm", "bmm": "gemm", "attn_prefill": "prefill", "attn_decode": "decode"}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Operators with shared constants: `law` of `laws.LAWS`, `key` in the calibration file."""
+
+    law: str
+    key: str
+
+
+def dtypes_of(op: str) -> tuple[str, ...]:
+    """The dtypes that `predict` takes for `op`."""
+    return tuple(GEMM_BITS) if op in ("gemm", "bmm") else tuple(ITEMSIZE)
+
+
+def group_of(op: str, dtype: str) -> Group:
+    law = _LAW.get(op) or ("stream" if op in STREAMS else "collective")
+    if law == "gemm":
+        return Group(law, f"{op if dtype == 'fp32' else 'gemm'}.{dtype}")
+    if law in ("prefill", "decode"):
+        return Group(law, law)
+    if op in STREAMS and op not in _OWN:
+        return Group(law, f"elementwise.{dtype}")
+    if op == "quant_fp8":
+        return Group(law, op)
+    return Group(law, f"{op}.{dtype}")
+
+
+def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the law: `shape` (numbers or arrays) and the bytes that it implies."""
+    s = dict(shape)
+    if op in ("gemm", "bmm"):
+        a, w = GEMM_BITS[dtype]
+        m, n, k = s["m"], s["n"], s["k"]
+        out = 16 if dtype != "fp32" else 32
+        s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
+    elif op in STREAMS:
+        s["bytes"] = s["rows"] * s["width"] * float(ITEMSIZE[dtype] * sum(STREAMS[op]))
+        # Serving engines' own 16-bit kernels load element by element; torch's load 16 bytes.
+        s["scalar"] = float(dtype != "fp32" and op in _OWN[2:])
+    elif op in COLLECTIVES:
+        wire, phases = COLLECTIVES[op]
+        s["wire"], s["phases"] = wire * (s["world"] - 1.0) / s["world"], phases
+    return s
+
+
+def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where a shape lies, for the smooth residual: log2 sizes and what is left of a last wave."""
+    log = np.log2
+    if law == "gemm":
+        blocks = np.ceil(s["m"] / 128) * np.ceil(s["n"] / 128) * s["batch"]
+        share = blocks / machine["cores"]
+        idle = np.where(share > 8, 0.0, np.ceil(share) - share)
+        aligned = np.where(
+            (np.asarray(s["n"]) % 64 == 0) & (np.asarray(s["m"]) % 16 == 0), 0.0, 1.0
+        )
+        return log(s["m"]), log(s["n"]), log(s["k"]), log(s["batch"]), 2 * idle, aligned
+    if law in ("prefill", "decode"):
+        w = np.where(np.asarray(s["window"]) > 0, 1.0, 0.0)
+        group = log(s["heads"] / s["kv_heads"])
+        return log(s["batch"]), log(s["heads"]), group, log(s["kv_len"]), log(s["head_dim"]), 3 * w
+    if law == "stream":
+        return log(s["rows"]), log(s["width"])
+    across = np.where(np.asarray(s["per_node"]) < s["world"], 4.0, 0.0)
+    return log(s["bytes"]), 2 * log(s["world"]), across, log(s["per_node"])

@@ -1,0 +1,167 @@
+"""`python -m ridgeline.tools.fit_cost_model FOLDER`: the constants of the laws from measured times.
+
+For each group of operators:
+    1. constants over all machines: least soft-L1 loss of ln(measured / law), every machine of
+       equal weight;
+    2. each machine's own: the same loss plus a ridge towards 1;
+    3. a machine's residual: ridge regression on Gaussians around shapes that were measured;
+    4. intervals: quantiles of the errors, for machines left out of 1 and for held-out shapes in 3.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from scipy.optimize import least_squares
+
+from ridgeline.cost_model import laws, shapes
+from ridgeline.cost_model.predict import CALIBRATION, Model
+from ridgeline.tools.kernel_times import Times, read
+
+SEED = 0
+ROWS = 1200  # of a machine that a fit of constants reads
+FEW = 24  # rows below which a machine has no constants of its own
+CENTRES = 160
+# ln units: how far constants are expected to lie from where a fit begins, and a machine's from all
+PRIOR, OWN_PRIOR = 1.5, 0.5
+LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
+RIDGE = 0.5
+UNKNOWN = (-0.5, 0.5)  # the interval where only one machine was measured
+
+
+def constants(t: Times, begin: np.ndarray, prior: float) -> np.ndarray:
+    """The law's constants with the least loss on `t`, near `begin`."""
+    rng = np.random.default_rng(SEED)
+    chosen = np.zeros(len(t), bool)
+    for name in np.unique(t.name):
+        rows = np.flatnonzero(t.name == name)
+        chosen[rng.permutation(rows)[:ROWS]] = True
+    t = t.where(chosen)
+    _, index, count = np.unique(t.name, return_inverse=True, return_counts=True)
+    weight = np.sqrt(len(t) / len(count) / count[index])
+    law = laws.LAWS[t.group.law]
+
+    def loss(c: np.ndarray) -> np.ndarray:
+        error = (t.log_s - np.log(law(c, t.machine, t.s))) * weight
+        # soft L1 on the errors alone: the prior's terms stay quadratic in effect, being small
+        return np.concatenate([error, (c - begin) / prior])
+
+    return least_squares(loss, begin, loss="soft_l1", f_scale=0.05, max_nfev=25).x
+
+
+def residual(t: Times, model: Model) -> dict[str, Any]:
+    """Gaussians around some of the shapes of `t`, ridge-fitted to what the law leaves."""
+    left = t.log_s - model.log_seconds(t.group, t.name[0], _first(t), t.s)
+    machine = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.machine.items()}
+    flat = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.s.items()}
+    at = np.stack(np.broadcast_arrays(*shapes.features(t.group.law, flat, machine)), -1)
+    scale = LENGTHS[t.group.law]
+    x = at / scale
+    rng = np.random.default_rng(SEED)
+    c = np.unique(np.round(x[rng.permutation(len(x))[: 4 * CENTRES]], 3), axis=0)
+    c = c[rng.permutation(len(c))[:CENTRES]]
+    basis = np.exp(-0.5 * ((x[:, None] - c) ** 2).sum(-1))
+    offset = float(np.median(left))
+    weight, w = np.ones(len(left)), np.zeros(len(c))
+    for _ in range(8):  # iteratively reweighted: an L1 loss
+        a = basis * weight[:, None]
+        w = np.linalg.solve(a.T @ basis + RIDGE * np.eye(len(c)), a.T @ (left - offset))
+        error = np.abs(left - offset - basis @ w)
+        weight = 1 / np.maximum(error / 0.05, 1.0)
+    rounded = {
+        "centres": np.round(c, 3).tolist(),
+        "norms": np.round((c * c).sum(-1), 6).tolist(),
+        "weights": np.round(w, 4).tolist(),
+    }
+    return {"scale": scale, "offset": round(offset, 4), **rounded}
+
+
+def _first(t: Times) -> dict[str, np.ndarray]:
+    return dict(t.machine)
+
+
+def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
+    """One group's entry of the calibration, without intervals."""
+    begin = np.array(list(laws.CONSTANTS[t.group.law].values()))
+    shared = constants(t, begin, PRIOR)
+    entry: dict[str, Any] = {
+        "law": t.group.law,
+        "constants": np.round(shared, 4).tolist(),
+        "machines": {},
+        "interval": UNKNOWN,
+    }
+    for name in np.unique(t.name) if machines else ():
+        own = t.where(t.name == name)
+        if len(own) < FEW:
+            continue
+        c = np.round(constants(own, shared, OWN_PRIOR), 4).tolist()
+        entry["machines"][str(name)] = {"constants": c, "interval": UNKNOWN}
+        model = Model({"groups": {t.group.key: entry}})
+        entry["machines"][str(name)]["residual"] = residual(own, model)
+    return entry
+
+
+def errors(entry: dict[str, Any], t: Times) -> np.ndarray:
+    """ln(measured / predicted) of each row."""
+    model = Model({"groups": {t.group.key: entry}})
+    out = np.empty(len(t))
+    for name in np.unique(t.name):
+        rows = t.name == name
+        own = t.where(rows)
+        out[rows] = own.log_s - model.log_seconds(t.group, str(name), own.machine, own.s)
+    return out
+
+
+def left_out_machines(t: Times) -> np.ndarray:
+    """Errors on each machine with constants fitted on the others; NaN if there are none."""
+    out = np.full(len(t), np.nan)
+    boards = np.array([n.rpartition("_")[0] or n for n in t.name]) if _topological(t) else t.name
+    for name in np.unique(boards):
+        rows = boards == name
+        if not rows.all():
+            entry = fit_group(t.where(~rows), machines=False)
+            out[rows] = errors(entry, t.where(rows))
+    return out
+
+
+def _topological(t: Times) -> bool:
+    return t.group.law == "collective"
+
+
+def held_out_shapes(t: Times) -> np.ndarray:
+    """Errors on the held-out shapes with everything fitted on the others; NaN elsewhere."""
+    out = np.full(len(t), np.nan)
+    if t.held_out.any() and not t.held_out.all():
+        out[t.held_out] = errors(fit_group(t.where(~t.held_out)), t.where(t.held_out))
+    return out
+
+
+def fit(folder: Path) -> dict[str, Any]:
+    """The whole calibration."""
+    groups = {}
+    for key, t in read(folder).items():
+        entry = fit_group(t)
+        apart, shape_errors = left_out_machines(t), held_out_shapes(t)
+        if np.isfinite(apart).any():
+            entry["interval"] = _interval(apart[np.isfinite(apart)])
+        for name, own in entry["machines"].items():
+            seen = shape_errors[(t.name == name) & np.isfinite(shape_errors)]
+            own["interval"] = _interval(seen) if len(seen) >= 10 else entry["interval"]
+        groups[key] = entry
+    return {"groups": groups}
+
+
+def _interval(e: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(e, (0.05, 0.95))
+    return round(min(float(low), -0.02), 4), round(max(float(high), 0.02), 4)
+
+
+def main(folder: Annotated[Path, typer.Argument(help="A folder of measured kernel times.")]):
+    """Write cost_model/calibration.json from the CSV files of FOLDER."""
+    CALIBRATION.write_text(json.dumps(fit(folder), indent=None) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

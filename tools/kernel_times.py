@@ -1,0 +1,101 @@
+"""Measured kernel times as CSV files, grouped for the cost model's laws.
+
+A folder holds gemm.csv, gemm_quant.csv, attention.csv, memory.csv and collective.csv, one measured
+kernel a row: gpu, op, dtype, shape parameters, median_us.
+"""
+
+import csv
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ridgeline.cost_model import shapes
+from ridgeline.cost_model.predict import machine_of
+
+FILES = ("gemm", "gemm_quant", "attention", "memory", "collective")
+# Launched one by one: these time the host, of which `predict` knows nothing.
+HOST_BOUND = {"vllm_eager", "llmcompass"}
+# What makes two shapes "the same layer": held-out shapes are held out by this key.
+_KEYS = (("n", "k"), ("heads", "kv_heads", "head_dim"), ("width",), ("bytes",))
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The rows of one group: arrays of one length; s and machine are the laws' arguments."""
+
+    group: shapes.Group
+    name: np.ndarray  # machine with topology, as calibrated
+    harness: np.ndarray  # "source variant gpu op": rows that one person measured in one way
+    held_out: np.ndarray  # 30 % of the shapes by CRC
+    log_s: np.ndarray
+    machine: Mapping[str, np.ndarray]
+    s: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.log_s)
+
+    def where(self, mask: np.ndarray) -> "Times":
+        return Times(
+            self.group,
+            self.name[mask],
+            self.harness[mask],
+            self.held_out[mask],
+            self.log_s[mask],
+            {k: v[mask] for k, v in self.machine.items()},
+            {k: v[mask] for k, v in self.s.items()},
+        )
+
+
+def read(folder: Path) -> dict[str, Times]:
+    """Group key -> its rows. Raises FileNotFoundError for a folder without one of FILES."""
+    rows: dict[shapes.Group, list[dict[str, str]]] = defaultdict(list)
+    for file in FILES:
+        with (folder / f"{file}.csv").open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                if {row["source"], row["variant"]} & HOST_BOUND or _slow_fp8(row):
+                    continue
+                rows[shapes.group_of(row["op"], row["dtype"])].append(row)
+    return {group.key: _times(group, found) for group, found in sorted(rows.items(), key=str)}
+
+
+def _slow_fp8(row: Mapping[str, str]) -> bool:
+    """TensorRT-LLM's fp8 path adds 7 us of kernels to what vLLM's takes: one name, two kernels."""
+    return row["dtype"] == "fp8" and row["variant"].startswith("trtllm")
+
+
+def _times(group: shapes.Group, rows: list[dict[str, str]]) -> Times:
+    names, harness, held, machines, inputs = [], [], [], [], []
+    for row in rows:
+        op, dtype = row["op"], row["dtype"]
+        shape = {key: int(row[key]) for key in shapes.PARAMETERS[op]}
+        machine, name = machine_of(row["gpu"], op, dtype, shape.get("world"), shape.get("per_node"))
+        names.append(name)
+        machines.append(machine)
+        harness.append(" ".join((row["source"], row["variant"], row["gpu"], op, dtype)))
+        held.append(_crc(row) % 100 < 30)
+        inputs.append(shapes.law_inputs(op, dtype, shape))
+    return Times(
+        group,
+        np.array(names),
+        np.array(harness),
+        np.array(held),
+        np.log([float(row["median_us"]) * 1e-6 for row in rows]),
+        _columns(machines, group.law),
+        _columns(inputs, group.law),
+    )
+
+
+def _columns(rows: list[dict[str, Any]], law: str) -> dict[str, np.ndarray]:
+    # The laws of GEMM spread their candidates over a last axis.
+    columns = {k: np.array([r[k] for r in rows], dtype=np.float64) for k in rows[0]}
+    return {k: v[:, None] for k, v in columns.items()} if law == "gemm" else columns
+
+
+def _crc(row: Mapping[str, str]) -> int:
+    keys = next(k for k in _KEYS if all(row.get(part) for part in k))
+    return zlib.crc32(",".join(row[k] for k in keys).encode())
