@@ -90,7 +90,7 @@ def test_a_spilling_configuration_is_rejected() -> None:
 
     greedy = Config((("BLOCK_M", 128), ("BLOCK_N", 64)), num_warps=4, num_stages=2)
     bf16 = torch.bfloat16
-    pointers = {"sinks_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    pointers = {"sinks_ptr": "*bf16", "out_ptr": "*bf16", "stats_ptr": "*fp32"}
 
     def build(config: Config):
         return problems.attention_kernel(
