@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ridgeline.ir import caches, idle_masks
 from ridgeline.ir.aliases import writes
+from ridgeline.ir.autocast import active, make_explicit
 from ridgeline.ir.call import PLAIN, Call, flatten
 from ridgeline.ir.capture_errors import CaptureError, explain, quiet
 from ridgeline.ir.guards import ShapeGuards
@@ -72,8 +73,9 @@ def capture(
     """Capture one call of `model` in its current train/eval mode; parameters are shared.
 
     dynamic: leave batch, sequence and cache-length dimensions free where the model allows it; what
-        stayed fixed is not in the program's `dynamic`. Raises `CaptureError` naming the construct
-        that cannot be captured and the way out, and `CacheError` for unsupported caches.
+        stayed fixed is not in the program's `dynamic`. What the caller's torch.autocast casts, the
+        program casts by itself. Raises `CaptureError` naming the construct that cannot be captured
+        and the way out, and `CacheError` for unsupported caches.
     """
     start = time.perf_counter()
     call = flatten(args, kwargs or {})
@@ -275,10 +277,11 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
     """The exported graph with its weights as attributes named as in the model's state dict."""
     root = nn.Module()
     graph = exported.graph_module.graph
+    make_explicit(exported.graph_module, active())
     if regions := list(graph.find_nodes(op="get_attr")):  # graphs of their own inside the graph
         raise CaptureError(
-            f"the model runs code under {next(iter(regions[0].users)).target}; set grad mode and"
-            " autocast outside of the model, and write torch.cond as torch.where"
+            f"the model runs code under {next(iter(regions[0].users)).target}; set grad mode"
+            " outside of the model, and write torch.cond as torch.where"
         )
     placeholders = graph.find_nodes(op="placeholder")
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ridgeline.codegen.inductor_inputs import InputMismatch
+from ridgeline.ir import autocast
 from ridgeline.ir.caches import CacheError
 from ridgeline.ir.call import Call, flatten
 from ridgeline.ir.capture import Captured, CaptureError, OverlapError, capture
@@ -127,7 +128,6 @@ class OptimizedModule(nn.Module):
         """Capture and compile the graph of such a call now, without running it for its result."""
         key = None
         try:
-            _refuse_autocast()
             call = flatten(args, kwargs)
             key = self._key(call)
             with self._ridgeline.lock:
@@ -174,7 +174,6 @@ class OptimizedModule(nn.Module):
         state = self._ridgeline
         key = None
         try:
-            _refuse_autocast()
             call = flatten(args, kwargs)
             key = self._key(call)
             tried = []
@@ -213,7 +212,7 @@ class OptimizedModule(nn.Module):
 
     def _key(self, call: Call) -> Any:
         modes = tuple(map(_MODE, self._ridgeline.modules))
-        return (call.trains(self), modes, call.key)
+        return (call.trains(self), autocast.active(), modes, call.key)
 
     def _accepting(self, key: Any, call: Call) -> Iterator[tuple[Captured, Callable[..., Any]]]:
         """The graphs that take the sizes of `call`, the one used last first."""
@@ -232,7 +231,7 @@ class OptimizedModule(nn.Module):
         with _CAPTURING:
             captured = capture(self._original(), args, kwargs)
         try:
-            with _CAPTURING:
+            with _CAPTURING, autocast.disabled():
                 run = state.compile_program(captured.program)
         except RidgelineError:
             raise
@@ -242,6 +241,8 @@ class OptimizedModule(nn.Module):
                 f"compiling failed ({type(error).__name__}: {error}), which is a defect of"
                 " ridgeline; please report it"
             ) from error
+        if autocast.active():  # the graph casts by itself
+            run = autocast.without(run)
         if len(state.graphs) >= state.max_graphs:
             _, (_, oldest, _) = state.graphs.popitem(last=False)
             state.compile_program.release(oldest.program)
@@ -322,14 +323,6 @@ _TRANSFORMED = (
     "the call is made within a torch.func transform (grad, vmap, jvp, ...), which compiled code has"
     " no rule for; use torch.autograd.grad, or transform the original model"
 )
-
-
-def _refuse_autocast() -> None:
-    if torch._C._is_any_autocast_enabled():
-        raise CaptureError(
-            "the call is made under torch.autocast, whose casts no captured graph holds; convert"
-            " the model instead, as model.to(torch.bfloat16), or leave the autocast block"
-        )
 
 
 def _refuse_hooks(modules: Sequence[nn.Module]) -> None:

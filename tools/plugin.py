@@ -21,6 +21,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from ridgeline.codegen.code_version import code_version
 from ridgeline.codegen.inductor import inductor_decompositions
+from ridgeline.ir import autocast
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
@@ -90,8 +91,9 @@ def backend(
     def call(*inputs: Any) -> Any:
         return compiled_for(inputs)(*(inputs[i] for i in free))
 
-    compiled_for(example_inputs)
-    return call
+    with autocast.disabled():  # the traced graph casts by itself
+        compiled_for(example_inputs)
+    return autocast.without(call) if autocast.active() else call
 
 
 MOST_FOLDED = 256
@@ -170,9 +172,11 @@ def _traced(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise RidgelineError("the graph's placeholders carry no fake tensors")
     given = [x if v is None else v for x, v in zip(example_inputs, values, strict=True)]
     with modes[0], preserve_node_meta():
-        return make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
+        traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
             *given
         )
+    autocast.make_explicit(traced, autocast.active())
+    return traced
 
 
 def _program(

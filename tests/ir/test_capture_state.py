@@ -262,11 +262,6 @@ def test_a_returned_comparison_of_sizes_follows_the_call(module_of, run):
     assert [run(captured, _random(n, 4))[1] for n in (3, 9)] == [False, True]
 
 
-def _autocast(m: nn.Module, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return x @ x.t()
-
-
 def _no_grad(m: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         scale = x * m.w
@@ -280,7 +275,6 @@ def _cond(m: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "region", "grad"),
     [
-        (_autocast, "wrap_with_autocast", False),
         (_no_grad, "wrap_with_set_grad_enabled", True),
         (_cond, "cond", False),
     ],

@@ -169,3 +169,33 @@ def test_autocast_through_torch_compile():
         assert own.dtype == torch.float32
         error = (own.double() - value).norm() / value.norm()
         assert error <= 2 * (eager.double() - value).norm() / value.norm() + 4e-3
+
+
+def test_autocast_through_optimize():
+    """Its casts are in the graph: the products are bf16, the gradients the parameters' dtype."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0),
+        *(GroupRational(32, 4), nn.Linear(32, 8)),
+    ).train()
+    fast = ridgeline.optimize(model, target="cpu", strict=True)
+    x, exact = torch.randn(2, 16, 32), copy.deepcopy(model).double()
+    law = torch.autograd.grad(exact(x.double()).square().sum(), list(exact.parameters()))
+
+    def step(network: nn.Module, inside: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = network(x)
+            assert y.dtype == torch.bfloat16
+            loss = y.float().square().sum()
+            if inside:  # discouraged by torch, and possible
+                return list(torch.autograd.grad(loss, list(network.parameters())))
+        return list(torch.autograd.grad(loss, list(network.parameters())))
+
+    for inside in (False, True):
+        found, eager = step(fast, inside), step(model, inside)
+        for own, theirs, value in zip(found, eager, law, strict=True):
+            assert own.dtype == torch.float32
+            error = (own.double() - value).norm() / value.norm()
+            assert error <= 2 * (theirs.double() - value).norm() / value.norm() + 4e-3
+    assert (fast.captures, fast.fallbacks) == (1, {})
+    assert not any("did not compile" in note for note in fast.plan.notes)
