@@ -7,6 +7,7 @@ runs as several passes over memory (layer_norm, softmax) is one kernel here, as 
 Symbolic sizes count with their hints; no guard is added.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
@@ -326,6 +327,12 @@ def _norm(node: fx.Node) -> Kernel:
     return Norm(prod(rows), size, x.dtype, center, residual, library="ridgeline")
 
 
+def _norm_rational(node: fx.Node) -> Kernel:
+    numerator, denominator = (_shape(_val(node, i)) for i in (3, 4))
+    norm = _norm(node)
+    return dataclasses.replace(norm, terms=numerator[1] + denominator[1])
+
+
 def _convolution(node: fx.Node) -> Kernel:
     """An implicit GEMM: rows are output positions (input positions when transposed)."""
     image, weight = _val(node, 0), _val(node, 1)
@@ -372,5 +379,6 @@ _RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
     "binary_attention": _binary_attention,
     "group_rational": _group_rational,
     "group_rational_backward": _group_rational,
+    "layer_norm_rational": _norm_rational,
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), _norm),
 }

@@ -108,7 +108,7 @@ def _unpack_flops(g: Gemm) -> float:
 
 def _norm_compute(n: Norm, target: Target) -> float:
     plain, center, residual = NORM_FLOPS[n.library]
-    per_element = plain + center * n.center + residual * n.residual
+    per_element = plain + center * n.center + residual * n.residual + 2 * n.terms
     parallel = _parallel(n.rows, target) if sum(n.bytes.values()) > GRAIN_BYTES else 0.0
     busy = max(parallel, 1 / max(target.threads, 1))
     return n.rows * n.size * per_element / (target.peak(torch.float32) * busy)

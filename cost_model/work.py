@@ -195,6 +195,8 @@ class Norm:
 
     center: LayerNorm instead of RMSNorm. residual: of the sum of two tensors, which is written too.
     library: who makes the kernel, "inductor" (from the steps that spell the norm) or "ridgeline".
+    terms: coefficients of the rational function that is taken of each result in registers, 0 where
+        there is none.
     """
 
     rows: int
@@ -203,11 +205,13 @@ class Norm:
     center: bool = False
     residual: bool = False
     library: str = "inductor"
+    terms: int = 0
 
     @property
     def flops(self) -> int:
-        """Squares and their sum, scale, weight; mean and centring; the residual sum."""
-        return self.rows * self.size * (4 + 3 * self.center + self.residual)
+        """Squares and their sum, scale, weight; mean and centring; the residual sum; a product and
+        a sum per coefficient."""
+        return self.rows * self.size * (4 + 3 * self.center + self.residual + 2 * self.terms)
 
     @property
     def bytes(self) -> Roles:

@@ -7,6 +7,7 @@ from ridgeline.passes.gated import GATED
 from ridgeline.passes.group_rational import GROUP_RATIONAL_PASS
 from ridgeline.passes.merged_coded import MERGED_CODED
 from ridgeline.passes.merged_linear import MERGED_LINEAR
+from ridgeline.passes.norm_rational import NORM_RATIONAL
 from ridgeline.passes.norms import NORMS
 from ridgeline.passes.quantized_linear import QUANTIZED
 from ridgeline.passes.rotary import ROTARY_EMBEDDING
@@ -17,6 +18,7 @@ PASSES: tuple[Pass, ...] = (
     ROTARY_EMBEDDING,
     GATED,
     GROUP_RATIONAL_PASS,
+    NORM_RATIONAL,
     NORMS,
     MERGED_LINEAR,
     MERGED_CODED,

@@ -136,7 +136,7 @@ def compile_group_rational(
 
 
 @functools.cache
-def _available() -> bool:
+def available() -> bool:
     try:
         require_triton()
     except BackendMissing as missing:
@@ -145,7 +145,7 @@ def _available() -> bool:
     return True
 
 
-def _single(coefficients: Tensor) -> Tensor:
+def single(coefficients: Tensor) -> Tensor:
     """Coefficients as the kernels read them: contiguous; a missing denominator as b_1 = 0."""
     if not coefficients.shape[1]:
         return coefficients.new_zeros(coefficients.shape[0], 1)
@@ -158,7 +158,7 @@ def _launch(
     """The launch configuration; None where the reference is to run."""
     check_attributes(form, sign0)
     groups = group_count(x, a, b)
-    if not {x.dtype, a.dtype, b.dtype} <= set(_TYPES) or not _available():
+    if not {x.dtype, a.dtype, b.dtype} <= set(_TYPES) or not available():
         return None
     arch, _ = device_arch(x.device.index)
     compiled = compile_group_rational(
@@ -188,7 +188,7 @@ def group_rational(
     from ridgeline.codegen.triton import group_rational as kernels
 
     with torch.cuda.device(x.device):
-        a, b = _single(numerator), _single(denominator)
+        a, b = single(numerator), single(denominator)
         return kernels.group_rational(x, a, b, form=form, **config)
 
 
@@ -210,7 +210,7 @@ def group_rational_backward(
     from ridgeline.codegen.triton import group_rational as kernels
 
     with torch.cuda.device(x.device):
-        a, b = _single(numerator), _single(denominator)
+        a, b = single(numerator), single(denominator)
         dx, da, db = kernels.group_rational_backward(
             grad, x, a, b, form=form, sign0=sign0, **config
         )

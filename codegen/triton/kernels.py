@@ -25,6 +25,7 @@ from ridgeline.ir.binary_attention import BINARY_ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.rotary import ROTARY
@@ -36,7 +37,7 @@ def _place_attention(node: fx.Node, module: fx.GraphModule) -> None:
     node.target = torch.ops.ridgeline.triton_attention.default
 
 
-def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
+def _stays(node: fx.Node, module: fx.GraphModule) -> None:
     """Nothing to place: the kernel is registered for the operation itself."""
 
 
@@ -146,6 +147,24 @@ def _compile_norm(node: fx.Node, target: Target) -> KernelReport:
     return _report(node.target._schema.name, compiled, target)  # pyright: ignore
 
 
+def _compile_norm_rational(node: fx.Node, target: Target) -> KernelReport:
+    weight, bias = (argument(node, i) for i in (1, 2))
+    numerator, denominator = (hints(argument(node, i)) for i in (3, 4))
+    compiled = compile_norm(
+        hints(node)[-1],
+        dtype=node.meta["val"].dtype,
+        arch=target.arch,
+        weight=None if weight is None else weight.meta["val"].dtype,
+        bias=None if bias is None else bias.meta["val"].dtype,
+        center=True,
+        numerator=numerator,  # pyright: ignore[reportArgumentType]
+        denominator=(denominator[0], max(denominator[1], 1)),
+        form=node.kwargs.get("form", FORMS[0]),
+        coefficient_dtype=argument(node, 3).meta["val"].dtype,
+    )
+    return _report(LAYER_NORM_RATIONAL.qualified, compiled, target)
+
+
 def _place_gated(node: fx.Node, module: fx.GraphModule) -> None:
     node.target = torch.ops.ridgeline.triton_gated_activation.default
 
@@ -184,9 +203,7 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
     )
 
 
-_RATIONAL = Kernel(
-    GROUP_RATIONAL.qualified, "triton", _KINDS, _place_group_rational, _compile_group_rational
-)
+_RATIONAL = Kernel(GROUP_RATIONAL.qualified, "triton", _KINDS, _stays, _compile_group_rational)
 
 KERNELS = (
     Kernel(
@@ -216,6 +233,7 @@ KERNELS = (
         Kernel(op.qualified, "triton", _KINDS, _place_norm, _compile_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
     ),
+    Kernel(LAYER_NORM_RATIONAL.qualified, "triton", _KINDS, _stays, _compile_norm_rational),
     Kernel(GATED_ACTIVATION.qualified, "triton", _KINDS, _place_gated, _compile_gated),
     Kernel(ROTARY.qualified, "triton", _KINDS, _place_rotary, _compile_rotary),
 )

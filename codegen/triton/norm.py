@@ -6,9 +6,11 @@ Law, for a row s = x, or s = round(x + residual), of N elements, with everything
     v = sum_n (s[n] - m)² / N
     y = round((s - m) / sqrt(v + eps) * (shift + weight) + bias)
 
-A program holds BLOCK_M whole rows in registers, so each is read once; the squares of LayerNorm are
-those of the centred values, so that nothing cancels. No atomics: repeatable bit by bit.
-This file needs only torch and triton.
+and where FORM asks for it, before rounding, z -> P(z) / Q(z) with one row of coefficients, or one
+per group of adjacent elements, as in `group_rational`: FORM 0 "abs_terms", 1 "abs_coefficients",
+2 "abs_sum". A program holds BLOCK_M whole rows in registers, so each is read once; the squares of
+LayerNorm are those of the centred values, so that nothing cancels. No atomics: repeatable bit by
+bit. This file needs only torch and triton.
 """
 
 import os
@@ -18,7 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FORMS = ("abs_terms", "abs_coefficients", "abs_sum")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _coefficient(
+    pointer, column, inside, POWER: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Coefficient POWER of each element's group, fp32 [1, BLOCK_N]; WIDTH 0: of all elements."""
+    at = POWER + column * 0 if WIDTH == 0 else column // WIDTH * COUNT + POWER
+    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -27,6 +39,8 @@ def norm_forward(
     residual_ptr,
     weight_ptr,
     bias_ptr,
+    numerator_ptr,
+    denominator_ptr,
     y_ptr,
     sum_ptr,
     rows,
@@ -37,10 +51,18 @@ def norm_forward(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     CENTER: tl.constexpr,
+    FORM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH_A: tl.constexpr,
+    WIDTH_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Grid: (ceil(rows / BLOCK_M),). x, residual, y, sum contiguous [rows,N]; weight, bias [N].
+
+    FORM -1: no rational function; else numerator [G, M + 1] and denominator [G, N], WIDTH elements
+    of a row for each of their rows, 0 where they have one for all.
 
     Bytes per row of N elements of b: N b read (twice that with a residual), the same written.
     """
@@ -65,7 +87,33 @@ def norm_forward(
         y *= (weight + shift)[None, :]
     if BIAS:
         y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if FORM >= 0:
+        top = tl.zeros_like(y)
+        for i in tl.static_range(M + 1):
+            top = top * y + _coefficient(numerator_ptr, column, inside, M - i, M + 1, WIDTH_A)
+        z = tl.abs(y) if FORM == 0 else y
+        bottom = tl.zeros_like(y)
+        for i in tl.static_range(N):
+            c = _coefficient(denominator_ptr, column, inside, N - 1 - i, N, WIDTH_B)
+            bottom = (bottom + (c if FORM == 2 else tl.abs(c))) * z
+        y = top / (1.0 + (tl.abs(bottom) if FORM == 2 else bottom))
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
+
+
+def _shape(coefficients: Tensor | None) -> tuple[int, int] | None:
+    return None if coefficients is None else tuple(coefficients.shape)  # pyright: ignore
+
+
+def rational_constants(
+    size: int, numerator: tuple[int, int] | None, denominator: tuple[int, int] | None, form: str
+) -> dict[str, int]:
+    """The kernel's constants for coefficients of these shapes, or for none."""
+    if numerator is None or denominator is None:
+        return {"FORM": -1, "M": 0, "N": 0, "WIDTH_A": 0, "WIDTH_B": 0}
+    widths = (0 if rows == 1 else size // rows for rows in (numerator[0], denominator[0]))
+    names = ("FORM", "M", "N", "WIDTH_A", "WIDTH_B")
+    values = (FORMS.index(form), numerator[1] - 1, denominator[1], *widths)
+    return dict(zip(names, values, strict=True))
 
 
 def norm(
@@ -73,16 +121,20 @@ def norm(
     residual: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    numerator: Tensor | None = None,
+    denominator: Tensor | None = None,
     *,
     eps: float,
     shift: float = 0.0,
     center: bool = False,
+    form: str = FORMS[0],
     block_m: int,
     block_n: int,
     num_warps: int,
     num_stages: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel. x, residual [..., N] of one dtype and any strides; weight, bias [N].
+    """Launches the kernel. x, residual [..., N] of one dtype and any strides; weight, bias [N];
+    numerator [1 or G, m+1] and denominator [1 or G, n >= 1] of the rational function, if any.
 
     Returns (y, s), both [..., N] contiguous in x's dtype; without a residual s is x.
     """
@@ -102,6 +154,8 @@ def norm(
         x if residual is None else residual,
         x if weight is None else weight.contiguous(),
         x if bias is None else bias.contiguous(),
+        x if numerator is None else numerator.contiguous(),
+        x if denominator is None else denominator.contiguous(),
         y,
         total,
         rows,
@@ -112,6 +166,7 @@ def norm(
         WEIGHT=weight is not None,
         BIAS=bias is not None,
         CENTER=center,
+        **rational_constants(size, _shape(numerator), _shape(denominator), form),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=num_warps,

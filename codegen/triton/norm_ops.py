@@ -34,20 +34,25 @@ def compile_norm(
     bias: torch.dtype | None = None,
     residual: bool = False,
     center: bool = False,
+    numerator: tuple[int, int] | None = None,
+    denominator: tuple[int, int] | None = None,
+    form: str = "abs_terms",
+    coefficient_dtype: torch.dtype = torch.float32,
 ) -> Compiled:
     """The kernel for rows of `size` elements on `arch`, for any number of rows; no GPU is needed.
 
-    weight, bias: their dtypes, None where absent. Raises UnsupportedProblem, UnknownArchitecture,
-    KernelRejected, BackendMissing.
+    weight, bias: their dtypes, None where absent. numerator, denominator: shapes of the
+    coefficients of the rational function that follows, if one does. Raises UnsupportedProblem,
+    UnknownArchitecture, KernelRejected, BackendMissing.
     """
-    given = [dtype, *(d for d in (weight, bias) if d is not None)]
+    given = [dtype, coefficient_dtype, *(d for d in (weight, bias) if d is not None)]
     if not 0 < size <= MAX_SIZE or any(d not in _POINTERS for d in given):
         raise UnsupportedProblem(
             f"the Triton norm takes rows of 1 to {MAX_SIZE} elements and dtypes"
             f" {', '.join(map(str, _POINTERS))}; found {size} elements of {given}"
         )
     require_triton()
-    from ridgeline.codegen.triton.norm import norm_forward
+    from ridgeline.codegen.triton.norm import norm_forward, rational_constants
 
     rows = _POINTERS[dtype]
     pointers = {
@@ -55,6 +60,8 @@ def compile_norm(
         "residual_ptr": rows,
         "weight_ptr": _POINTERS[weight or dtype],
         "bias_ptr": _POINTERS[bias or dtype],
+        "numerator_ptr": _POINTERS[coefficient_dtype],
+        "denominator_ptr": _POINTERS[coefficient_dtype],
         "y_ptr": rows,
         "sum_ptr": rows,
     }
@@ -64,6 +71,7 @@ def compile_norm(
         "WEIGHT": weight is not None,
         "BIAS": bias is not None,
         "CENTER": center,
+        **rational_constants(size, numerator, denominator, form),
     }
     return first_accepted(
         lambda config: cross_compile(

@@ -37,7 +37,7 @@ PARALLEL_ELEMENTS = 1 << 15
 
 
 @functools.cache
-def _available() -> bool:
+def available() -> bool:
     try:
         import_tvm()
     except TvmMissingError as missing:
@@ -100,7 +100,7 @@ def _fields(x: Tensor, a: Tensor, b: Tensor, form: str, sign0: int) -> tuple[Any
     check_attributes(form, sign0)
     groups = group_count(x, a, b)
     narrow = x.dtype in DTYPES and torch.float64 not in (a.dtype, b.dtype)
-    if not narrow or not x.numel() or not _available():
+    if not narrow or not x.numel() or not available():
         return None
     parallel = torch.get_num_threads() > 1 and x.numel() >= PARALLEL_ELEMENTS
     shapes = (x.shape[-1] // groups, groups, a.shape[1] - 1, max(b.shape[1], 1))
@@ -114,7 +114,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _single(coefficients: Tensor) -> Tensor:
+def single(coefficients: Tensor) -> Tensor:
     """Coefficients in fp32; a missing denominator as b_1 = 0."""
     if not coefficients.shape[1]:
         coefficients = coefficients.new_zeros(coefficients.shape[0], 1)
@@ -131,7 +131,7 @@ def group_rational(
         return reference(x, numerator, denominator, form=form, sign0=sign0)
     y = x.new_empty(x.shape)
     run = kernel(False, *fields[:7], 1, *fields[8:])
-    run(_rows(x), _single(numerator), _single(denominator), y.view(-1, x.shape[-1]))
+    run(_rows(x), single(numerator), single(denominator), y.view(-1, x.shape[-1]))
     return y
 
 
@@ -148,7 +148,7 @@ def group_rational_backward(
     fields = _fields(x, numerator, denominator, form, sign0)
     if fields is None or grad.dtype != x.dtype:
         return backward_reference(grad, x, numerator, denominator, form=form, sign0=sign0)
-    a, b = _single(numerator), _single(denominator)
+    a, b = single(numerator), single(denominator)
     rows = _rows(x)
     chunk, sums = _workspace(fields)
     dx = x.new_empty(x.shape)

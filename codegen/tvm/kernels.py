@@ -28,6 +28,7 @@ from ridgeline.codegen.tvm import (
     gated,
     group_rational,
     norm,
+    norm_rational,
     quantized_linear,
     rotary,
 )
@@ -39,6 +40,7 @@ from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.layout import keep_layout
+from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.rotary import ROTARY
@@ -225,7 +227,7 @@ def _report_norm(node: fx.Node, target: Target) -> KernelReport:
     )
 
 
-def _place_group_rational(node: fx.Node, module: fx.GraphModule) -> None:
+def _stays(node: fx.Node, module: fx.GraphModule) -> None:
     """Nothing to place: the kernel is registered for the operation itself."""
 
 
@@ -252,6 +254,26 @@ def _report_group_rational(node: fx.Node, target: Target) -> KernelReport:
         f" {groups} groups of {x[-1] // groups}",
         source,
     )
+
+
+def _report_norm_rational(node: fx.Node, target: Target) -> KernelReport:
+    weight, bias = (argument(node, i) for i in (1, 2))
+    numerator, denominator = (hints(argument(node, i)) for i in (3, 4))
+    size, dtype = hints(node)[-1], node.meta["val"].dtype
+    form = node.kwargs.get("form", FORMS[0])
+    source = functools.partial(
+        norm_rational.source,
+        size,
+        dtype=dtype,
+        weight=None if weight is None else weight.meta["val"].dtype,
+        bias=None if bias is None else bias.meta["val"].dtype,
+        m=numerator[1] - 1,
+        n=denominator[1],
+        form=form,
+    )
+    source()  # raises where there is no kernel
+    said = f"rows of {size}, {_name(dtype)}, degrees {numerator[1] - 1}/{denominator[1]}, {form}"
+    return KernelReport(LAYER_NORM_RATIONAL.qualified, "tvm", target.name, said, source)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -309,7 +331,7 @@ _RATIONAL = Kernel(
     GROUP_RATIONAL.qualified,
     "tvm",
     frozenset({"cpu"}),
-    _place_group_rational,
+    _stays,
     _report_group_rational,
 )
 
@@ -334,6 +356,7 @@ KERNELS = (
         Kernel(op.qualified, "tvm", frozenset({"cpu"}), _place_norm, _report_norm)
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
     ),
+    Kernel(LAYER_NORM_RATIONAL.qualified, "tvm", frozenset({"cpu"}), _stays, _report_norm_rational),
     Kernel(
         BINARY_ATTENTION.qualified,
         "tvm",

@@ -24,6 +24,7 @@ PARALLEL_ELEMENTS = 1 << 15
 """Elements from which a second thread earns its wake-up: about 10 us of one core's work."""
 
 _ABSENT = torch.zeros(1)
+_NO_TABLE = torch.zeros(1, 1)
 
 
 class NormKernel(NamedTuple):
@@ -119,7 +120,7 @@ class _Kernel:
         self.forms: dict[tuple[int, bool], Callable[..., None]] = {}
 
     def form(self, rank: int, parallel: bool) -> Callable[..., None]:
-        """(x, residual, weight, bias, y, sum, eps, shift) -> None on tensors of `rank`."""
+        """(x, residual, weight, bias, y, sum, table, eps, shift) -> None on tensors of `rank`."""
         key = rank, parallel
         with self.lock:
             if key not in self.forms:
@@ -230,7 +231,7 @@ def _run(
     run = entry.forms.get(form) or entry.form(*form)
     torch.get_num_threads()  # a thread's first call gives its OpenMP region torch's setting
     try:
-        run(x, residual, weight, bias, y, total, eps, shift)
+        run(x, residual, weight, bias, y, total, _NO_TABLE, eps, shift)
     except (TypeError, ValueError) as mismatch:
         raise UnsupportedProblem(
             f"expected tensors for the kernel {str(spec)!r}, found others: {mismatch}"

@@ -6,10 +6,14 @@ Law, for a row s = x, or s = round(x + residual), of N elements, with everything
     v = sum_n (s[n] - m)² / N
     y = round((s - m) / sqrt(v + eps) * (shift + weight) + bias)
 
-x, residual, y, sum [..., N] contiguous, in `Spec.dtype`; weight and bias [N] contiguous, in dtypes
-of their own. A row is read once from memory and stays in the first caches for the later passes;
-the squares of LayerNorm are those of the centred values, so that nothing cancels. A vector lane is
-a column; four vectors are summed apart, so the order of a sum depends on N alone.
+and where `Spec.rational` asks for it, before rounding, z -> P(z) / Q(z) of
+`ridgeline.ir.group_rational`, whose coefficients stand in a table with one column per element of a
+row. x, residual, y, sum [..., N] contiguous, in `Spec.dtype`; weight and bias [N] contiguous, in
+dtypes of their own; table fp32 [m + 1 + n, N], its last n rows as the terms of Q have them.
+
+A row is read once from memory and stays in the first caches for the later passes; the squares of
+LayerNorm are those of the centred values, so that nothing cancels. A vector lane is a column; four
+vectors are summed apart, so the order of a sum depends on N alone.
 """
 
 import functools
@@ -29,6 +33,7 @@ class Spec(NamedTuple):
     size: N. dtype: of the rows, "float32", "bfloat16" or "float16". weight, bias: their dtypes,
     None where absent. residual: s = x + residual, which is written as well. center: LayerNorm.
     rank: of x, 2 or 3. parallel: rows are spread over threads. isa: one of `isa.ISAS`.
+    rational: (m, n, form) of the rational function that follows, or None.
     """
 
     size: int
@@ -40,6 +45,7 @@ class Spec(NamedTuple):
     rank: int
     parallel: bool
     isa: str
+    rational: tuple[int, int, str] | None = None
 
 
 class Rows(NamedTuple):
@@ -51,6 +57,7 @@ class Rows(NamedTuple):
     bias: Any
     y: Any
     sum: Any
+    table: Any
     row: Any
 
     def at(self, buffer: Any, column: Any) -> Any:
@@ -62,14 +69,17 @@ class Rows(NamedTuple):
 
 
 def build(spec: Spec) -> Any:
-    """The kernel for `spec`: main(x, residual, weight, bias, y, sum, eps, shift).
+    """The kernel for `spec`: main(x, residual, weight, bias, y, sum, table, eps, shift).
 
-    Where `spec` has no residual, x and y stand for it and the sum; where it has no weight or bias,
-    any fp32 tensor [1] does.
+    Where `spec` has no residual, x and y stand for it and the sum; where it has no weight, bias or
+    rational function, any fp32 tensor [1] or [1, 1] does.
     """
     n, dtype = spec.size, spec.dtype
     blocks, vectors, tail = n // (ACCUMULATORS * LANES), n // LANES, n % LANES
     loop = T.parallel if spec.parallel else T.serial
+    coefficients = (1, 1)
+    if spec.rational is not None:
+        coefficients = (spec.rational[0] + 1 + spec.rational[1], n)
 
     def load(kind, address, count):
         return vector(f"rl_read_{kind}_{count}", address)
@@ -125,6 +135,38 @@ def build(spec: Spec) -> Any:
         out[0] = T.call_extern("float32", "rl_hsum", acc[0, lanes(0)]) * T.float32(1 / n)
 
     @T.inline
+    def divided(r, s, c, count):
+        """s = P(s) / Q(s)."""
+        m, degree, form = T.meta_var(spec.rational)
+        z = registers((LANES,))
+        top = registers((LANES,))
+        bottom = registers((LANES,))
+        z[lanes(0)] = s[lanes(0)]
+        if form == "abs_terms":
+            z[lanes(0)] = vector("rl_abs", s[lanes(0)])
+        top[lanes(0)] = load("float32", T.address_of(r.table[m, c]), count)
+        for i in T.unroll(m):
+            top[lanes(0)] = fma(
+                top[lanes(0)],
+                s[lanes(0)],
+                load("float32", T.address_of(r.table[m - 1 - i, c]), count),
+            )
+        bottom[lanes(0)] = load("float32", T.address_of(r.table[m + degree, c]), count)
+        for i in T.unroll(degree - 1):
+            bottom[lanes(0)] = fma(
+                bottom[lanes(0)],
+                z[lanes(0)],
+                load("float32", T.address_of(r.table[m + degree - 1 - i, c]), count),
+            )
+        if form == "abs_sum":
+            bottom[lanes(0)] = splat(T.float32(1)) + vector(
+                "rl_abs", bottom[lanes(0)] * z[lanes(0)]
+            )
+        else:
+            bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], splat(T.float32(1)))
+        s[lanes(0)] = top[lanes(0)] / bottom[lanes(0)]
+
+    @T.inline
     def scaled(r, s, mean, inverse, shift, c, count):
         """y from column c on."""
         again(r, s, c, count)
@@ -136,6 +178,8 @@ def build(spec: Spec) -> Any:
             s[lanes(0)] = s[lanes(0)] * (gain + splat(shift))
         if spec.bias is not None:
             s[lanes(0)] = s[lanes(0)] + load(spec.bias, T.address_of(r.bias[c]), count)
+        if spec.rational is not None:
+            divided(r, s, c, count)
         T.evaluate(T.call_extern("int32", f"rl_write_{dtype}_{count}", r.at(r.y, c), s[lanes(0)]))
 
     def rows(handle, batch, length):
@@ -153,6 +197,7 @@ def build(spec: Spec) -> Any:
         bias_: T.handle,
         y_: T.handle,
         sum_: T.handle,
+        table_: T.handle,
         eps: T.float32,
         shift: T.float32,
     ):
@@ -164,9 +209,10 @@ def build(spec: Spec) -> Any:
         bias = column(bias_, spec.bias)
         y = rows(y_, batch, length)
         sum = rows(sum_, batch, length)
+        table = T.match_buffer(table_, coefficients, "float32", align=1)
         with T.attr(0, "pragma_import_llvm", helpers(tail, spec.isa)):
             for row in loop(batch * length if spec.rank == 3 else length):
-                r = T.meta_var(Rows(x, residual, weight, bias, y, sum, row))
+                r = T.meta_var(Rows(x, residual, weight, bias, y, sum, table, row))
                 mean = registers((1,))
                 inverse = registers((1,))
                 s = registers((LANES,))
@@ -192,11 +238,16 @@ def helpers(tail: int, isa: str) -> str:
     rl_write_D_n    the first n of 16 fp32, rounded to nearest even
     rl_round_D      fp32 rounded to D, as fp32
     rl_keep_n       the first n of 16 fp32, the rest zeros
+    rl_abs          |x| of 16 fp32
     """
     ir = "declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)\n"
     ir += "define float @rl_hsum(<16 x float> %a) alwaysinline {\n"
     ir += "  %r = call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, <16 x float> %a)\n"
     ir += "  ret float %r\n}\n"
+    ir += "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
+    ir += "define <16 x float> @rl_abs(<16 x float> %x) alwaysinline {\n"
+    ir += "  %y = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)\n"
+    ir += "  ret <16 x float> %y\n}\n"
     for dtype, (kind, size) in _LLVM.items():
         ir += _narrow(dtype, kind, isa)
         for n in {LANES, tail or LANES}:

@@ -15,6 +15,7 @@ from ridgeline.cost_model import Target, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.match import find
 from ridgeline.ir.normalize import normalize
+from ridgeline.nn import GroupRational
 from ridgeline.passes import PASSES
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Pass, Setting
@@ -71,6 +72,11 @@ def _beside() -> tuple[nn.Module, list[Tensor]]:
 
 def _rational() -> tuple[nn.Module, list[Tensor]]:
     return Rational(), [torch.randn(2, 5, 48)]
+
+
+def _norm_rational() -> tuple[nn.Module, list[Tensor]]:
+    model = nn.Sequential(nn.LayerNorm(48), GroupRational(48, 4, "silu")).eval()
+    return model, [torch.randn(3, 7, 48)]
 
 
 class Normalise(nn.Module):
@@ -140,6 +146,7 @@ EXAMPLES: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "quantized_linear": _linear,
     "shift_add_linear": _linear,
     "norm": _norm,
+    "norm_rational": _norm_rational,
     "gated_activation": _gated,
     "rotary": _rotary,
 }

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.triton import group_rational as kernels
+from ridgeline.codegen.triton.norm import norm
 from ridgeline.ir.group_rational import FORMS, backward_reference, reference
+from ridgeline.ir.norm_rational import reference as norm_law
 
 HALF, SINGLE = torch.float16, torch.float32
 # rows, C, (rows of a, of b), m, n, dtype, sign0
@@ -53,7 +55,30 @@ def errors() -> dict[str, float]:
     return found
 
 
+# rows, C, (rows of a, of b), m, n, dtype
+NORMS = {
+    "groups": (5, 48, (4, 4), 5, 4, SINGLE),
+    "shared-numerator": (3, 40, (1, 8), 3, 2, HALF),
+    "one-row-of-both": (2, 17, (1, 1), 0, 1, SINGLE),
+}
+
+
+def norm_errors() -> dict[str, float]:
+    found = {}
+    for name, (rows, channels, groups, m, n, dtype) in NORMS.items():
+        for form in FORMS:
+            x, weight = torch.randn(rows, channels).to(dtype), torch.randn(channels)
+            bias = torch.randn(channels).to(dtype)
+            if form == "abs_coefficients":  # which has a pole where the argument is below 0
+                weight, bias = 0.1 * weight, bias.abs() + 1
+            a, b = torch.randn(groups[0], m + 1), 0.3 * torch.rand(groups[1], n)
+            tiles = {"block_m": 2, "block_n": 64, "num_warps": 4, "num_stages": 1}
+            y, _ = norm(x, None, weight, bias, a, b, eps=1e-5, center=True, form=form, **tiles)
+            wide = [t.double() for t in (x, weight, bias, a, b)]
+            found[f"norm-{name}-{form}"] = relative(y, norm_law(*wide, eps=1e-5, form=form))
+    return found
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    kernels.MOST_STEPS, kernels.PROGRAMS, kernels.REDUCE_BLOCK = 3, 4, 8
-    json.dump(errors(), sys.stdout)
+    json.dump(errors() | norm_errors(), sys.stdout)

@@ -30,6 +30,8 @@ def test_the_code_is_accepted(arch: str) -> None:
         (128, torch.bfloat16, {}),
         (4096, torch.bfloat16, {"residual": True}),
         (MAX_SIZE, torch.float32, {"residual": True, "center": True, "bias": torch.float32}),
+        (768, torch.bfloat16, {"center": True, "numerator": (8, 6), "denominator": (8, 4)}),
+        (768, torch.float32, {"center": True, "numerator": (1, 6), "denominator": (8, 4)}),
     ):
         compiled = compile_norm(size, dtype=dtype, arch=arch, weight=dtype, **form)
         assert compiled.audit.faults(architecture(arch), matrix=False) == []

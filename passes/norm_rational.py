@@ -1,0 +1,160 @@
+"""LayerNorm and the group-wise rational function that reads it -> `ridgeline::layer_norm_rational`.
+
+Law: `ridgeline.ir.norm_rational`. One pass over memory instead of two; the normalised rows are not
+rounded in between. Anchored at `ridgeline::group_rational`, as `ridgeline.nn.GroupRational` calls
+it. A training step keeps the normalised rows for the rational function's backward anyway, and is
+left alone. Equal in real arithmetic. Source: the block of Yang and Wang, Kolmogorov-Arnold
+Transformer (2024).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels
+from ridgeline.codegen.kernel import argument, keyword
+from ridgeline.cost_model import Work, work_of
+from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
+from ridgeline.ir.match import Reject, Site
+from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
+from ridgeline.ir.provenance import said
+from ridgeline.ir.symbolic import shape_of
+from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.norm_work import norm_work
+from ridgeline.passes.norms import DTYPES, GPU_SIZE
+
+aten = torch.ops.aten
+_EPS = 1e-5
+"""LayerNorm's where the call names none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """The arguments of the operation, as nodes of the program."""
+
+    x: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    numerator: fx.Node
+    denominator: fx.Node
+    eps: float
+    form: str
+
+
+def search(graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
+    """Every rational function of a LayerNorm."""
+    found = []
+    for node in graph.find_nodes(op="call_function", target=GROUP_RATIONAL.overload):
+        norm = node.args[0]
+        if norm.target is aten.layer_norm.default:
+            found.append(Site({"x": norm.args[0]}, {}, (norm, node), (node,), "layer_norm"))
+    return found, []
+
+
+def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
+    """Check who else reads the norm, its dimensions and dtypes; state the work on both sides."""
+    norm, rational = site.nodes
+    call = _call(norm, rational)
+    if setting.training:
+        return Reject(
+            "the model is being trained, and the backward of the rational function reads the"
+            " normalised rows, so that nothing would be saved",
+            rational,
+            "call eval() for inference",
+        )
+    stranger = next((user for user in norm.users if user is not rational), None)
+    if stranger is not None:
+        return Reject(
+            f"{said(norm)} is also read by {said(stranger)}",
+            norm,
+            f"drop the other use of {said(norm)} ({said(stranger)})",
+        )
+    size = shape_of(call.x)[-1]
+    if len(norm.args[1]) != 1 or not size.is_Integer:  # pyright: ignore[reportArgumentType]
+        return Reject(
+            f"{said(norm)} normalises over {norm.args[1]}; the kernels take one fixed dimension",
+            norm,
+            "normalise over the last dimension",
+        )
+    if setting.target.kind != "cpu" and size > GPU_SIZE:
+        return Reject(
+            f"a row of {size} elements does not fit the registers of one block ({GPU_SIZE})",
+            call.x,
+            f"normalise over at most {GPU_SIZE} elements",
+        )
+    given = (call.x, call.weight, call.bias, call.numerator, call.denominator)
+    operands = [n for n in given if n is not None]
+    unknown = {n.meta["val"].dtype for n in (*operands, rational)} - set(DTYPES)
+    if unknown or call.x.meta["val"].dtype != rational.meta["val"].dtype:
+        return Reject(
+            f"{said(norm)} and {said(rational)} compute in"
+            f" {sorted(str(n.meta['val'].dtype) for n in operands)}; the kernels take"
+            f" {', '.join(map(str, DTYPES))}, and give the rows' dtype",
+            rational,
+            "use one of these dtypes",
+        )
+    before, after = _works(norm, rational)
+    return [
+        Candidate(
+            rewrite=NORM_RATIONAL,
+            site=site,
+            call=call,
+            before=before,
+            after=after,
+            preconditions=(
+                f"the rational function alone reads {said(norm)}",
+                f"mean over the last dimension, eps {call.eps:g}",
+                f"the denominator has form {call.form}",
+            ),
+        )
+    ]
+
+
+def _call(norm: fx.Node, rational: fx.Node) -> Call:
+    x, _, weight, bias, eps = (argument(norm, i, _EPS if i == 4 else None) for i in range(5))
+    _, numerator, denominator = rational.args
+    form = keyword(rational, "form") or FORMS[0]
+    return Call(x, weight, bias, numerator, denominator, eps, form)  # pyright: ignore[reportArgumentType]
+
+
+def _works(norm: fx.Node, rational: fx.Node) -> tuple[Work, Work]:
+    x = norm.args[0]
+    alone = Site({}, {}, (norm,), (norm,), "")
+    before, after = norm_work(alone, x, [x], center=True, residual=False)  # pyright: ignore[reportArgumentType]
+    terms = sum(int(n.meta["val"].shape[1]) for n in rational.args[1:3])  # pyright: ignore
+    first, *rest = after.kernels
+    after = Work((dataclasses.replace(first, terms=terms), *rest))  # pyright: ignore[reportArgumentType]
+    return before + work_of(rational), after
+
+
+def apply(
+    candidate: Candidate, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule
+) -> fx.Node:
+    """Put the operation where the rational function is computed."""
+    call: Call = candidate.call
+    out = copied[candidate.site.outs[0]]
+    operands = (call.x, call.weight, call.bias, call.numerator, call.denominator)
+    with module.graph.inserting_before(out):
+        new = module.graph.call_function(
+            LAYER_NORM_RATIONAL.overload,
+            tuple(None if n is None else copied[n] for n in operands),
+            {"eps": call.eps, "form": call.form},
+        )
+    new.meta = dict(out.meta)
+    out.replace_all_uses_with(new)
+    return new
+
+
+NORM_RATIONAL = Pass(
+    name="norm_rational",
+    op=LAYER_NORM_RATIONAL,
+    exactness="reassociating",
+    patterns=tuple,
+    search=search,
+    accepts=accepts,
+    apply=apply,
+    rounding={"float32": 1e-6, "bfloat16": 4e-3, "float16": 6e-4},
+)
