@@ -1,20 +1,25 @@
 """The rational function on this CPU: ridgeline's TVM kernels against eager PyTorch and Inductor.
 
-x [8192, 768] fp32, 8 groups, degrees 5 and 4, form "abs_terms". Every contender allocates its
-results per call, and forward + backward runs through autograd, so that only the kernels differ.
+x [8192, 768] fp32, 8 groups, degrees 5 and 4, form "abs_terms", and with a LayerNorm before it at
+three sizes. Every contender allocates its results per call, and forward + backward runs through
+autograd, so that only the kernels differ.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels
 from ridgeline.ir.group_rational import GROUP_RATIONAL
+from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.tools.timing import Timings, interleave
 
 BASELINE = "Inductor, Horner"
 ROWS, CHANNELS, GROUPS = 8192, 768, 8
+NORMS = ((8192, 768), (1576, 192), (1632, 64))
+"""Rows and channels: beyond the caches; eight images of KAT-T; the batch of `examples/kat.py`."""
 
 
 def horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -79,6 +84,31 @@ def cases(rounds: int) -> Iterator[tuple[str, Timings]]:
     for name, work in (("forward", forward), ("forward and backward", both)):
         functions = {contender: work(f) for contender, f in _functions().items()}
         yield f"{title}: {name}", interleave(functions, baseline=BASELINE, rounds=rounds)
+
+
+def norms(rounds: int) -> Iterator[tuple[str, Timings]]:
+    """(title, timings) of LayerNorm and the rational function after it, without autograd."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (0.3 * torch.randn(GROUPS, k, generator=generator) for k in (6, 4))
+    separate = {
+        BASELINE: torch.compile(
+            lambda x, w, c: horner(F.layer_norm(x, x.shape[-1:], w, c), a, b), dynamic=False
+        ),
+        "Inductor's LayerNorm, ridgeline's rational": torch.compile(
+            lambda x, w, c: GROUP_RATIONAL.overload(F.layer_norm(x, x.shape[-1:], w, c), a, b),
+            dynamic=False,
+        ),
+        "ridgeline": lambda x, w, c: LAYER_NORM_RATIONAL.overload(x, w, c, a, b, eps=1e-5),
+    }
+    for rows, channels in NORMS:
+        shapes = ((rows, channels), (channels,), (channels,))
+        given = [torch.randn(shape, generator=generator) for shape in shapes]
+        functions = {
+            name: torch.no_grad()(lambda f=f, given=given: f(*given))
+            for name, f in separate.items()
+        }
+        title = f"LayerNorm and group_rational, {rows} x {channels} fp32, {GROUPS} groups"
+        yield title, interleave(functions, baseline=BASELINE, rounds=rounds)
 
 
 def errors() -> dict[str, tuple[float, float, float]]:
