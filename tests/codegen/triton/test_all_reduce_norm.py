@@ -1,0 +1,103 @@
+"""The fused AllReduce + residual + RMSNorm kernels for GPUs that are not here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from ridgeline.codegen.errors import UnknownArchitecture, UnsupportedProblem
+from ridgeline.codegen.triton.all_reduce_norm_launch import (
+    MAX_ROW_BYTES,
+    VARIANTS,
+    compile_all_reduce_norm,
+    grid,
+    workspace,
+)
+from ridgeline.codegen.triton.arch import architecture
+
+BARRIERS, CAS_OF_A_BARRIER = 2, 2
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path))
+    compile_all_reduce_norm.cache_clear()
+
+
+def problems() -> list[tuple[str, str, torch.dtype, int, int]]:
+    out = []
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_100"):
+        for variant in VARIANTS:
+            if variant == "multimem" and arch in ("sm_80", "sm_89"):
+                continue
+            for dtype, size, world in (
+                (torch.bfloat16, 8192, 8),
+                (torch.bfloat16, MAX_ROW_BYTES // 2, 8),
+                (torch.float16, 5120, 4),
+                (torch.float32, MAX_ROW_BYTES // 4, 8),
+                (torch.bfloat16, 576, 2),
+            ):
+                out.append((arch, variant, dtype, size, world))
+    return out
+
+
+@pytest.mark.parametrize(("arch", "variant", "dtype", "size", "world"), problems())
+def test_the_code_is_accepted(
+    arch: str, variant: str, dtype: torch.dtype, size: int, world: int
+) -> None:
+    compiled = compile_all_reduce_norm(
+        size, dtype=dtype, arch=arch, world=world, variant=variant, weight=dtype
+    )
+    audit = compiled.audit
+    # No spill, no atomic beside the signals; a put and a wait in each of the two barriers.
+    assert audit.faults(architecture(arch), matrix=False) == []
+    assert audit.signals == BARRIERS * CAS_OF_A_BARRIER
+    multimem = variant == "multimem"
+    # Partial sums of each rank, residual and weight, all 16 bytes at a time.
+    assert audit.vector_loads >= (0 if multimem else world) + 2
+    assert (audit.multicast > 0) == multimem
+    assert compiled.config.num_warps * 32 >= world
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_grid_follows_from_what_all_ranks_know(variant: str) -> None:
+    for rows in (1, 7, 8, 9, 63, 64, 1000):
+        for world in (2, 4, 8):
+            blocks = grid(rows, world, variant, 16)
+            assert 1 <= blocks <= 16
+            owned = rows if variant == "one_shot" else -(-rows // world)
+            assert blocks == min(16, owned)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"size": 8190}, UnsupportedProblem, r"a multiple of 8 \(16 bytes\).*found 8190"),
+        (
+            {"size": MAX_ROW_BYTES // 2 + 8},
+            UnsupportedProblem,
+            "reduce and normalise in two kernels",
+        ),
+        ({"world": 1}, UnsupportedProblem, "2 to 16 ranks, found 1"),
+        ({"dtype": torch.float64}, UnsupportedProblem, "found torch.float64"),
+        ({"variant": "ring"}, UnsupportedProblem, "one_shot, two_shot, multimem, found 'ring'"),
+        ({"variant": "multimem"}, UnsupportedProblem, "sm_90 or later, found sm_80; use two_shot"),
+        ({"arch": "gfx942"}, UnsupportedProblem, "found gfx942: use collectives"),
+        ({"arch": "sm_70"}, UnknownArchitecture, "sm_70"),
+        ({"weight": torch.int8}, UnsupportedProblem, "floating-point weight"),
+    ],
+)
+def test_unsupported_problems_are_refused(change, error, match: str) -> None:
+    options = {
+        "size": 8192, "dtype": torch.bfloat16, "arch": "sm_80", "world": 8, "variant": "two_shot",
+    } | change  # fmt: skip
+    with pytest.raises(error, match=match):
+        compile_all_reduce_norm(options.pop("size"), **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are CUDA devices here")
+def test_symmetric_memory_needs_devices() -> None:
+    with pytest.raises(UnsupportedProblem, match="CUDA devices joined by NVLink, found none"):
+        workspace(16, 64, torch.bfloat16, None)
