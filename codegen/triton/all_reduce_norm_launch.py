@@ -20,8 +20,8 @@ from ridgeline.codegen.triton.cross_compile import Compiled, cross_compile, firs
 from ridgeline.codegen.triton.ops import device_arch
 
 VARIANTS = ("one_shot", "two_shot", "multimem")
-MAX_ROW_BYTES = 32 * 1024
-"""Of a row that one block holds in registers, in fp32, beside what it reads of the peers."""
+MAX_SIZE = 16384
+"""Elements of a row that one block holds in registers."""
 MAX_WORLD = 16
 MAX_BLOCKS = 64
 """More blocks than the links can use only lengthen the barriers (public sweeps: 16 to 32 best)."""
@@ -38,10 +38,9 @@ def check_problem(size: int, dtype: torch.dtype, world: int, variant: str, arch:
             f"all_reduce_norm takes {', '.join(map(str, _POINTERS))}, found {dtype}"
         )
     per_load = 16 // dtype.itemsize
-    longest = MAX_ROW_BYTES // dtype.itemsize
-    if not 0 < size <= longest or size % per_load:
+    if not 0 < size <= MAX_SIZE or size % per_load:
         raise UnsupportedProblem(
-            f"all_reduce_norm takes rows of up to {longest} elements, a multiple of {per_load}"
+            f"all_reduce_norm takes rows of up to {MAX_SIZE} elements, a multiple of {per_load}"
             f" (16 bytes) of {dtype}; found {size}: reduce and normalise in two kernels"
         )
     if not 2 <= world <= MAX_WORLD:
@@ -112,10 +111,12 @@ def compile_all_reduce_norm(
 
 def candidates(size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """Configurations for rows of `size`, best first: 16 bytes of each rank per thread and turn,
-    then 32. At least one warp, so that there is a thread for each rank's signals."""
+    then more; at 1024 threads ptxas gives each 32 registers and may spill, at fewer it doesn't.
+    At least one warp, so that there is a thread for each rank's signals."""
     per_warp = 32 * 16 // dtype.itemsize
     block_n = max(1 << (size - 1).bit_length(), per_warp)
-    warps = dict.fromkeys(max(1, min(32, block_n // per_warp // factor)) for factor in (1, 2))
+    most = min(32, block_n // per_warp)
+    warps = dict.fromkeys(max(1, most // factor) for factor in (1, 2, 4))
     return tuple(Config((("BLOCK_N", block_n),), w, 1) for w in warps)
 
 

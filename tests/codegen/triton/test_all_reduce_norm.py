@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from ridgeline.codegen.errors import UnknownArchitecture, UnsupportedProblem
 from ridgeline.codegen.triton.all_reduce_norm_launch import (
-    MAX_ROW_BYTES,
+    MAX_SIZE,
     VARIANTS,
     compile_all_reduce_norm,
     grid,
@@ -34,9 +34,9 @@ def problems() -> list[tuple[str, str, torch.dtype, int, int]]:
                 continue
             for dtype, size, world in (
                 (torch.bfloat16, 8192, 8),
-                (torch.bfloat16, MAX_ROW_BYTES // 2, 8),
+                (torch.bfloat16, MAX_SIZE, 8),
                 (torch.float16, 5120, 4),
-                (torch.float32, MAX_ROW_BYTES // 4, 8),
+                (torch.float32, MAX_SIZE, 8),
                 (torch.bfloat16, 576, 2),
             ):
                 out.append((arch, variant, dtype, size, world))
@@ -76,7 +76,7 @@ def test_the_grid_follows_from_what_all_ranks_know(variant: str) -> None:
     [
         ({"size": 8190}, UnsupportedProblem, r"a multiple of 8 \(16 bytes\).*found 8190"),
         (
-            {"size": MAX_ROW_BYTES // 2 + 8},
+            {"size": MAX_SIZE + 8},
             UnsupportedProblem,
             "reduce and normalise in two kernels",
         ),
