@@ -36,6 +36,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
+def _wide(row):
+    """int64: all rows together may hold more than 2³¹ elements. A loop counter is a Python
+    number in Triton's interpreter, which has no `to`."""
+    return tl.full((), 0, tl.int64) + row
+
+
+@triton.jit
 def _peer(table_ptr, rank, dtype: tl.constexpr):
     """The address of a rank's buffer, which starts on 16 bytes."""
     address = tl.load(table_ptr + rank)
@@ -90,7 +97,7 @@ def one_shot_norm(
     column = tl.arange(0, BLOCK_N)
     inside = column < SIZE
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = row.to(tl.int64) * SIZE + column
+        at = _wide(row) * SIZE + column
         s = _sum_row(buffers_ptr, at, inside, WORLD, dtype, BLOCK_N)
         s += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(sum_ptr + at, s.to(dtype), mask=inside)
@@ -132,8 +139,8 @@ def two_shot_norm(
     first = rank * shard
     own = tl.minimum(shard, rows - first)  # negative for a rank without rows
     for row in range(tl.program_id(0), own, tl.num_programs(0)):
-        start = (first + row).to(tl.int64) * SIZE
-        at, shard_at = start + column, row.to(tl.int64) * SIZE + column
+        start = _wide(first + row) * SIZE
+        at, shard_at = start + column, _wide(row) * SIZE + column
         if MULTIMEM:
             address = multicast + start * (dtype.primitive_bitwidth // 8)
             s = load_sum(address, SIZE, BLOCK_N, dtype)
