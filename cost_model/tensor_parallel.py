@@ -41,7 +41,7 @@ LEAST_HALF = 128
 DENSE_LAUNCHES = 12
 """Kernels of a dense layer: qkv, rotary, cache, attention, o, gate-up, activation, down, and twice
 all-reduce and norm."""
-MARGIN = 1.02
+MARGIN = 1.01
 """A weave must be predicted faster by this: what the split's own errors, which don't cancel, are
 likely to be worth."""
 
@@ -79,11 +79,11 @@ class Constants:
 
 FITTED = Constants(
     gemm=1.17,
-    expert=1.6,
-    attention=0.93,
-    wire=0.86,
-    interference=0.15,
-    moe_host_us=620.0,
+    expert=1.55,
+    attention=0.957,
+    wire=0.855,
+    interference=0.0969,
+    moe_host_us=624.0,
 )
 
 
@@ -129,8 +129,8 @@ class Schedule:
     """One alternative: seconds of the whole prefill, or None and the reason.
 
     blocks: thread blocks of the fused kernels (two numbers in a weave: beside attention, beside
-    the MLP); split: tokens of the halves of a weave; waves: of the widest GEMM on 128 x 128 tiles,
-    whole and as split.
+    the MLP); split: tokens of the halves of a weave; waves: of the gate and up product on 128 x 128
+    tiles, whole on all cores, and of the halves on those that the blocks leave.
     """
 
     name: str
@@ -146,6 +146,7 @@ class Schedule:
         parts = [f"{self.name}: {self.seconds * 1e3:.1f} ms"]
         if self.split:
             parts.append(f"tokens {' + '.join(map(str, self.split))}")
+        if self.waves:
             parts.append(f"waves {self.waves[0]} as {' + '.join(map(str, self.waves[1:]))}")
         if self.blocks:
             parts.append(f"thread blocks {', '.join(map(str, self.blocks))}")
@@ -153,11 +154,13 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """chosen: a name in `schedules`, which hold every alternative."""
+class ScheduleChoice:
+    """chosen: a name in `schedules`, which hold every alternative; bound: seconds without any
+    communication, which no schedule of this model computes the same result in."""
 
     chosen: str
     schedules: tuple[Schedule, ...]
+    bound: float
 
     def __getitem__(self, name: str) -> Schedule:
         return next(schedule for schedule in self.schedules if schedule.name == name)
@@ -178,7 +181,7 @@ def waves(tokens: int, columns: int, cores: int, tile: int = 128) -> int:
     return ceil(ceil(tokens / tile) * ceil(columns / tile) / cores)
 
 
-def choose(
+def choose_schedule(
     stack: Stack,
     tokens: int,
     world: int,
@@ -188,7 +191,7 @@ def choose(
     per_node: int = 8,
     launch: str = "graph",
     constants: Constants = FITTED,
-) -> Choice:
+) -> ScheduleChoice:
     """The fastest schedule of a prefill of `tokens` tokens of one prompt, with all schedules.
 
     target: a GPU's name. Deterministic. Raises InvalidStack, InvalidSite, UnknownTarget,
@@ -203,10 +206,10 @@ def choose(
     # Inside a model the wire takes another share of the time than in a loop of nothing else.
     links = replace(links, bytes_per_s=links.bytes_per_s / constants.wire)
     layer = _Layer(stack, links, constants, launch)
-    schedules = [*layer.in_turn(tokens), layer.weave(tokens)]
+    schedules = (*layer.in_turn(tokens), layer.weave(tokens))
     possible = [s for s in schedules if s.seconds is not None]
     best = min(possible, key=lambda s: (s.seconds or 0.0) * (MARGIN if s.name == "weave" else 1.0))
-    return Choice(best.name, tuple(schedules))
+    return ScheduleChoice(best.name, schedules, layer.bound(tokens))
 
 
 def _check(stack: Stack, world: int) -> None:
@@ -267,26 +270,32 @@ class _Layer:
         gate = self.stream("silu_mul", tokens * max(1, s.experts_per_token), width, reserved)
         return factor * products + gate
 
+    def _busy(self, tokens: int) -> float:
+        return self.attention(tokens, tokens) + self.mlp(tokens)
+
+    def _norm(self, tokens: int) -> float:
+        return all_reduce.norm_seconds(tokens * self.row, self.links.target) - self.saved
+
+    def bound(self, tokens: int) -> float:
+        seconds = self._busy(tokens) + 2 * self._norm(tokens)
+        return self._schedule("bound", seconds).seconds or 0.0
+
     def in_turn(self, tokens: int) -> list[Schedule]:
         """A schedule for each way of `all_reduce`, one kernel after the other."""
-        refused, size = refusals(self.links), tokens * self.row
-        busy = self.attention(tokens, tokens) + self.mlp(tokens)
-        norm = all_reduce.norm_seconds(size, self.links.target) - self.saved
+        refused, size, saved = refusals(self.links), tokens * self.row, self.saved
+        busy, norm, links = self._busy(tokens), self._norm(tokens), self.links
         plain = {
-            "nccl": all_reduce.nccl_seconds(size, self.links) - self.saved + norm,
-            "multimem_all_reduce": all_reduce.multimem_seconds(size, self.links)
-            - self.saved
-            + norm,
-            "sequence_parallel": all_reduce.sequence_parallel_seconds(size, self.links)
-            - 3 * self.saved,
+            "nccl": all_reduce.nccl_seconds(size, links) - saved + norm,
+            "multimem_all_reduce": all_reduce.multimem_seconds(size, links) - saved + norm,
+            "sequence_parallel": all_reduce.sequence_parallel_seconds(size, links) - 3 * saved,
         }
-        out = [self._schedule("no_communication", busy + 2 * norm, reason="a bound, no schedule")]
+        out = []
         for name in all_reduce.WAYS:
             if name in refused:
                 out.append(Schedule(name, None, refused[name]))
             elif name in FUSED:
-                blocks, fused = all_reduce.best_blocks(name, tokens, self.row, self.links)
-                out.append(self._schedule(name, busy + 2 * (fused - self.saved), blocks=(blocks,)))
+                blocks, fused = all_reduce.best_blocks(name, tokens, self.row, links)
+                out.append(self._schedule(name, busy + 2 * (fused - saved), blocks=(blocks,)))
             else:
                 out.append(self._schedule(name, busy + 2 * plain[name]))
         return out
@@ -331,13 +340,12 @@ class _Layer:
             best = found if best is None else min(best, found)
         assert best is not None
         seconds, split, blocks = best
-        cores = self.links.target.cores
-        wide = 2 * self.stack.intermediate // self.world
-        counted = [waves(tokens, wide, cores)]
-        counted += [waves(part, wide, cores - blocks[1]) for part in split]
-        return self._schedule(
-            "weave", seconds, calls=2, blocks=blocks, split=split, waves=tuple(counted)
-        )
+        counted: tuple[int, ...] = ()
+        if not self.stack.experts:
+            cores, wide = self.links.target.cores, 2 * self.stack.intermediate // self.world
+            halves = (waves(part, wide, cores - blocks[1]) for part in split)
+            counted = (waves(tokens, wide, cores), *halves)
+        return self._schedule("weave", seconds, calls=2, blocks=blocks, split=split, waves=counted)
 
     def _stage(self, work: Any, blocks: int, communication: float) -> float:
         slowed = (1 + self.c.interference) * work(reserved=blocks)

@@ -1,9 +1,6 @@
 """The fused AllReduce + residual + RMSNorm kernels for GPUs that are not here."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from ridgeline.codegen.triton.all_reduce_norm_launch import (
     workspace,
 )
 from ridgeline.codegen.triton.arch import architecture
+from tests.codegen.triton.test_interpreted import run
 
 BARRIERS, CAS_OF_A_BARRIER = 2, 2
 
@@ -108,18 +106,7 @@ def test_symmetric_memory_needs_devices() -> None:
 
 
 def test_the_interpreted_kernels_agree_with_the_emulator() -> None:
-    script = Path(__file__).with_name("interpreted_all_reduce_norm.py")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
-        pytest.skip("this Triton's interpreter does not work with NumPy 2.4 or newer")
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+    errors = json.loads(run(Path(__file__).with_name("interpreted_all_reduce_norm.py")))
     assert len(errors) == 10
     # The same fp32 sums in the same order; the norm's sum of squares is added up in another.
     assert {name: error for name, error in errors.items() if not error < 1e-6} == {}
