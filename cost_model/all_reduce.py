@@ -42,6 +42,9 @@ bandwidth of custom all-reduces at 60 MB and more in public serving-engine measu
 ONE_SHOT_S = {"sm_80": 5.8e-6, "sm_90": 4.7e-6, "sm_100": 7.8e-6}
 """Latency in a CUDA graph of the same at 16 kB and less; other architectures: as sm_80."""
 MOST_BLOCKS = 64
+"""More than the links can use only lengthens the barriers (published sweeps: 16 to 32 best)."""
+MOST_ELEMENTS = 16384
+"""Of a row that one block of the fused kernels holds in registers."""
 BLOCKS = (2, 4, 8, 16, 32, MOST_BLOCKS)
 WAYS = ("nccl", "multimem_all_reduce", "one_shot", "two_shot", "multimem", "sequence_parallel")
 FUSED = ("one_shot", "two_shot", "multimem")
@@ -233,9 +236,12 @@ class SiteChoice:
         return f"{self.chosen} ({'; '.join(map(str, self.ways))})"
 
 
-def refusals(links: Links) -> Mapping[str, str]:
+def refusals(links: Links, hidden: int, itemsize: int = 2) -> Mapping[str, str]:
     """Why ways can't be taken: name -> reason."""
     out = {}
+    if hidden > MOST_ELEMENTS or hidden * itemsize % 16:
+        rows = f"rows of up to {MOST_ELEMENTS} elements in groups of 16 bytes, found {hidden}"
+        out |= dict.fromkeys(FUSED, f"the fused kernels take {rows} elements of {itemsize} bytes")
     if not links.peers:
         apart = "the ranks' memories aren't all joined by NVLink, so no kernel can read its peers'"
         out |= dict.fromkeys(("one_shot", "two_shot"), apart)
@@ -269,7 +275,7 @@ def choose_site(
             f" tokens={tokens}, hidden={hidden}, itemsize={itemsize}, launch={launch!r}"
         )
     links = links_of(target, world, topology=topology, per_node=per_node)
-    refused = refusals(links)
+    refused = refusals(links, hidden, itemsize)
     row, size = hidden * itemsize, tokens * hidden * itemsize
     norm = norm_seconds(size, links.target)
     kernels = {"nccl": 2, "multimem_all_reduce": 2, "sequence_parallel": 3}

@@ -282,7 +282,11 @@ class _Layer:
 
     def in_turn(self, tokens: int) -> list[Schedule]:
         """A schedule for each way of `all_reduce`, one kernel after the other."""
-        refused, size, saved = refusals(self.links), tokens * self.row, self.saved
+        refused, size, saved = (
+            refusals(self.links, self.stack.hidden),
+            tokens * self.row,
+            self.saved,
+        )
         busy, norm, links = self._busy(tokens), self._norm(tokens), self.links
         plain = {
             "nccl": all_reduce.nccl_seconds(size, links) - saved + norm,
@@ -305,7 +309,7 @@ class _Layer:
 
     def weave(self, tokens: int) -> Schedule:
         """The fastest split in two, on the fused kernel that the links allow."""
-        refused = refusals(self.links)
+        refused = refusals(self.links, self.stack.hidden)
         way = next((name for name in ("multimem", "two_shot") if name not in refused), None)
         if way is None:
             return Schedule("weave", None, refused["two_shot"])

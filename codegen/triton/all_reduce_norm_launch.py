@@ -18,13 +18,10 @@ from ridgeline.codegen.triton.arch import architecture
 from ridgeline.codegen.triton.config import Config
 from ridgeline.codegen.triton.cross_compile import Compiled, cross_compile, first_accepted
 from ridgeline.codegen.triton.ops import device_arch
+from ridgeline.cost_model.all_reduce import FUSED, MOST_BLOCKS, MOST_ELEMENTS
 
-VARIANTS = ("one_shot", "two_shot", "multimem")
-MAX_SIZE = 16384
-"""Elements of a row that one block holds in registers."""
+VARIANTS = FUSED
 MAX_WORLD = 16
-MAX_BLOCKS = 64
-"""More blocks than the links can use only lengthen the barriers (public sweeps: 16 to 32 best)."""
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _SIGNAL_BYTES = 4
 
@@ -38,10 +35,10 @@ def check_problem(size: int, dtype: torch.dtype, world: int, variant: str, arch:
             f"all_reduce_norm takes {', '.join(map(str, _POINTERS))}, found {dtype}"
         )
     per_load = 16 // dtype.itemsize
-    if not 0 < size <= MAX_SIZE or size % per_load:
+    if not 0 < size <= MOST_ELEMENTS or size % per_load:
         raise UnsupportedProblem(
-            f"all_reduce_norm takes rows of up to {MAX_SIZE} elements, a multiple of {per_load}"
-            f" (16 bytes) of {dtype}; found {size}: reduce and normalise in two kernels"
+            f"all_reduce_norm takes rows of up to {MOST_ELEMENTS} elements, a multiple of"
+            f" {per_load} (16 bytes) of {dtype}; found {size}: reduce and normalise in two kernels"
         )
     if not 2 <= world <= MAX_WORLD:
         raise UnsupportedProblem(f"all_reduce_norm takes 2 to {MAX_WORLD} ranks, found {world}")
@@ -120,7 +117,7 @@ def candidates(size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     return tuple(Config((("BLOCK_N", block_n),), w, 1) for w in warps)
 
 
-def grid(rows: int, world: int, variant: str, limit: int = MAX_BLOCKS) -> int:
+def grid(rows: int, world: int, variant: str, limit: int = MOST_BLOCKS) -> int:
     """Blocks that every rank launches: one per row that a rank sums, at most `limit`."""
     return max(1, min(limit, rows if variant == "one_shot" else -(-rows // world)))
 
@@ -145,7 +142,9 @@ class Workspace:
     handle: object
 
 
-def workspace(rows: int, size: int, dtype: torch.dtype, group, blocks: int = MAX_BLOCKS):
+def workspace(
+    rows: int, size: int, dtype: torch.dtype, group: object, blocks: int = MOST_BLOCKS
+) -> Workspace:
     """Allocates a `Workspace` for up to `rows` rows on every rank of `group`; a collective call.
 
     Raises UnsupportedProblem where torch has no symmetric memory for the group.
@@ -184,12 +183,13 @@ def all_reduce_norm(
     eps: float,
     shift: float = 0.0,
     variant: str,
-    blocks: int = MAX_BLOCKS,
+    blocks: int = MOST_BLOCKS,
 ) -> tuple[Tensor, Tensor]:
     """(y [rows,N], residual') from the partial sums in `space.partial[:rows]` of every rank.
 
-    residual: [rows,N] (one_shot), else the rank's shard [ceil(rows/W),N], as residual' is; y lies
-    in `space.partial` for the latter. Every rank calls it with the same arguments but residual.
+    residual: [rows,N] (one_shot), else the rank's shard [ceil(rows/W),N], as residual' is; y then
+    lies in `space.partial`, until partial sums are written there again. Every rank makes the same
+    call, on one stream for each workspace.
     Raises UnsupportedProblem.
     """
     size, dtype = space.partial.shape[-1], space.partial.dtype

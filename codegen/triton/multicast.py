@@ -6,7 +6,8 @@ Law, at an address of a multicast mapping, 16 bytes per thread:
     store   every rank's value = x
 
 The sum is rounded once, on its way out of the switch; fp32 operands pass unrounded at twice the
-bytes. Needs sm_90 and an NVSwitch. Source: PTX ISA, `multimem.ld_reduce` and `multimem.st`.
+bytes. Needs sm_90 and an NVSwitch. The two instructions are PTX; `unpack` and `pack` are plain
+Triton, which its interpreter runs. Source: PTX ISA, `multimem.ld_reduce` and `multimem.st`.
 This file needs only triton.
 """
 
@@ -46,14 +47,8 @@ def _words(address, live, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_sum(base, SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """fp32 [BLOCK]: the sum over ranks of SIZE elements from the multicast address `base` (int64).
-
-    SIZE elements must be a multiple of 16 bytes, as must the address; the rest of BLOCK is 0.
-    """
-    PER: tl.constexpr = 128 // dtype.primitive_bitwidth
-    group = tl.arange(0, BLOCK // PER)
-    a, b, c, d = _words(base + group.to(tl.int64) * 16, group * PER < SIZE, dtype)
+def unpack(a, b, c, d, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """fp32 [BLOCK] from four words per group of 16 bytes, the first in a: uint32 [BLOCK / PER]."""
     words = tl.join(tl.join(a, c), tl.join(b, d))  # [.., 2, 2]: a b in the last, c d behind
     if dtype == tl.float32:
         total = words.to(tl.float32, bitcast=True)
@@ -65,20 +60,40 @@ def load_sum(base, SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr)
 
 
 @triton.jit
-def store_all(base, y, SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """Writes y (fp32 [BLOCK], rounded to dtype) to every rank at the multicast address `base`."""
-    PER: tl.constexpr = 128 // dtype.primitive_bitwidth
-    group = tl.arange(0, BLOCK // PER)
+def pack(y, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """The four words, as `unpack` takes them, of y (fp32 [BLOCK]) rounded to dtype."""
+    GROUPS: tl.constexpr = BLOCK * dtype.primitive_bitwidth // 128
     rounded = y.to(dtype)
     if dtype == tl.float32:
-        words = rounded.to(tl.uint32, bitcast=True).reshape(BLOCK // PER, 2, 2)
+        words = rounded.to(tl.uint32, bitcast=True).reshape(GROUPS, 2, 2)
     else:
         halves = rounded.to(tl.uint16, bitcast=True).to(tl.uint32)
-        low, high = tl.split(halves.reshape(BLOCK // PER, 2, 2, 2))
+        low, high = tl.split(halves.reshape(GROUPS, 2, 2, 2))
         words = low | (high << 16)
     even, odd = tl.split(words)
     a, c = tl.split(even)
     b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def load_sum(base, SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """fp32 [BLOCK]: the sum over ranks of SIZE elements from the multicast address `base` (int64).
+
+    SIZE elements must be a multiple of 16 bytes, as must the address; the rest of BLOCK is 0.
+    """
+    PER: tl.constexpr = 128 // dtype.primitive_bitwidth
+    group = tl.arange(0, BLOCK // PER)
+    a, b, c, d = _words(base + group.to(tl.int64) * 16, group * PER < SIZE, dtype)
+    return unpack(a, b, c, d, BLOCK, dtype)
+
+
+@triton.jit
+def store_all(base, y, SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """Writes y (fp32 [BLOCK], rounded to dtype) to every rank at the multicast address `base`."""
+    PER: tl.constexpr = 128 // dtype.primitive_bitwidth
+    group = tl.arange(0, BLOCK // PER)
+    a, b, c, d = pack(y, BLOCK, dtype)
     tl.inline_asm_elementwise(
         _STORE,
         "=&r,l,r,r,r,r,r",

@@ -21,7 +21,7 @@ This file needs only triton.
 import triton
 import triton.language as tl
 
-TIMEOUT_NS = tl.constexpr(20_000_000_000)
+TIMEOUT_NS = tl.constexpr(60_000_000_000)
 """How long a block waits for a peer, in nanoseconds, before the kernel ends with a trap."""
 
 # $0 result, $1 table of the pads' addresses, $2 rank, $3 ranks, $4 block, $5 token, $6 limit in ns

@@ -115,6 +115,8 @@ def test_a_refused_way_says_why_and_all_numbers_are_shown() -> None:
     assert "joined by NVLink" in cards["two_shot"].reason
     amd = choose_site(1024, HIDDEN, 8, "mi300x")
     assert "PTX" in amd["multimem"].reason
+    odd = choose_site(1024, HIDDEN + 4, 8, "h100")
+    assert "in groups of 16 bytes, found 8196 elements" in odd["two_shot"].reason
     text = str(choose_site(4096, HIDDEN, 8, "h100"))
     assert all(name in text for name in WAYS)
     assert text.count(" us") == len(WAYS)

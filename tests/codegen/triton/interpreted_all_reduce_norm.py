@@ -10,10 +10,13 @@ import json
 import sys
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ridgeline.codegen.symmetric_memory import Launch, emulate
 from ridgeline.codegen.triton.all_reduce_norm import INTERPRETED, all_reduce_norm
+from ridgeline.codegen.triton.multicast import pack, unpack
 
 EPS = 1e-5
 # world, rows, size, dtype, blocks, shift, weight
@@ -61,9 +64,39 @@ def errors(variant: str, name: str) -> float:
     return worst
 
 
+@triton.jit
+def words_and_back(
+    words_ptr, values_ptr, back_ptr, dtype: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr
+):
+    """multimem's 16-byte groups as fp32 values, and as groups again."""
+    at = tl.arange(0, GROUPS) * 4
+    a, b = tl.load(words_ptr + at), tl.load(words_ptr + at + 1)
+    c, d = tl.load(words_ptr + at + 2), tl.load(words_ptr + at + 3)
+    values = unpack(a, b, c, d, BLOCK, dtype)
+    tl.store(values_ptr + tl.arange(0, BLOCK), values)
+    a, b, c, d = pack(values, BLOCK, dtype)
+    tl.store(back_ptr + at, a)
+    tl.store(back_ptr + at + 1, b)
+    tl.store(back_ptr + at + 2, c)
+    tl.store(back_ptr + at + 3, d)
+
+
+def packing_errors() -> dict[str, float]:
+    errors = {}
+    for name, dtype in (("fp16", tl.float16), ("bf16", tl.bfloat16), ("fp32", tl.float32)):
+        x = torch.randn(64).to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(name))
+        words = x.view(torch.int32).view(torch.uint32)
+        values, back = torch.empty(64), torch.empty_like(words)
+        words_and_back[(1,)](words, values, back, dtype, BLOCK=64, GROUPS=len(words) // 4)
+        same = torch.equal(back.view(torch.int32), words.view(torch.int32))
+        errors[f"words-{name}"] = relative(values, x) if same else float("inf")
+    return errors
+
+
 if __name__ == "__main__":
     if not INTERPRETED:
         sys.exit("expected TRITON_INTERPRET=1")
     torch.manual_seed(0)
     shots = ("one_shot", "two_shot")
-    print(json.dumps({f"{v}-{name}": errors(v, name) for v in shots for name in CASES}))
+    found = {f"{v}-{name}": errors(v, name) for v in shots for name in CASES}
+    print(json.dumps(found | packing_errors()))
