@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from ridgeline.cost_model.predict import TOPOLOGIES, machine_of
+from ridgeline.cost_model.predict import TOPOLOGIES, ring_bytes_per_s
 from ridgeline.cost_model.target import InvalidTarget, Target, load_target
 from ridgeline.ir.errors import RidgelineError
 
@@ -131,11 +131,11 @@ def links_of(
             f"target {t.name!r}: expected a GPU with a positive link_gb_per_s, found"
             f" {t.kind} with {t.link_bytes_per_s:g} bytes/s"
         )
-    machine, _ = machine_of(f"{t.name}_{topology}", "all_reduce", "bf16", world, per_node)
+    slowest = ring_bytes_per_s(t, topology, world, per_node)
     within = per_node >= world
     peers = within and (topology == "nvswitch" or (topology == "pairwise" and world == 2))
     hopper = t.kind == "cuda" and int(t.arch.removeprefix("sm_")) >= 90
-    return Links(t, world, machine["link"], peers, peers and hopper and topology == "nvswitch")
+    return Links(t, world, slowest, peers, peers and hopper and topology == "nvswitch")
 
 
 def norm_seconds(size: float, target: Target, c: Constants = FITTED) -> float:

@@ -152,7 +152,7 @@ def machine_of(
     }
     name = t.name
     if world is not None and per_node is not None:
-        machine["link"] = _link(t, topology, world, per_node)
+        machine["link"] = ring_bytes_per_s(t, topology, world, per_node)
         name = f"{t.name}_{topology}"
     return machine, name
 
@@ -166,7 +166,7 @@ def _described(whole: str, stem: str) -> str:
     return stem
 
 
-def _link(t: Target, topology: str, world: int, per_node: int) -> float:
+def ring_bytes_per_s(t: Target, topology: str, world: int, per_node: int) -> float:
     """Bytes/s, one direction, of the slowest link that a ring over `world` ranks crosses."""
     if per_node < world:
         return NETWORK_BYTES_PER_S[topology] * per_node

@@ -32,6 +32,7 @@ from typing import Any
 from ridgeline.cost_model import all_reduce
 from ridgeline.cost_model.all_reduce import FUSED, InvalidSite, Links, links_of, refusals
 from ridgeline.cost_model.predict import predict
+from ridgeline.cost_model.target import Target
 from ridgeline.ir.errors import RidgelineError
 
 OFFSETS = (0, 128, 256)
@@ -185,7 +186,7 @@ def choose_schedule(
     stack: Stack,
     tokens: int,
     world: int,
-    target: str,
+    target: str | Target,
     *,
     topology: str = "nvswitch",
     per_node: int = 8,
@@ -194,8 +195,8 @@ def choose_schedule(
 ) -> ScheduleChoice:
     """The fastest schedule of a prefill of `tokens` tokens of one prompt, with all schedules.
 
-    target: a GPU's name. Deterministic. Raises InvalidStack, InvalidSite, UnknownTarget,
-    InvalidTarget.
+    target: a GPU's name, or its description. Deterministic. Raises InvalidStack, InvalidSite,
+    UnknownTarget, InvalidTarget.
     """
     if tokens < 1 or launch not in ("graph", "eager"):
         raise InvalidSite(
@@ -230,7 +231,7 @@ class _Layer:
 
     def __init__(self, stack: Stack, links: Links, constants: Constants, launch: str) -> None:
         self.stack, self.links, self.c = stack, links, constants
-        self.target, self.world = links.target.name, links.world
+        self.target, self.world = links.target, links.world
         self.saved = all_reduce.EAGER_S if launch == "graph" else 0.0
         host = DENSE_LAUNCHES * links.target.eager_launch_s
         if stack.experts:

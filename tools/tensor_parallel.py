@@ -6,6 +6,7 @@ leave them out.
 """
 
 import resource
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,8 @@ def print_plan(
         possible = choice["multimem_all_reduce"].seconds is not None
         over = "multimem_all_reduce" if possible else "nccl"
         console.print(f"{tokens} tokens, {choice.gain(over):.2f}x over {over}: {choice}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     console.print(f"planned in {seconds:.1f} s; the process held {peak:.2f} GiB at most")
 
 

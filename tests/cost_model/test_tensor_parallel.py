@@ -12,6 +12,7 @@ from ridgeline.cost_model import (
     InvalidStack,
     Stack,
     choose_schedule,
+    load_target,
     predict,
     stack_of,
     tensor_parallel,
@@ -134,6 +135,13 @@ def test_every_alternative_is_shown() -> None:
     assert "joined by NVLink" in cards["weave"].reason
     with pytest.raises(InvalidSite, match="multimem has no time here"):
         cards.gain("multimem")
+
+
+def test_a_machine_of_the_users_own() -> None:
+    own = replace(load_target("h100"), name="own", link_bytes_per_s=900e9)
+    found, h100 = (choose_schedule(LLAMA, 4096, 8, target) for target in (own, "h100"))
+    assert found.bound == h100.bound
+    assert found["multimem"].seconds < h100["multimem"].seconds
 
 
 def test_other_machines_are_planned_with_what_they_have() -> None:
