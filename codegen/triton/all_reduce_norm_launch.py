@@ -166,11 +166,13 @@ def workspace(
     memory.zero_()  # every signal word begins at 0
     handle = symmetric.rendezvous(memory, group)
     handle.barrier()
-    buffers = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    # Addresses are those of the allocations, in which the tensor may begin further on.
+    addresses = [address + handle.offset for address in handle.buffer_ptrs]
+    buffers = torch.tensor(addresses, dtype=torch.int64, device=device)
+    multicast = handle.multicast_ptr + handle.offset if handle.multicast_ptr else 0
     partial = memory[: rows * size * dtype.itemsize].view(dtype).view(rows, size)
-    pads = buffers + data
     return Workspace(
-        partial, buffers, pads, handle.multicast_ptr, handle.rank, world, blocks, handle
+        partial, buffers, buffers + data, multicast, handle.rank, world, blocks, handle
     )
 
 
