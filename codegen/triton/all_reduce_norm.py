@@ -33,6 +33,8 @@ from ridgeline.codegen.triton.multicast import load_sum, store_all
 from ridgeline.codegen.triton.signals import barrier
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ALIKE = ("rank", "rows", "multicast")
+"""Numbers that Triton must not build into the code: every rank runs the same."""
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def _norm_row(s, weight_ptr, column, inside, eps, shift, SIZE: tl.constexpr, WEI
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ALIKE)
 def one_shot_norm(
     buffers_ptr,
     pads_ptr,
@@ -107,7 +109,7 @@ def one_shot_norm(
         barrier(pads_ptr, rank, WORLD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ALIKE)
 def two_shot_norm(
     buffers_ptr,
     multicast,

@@ -89,6 +89,14 @@ def test_rows_stay_between_the_barriers(arch: str, variant: str, tmp_path: Path)
     assert code[rows[-1] + 1 : barriers[2]] == ["BAR", "MEMBAR"]
 
 
+def test_every_rank_runs_the_same_code() -> None:
+    from ridgeline.codegen.triton import all_reduce_norm as kernels
+
+    for kernel in (kernels.one_shot_norm, kernels.two_shot_norm):
+        alike = {p.name for p in kernel.params if p.do_not_specialize}
+        assert alike == set(kernels.ALIKE) & set(kernel.arg_names)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_grid_follows_from_what_all_ranks_know(variant: str) -> None:
     for rows in (1, 7, 8, 9, 63, 64, 1000):

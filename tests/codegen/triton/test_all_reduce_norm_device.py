@@ -1,4 +1,4 @@
-"""The fused kernels with their signals on one GPU: each rank a stream, their memories on one device.
+"""The fused kernels with their signals on one GPU: each rank a stream, all memories on one device.
 
 What it can't show is NVLink: the switch's sums, and memory ordering between devices.
 """
