@@ -24,6 +24,7 @@ predictions. What no published row shows is assumed and marked so. Sources: Thak
 "Optimization of Collective Communication Operations in MPICH", 2005; TokenWeave (arXiv:2505.11329).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -33,9 +34,10 @@ from ridgeline.cost_model.target import InvalidTarget, Target, load_target
 from ridgeline.ir.errors import RidgelineError
 
 ROW_BYTES = 16 * 1024
-EAGER_S = 5.4e-6
-"""What launching kernels one by one adds to each in the published harness: the floor of the norm
-there, 7.8 us, less that of a kernel in a CUDA graph, 2.4 us (h100.toml)."""
+PCIE_AT_MOST = 64e9  # bytes/s in one direction: generation 5, 16 lanes
+EAGER_S = 4.75e-6
+"""What launching kernels one by one adds to each in the published harness: the norm's latency
+there, 7.15 us as fitted, less the floor of a kernel in a CUDA graph, 2.4 us (h100.toml)."""
 P2P_EFFICIENCY = 0.72
 """Of the link, from peer to peer: 216 of 300 GB/s on an A100, 657 of 900 on a B200, the bus
 bandwidth of custom all-reduces at 60 MB and more in public serving-engine measurements."""
@@ -45,6 +47,8 @@ MOST_BLOCKS = 64
 """More than the links can use only lengthens the barriers (published sweeps: 16 to 32 best)."""
 MOST_ELEMENTS = 16384
 """Of a row that one block of the fused kernels holds in registers."""
+MOST_RANKS = 16
+"""That the fused kernels' loops over peers are unrolled for."""
 BLOCKS = (2, 4, 8, 16, 32, MOST_BLOCKS)
 WAYS = ("nccl", "multimem_all_reduce", "one_shot", "two_shot", "multimem", "sequence_parallel")
 FUSED = ("one_shot", "two_shot", "multimem")
@@ -113,14 +117,13 @@ class Links:
 
 
 def links_of(
-    target: str | Target, world: int, *, topology: str = "nvswitch", per_node: int = 8
+    target: str | Target, world: int, *, topology: str | None = None, per_node: int = 8
 ) -> Links:
     """Raises InvalidSite for another topology or fewer than 2 ranks, InvalidTarget without links.
 
-    topology: "nvswitch", "pairwise" (bridges between two) or "pcie"; per_node: ranks in a node.
+    topology: "nvswitch", "pairwise" (bridges between two) or "pcie"; by default "pcie" where a link
+    carries no more than PCIe does; per_node: ranks in a node.
     """
-    if topology not in TOPOLOGIES:
-        raise InvalidSite(f"topology: expected one of {', '.join(TOPOLOGIES)}, found {topology!r}")
     if world < 2 or per_node < 1:
         raise InvalidSite(
             f"expected 2 or more ranks, 1 or more of them in a node; found {world}, {per_node}"
@@ -131,10 +134,15 @@ def links_of(
             f"target {t.name!r}: expected a GPU with a positive link_gb_per_s, found"
             f" {t.kind} with {t.link_bytes_per_s:g} bytes/s"
         )
+    if topology is None:
+        topology = "pcie" if t.link_bytes_per_s <= PCIE_AT_MOST else "nvswitch"
+    if topology not in TOPOLOGIES:
+        raise InvalidSite(f"topology: expected one of {', '.join(TOPOLOGIES)}, found {topology!r}")
     slowest = ring_bytes_per_s(t, topology, world, per_node)
     within = per_node >= world
     peers = within and (topology == "nvswitch" or (topology == "pairwise" and world == 2))
-    hopper = t.kind == "cuda" and int(t.arch.removeprefix("sm_")) >= 90
+    generation = re.match(r"sm_(\d+)", t.arch)
+    hopper = generation is not None and int(generation[1]) >= 90
     return Links(t, world, slowest, peers, peers and hopper and topology == "nvswitch")
 
 
@@ -242,6 +250,9 @@ def refusals(links: Links, hidden: int, itemsize: int = 2) -> Mapping[str, str]:
     if hidden > MOST_ELEMENTS or hidden * itemsize % 16:
         rows = f"rows of up to {MOST_ELEMENTS} elements in groups of 16 bytes, found {hidden}"
         out |= dict.fromkeys(FUSED, f"the fused kernels take {rows} elements of {itemsize} bytes")
+    if links.world > MOST_RANKS:
+        most = f"the fused kernels take up to {MOST_RANKS} ranks, found {links.world}"
+        out |= dict.fromkeys(FUSED, most)
     if not links.peers:
         apart = "the ranks' memories aren't all joined by NVLink, so no kernel can read its peers'"
         out |= dict.fromkeys(("one_shot", "two_shot"), apart)
@@ -260,7 +271,7 @@ def choose_site(
     target: str | Target,
     *,
     itemsize: int = 2,
-    topology: str = "nvswitch",
+    topology: str | None = None,
     per_node: int = 8,
     launch: str = "graph",
 ) -> SiteChoice:

@@ -188,7 +188,7 @@ def choose_schedule(
     world: int,
     target: str | Target,
     *,
-    topology: str = "nvswitch",
+    topology: str | None = None,
     per_node: int = 8,
     launch: str = "graph",
     constants: Constants = FITTED,
@@ -283,12 +283,9 @@ class _Layer:
 
     def in_turn(self, tokens: int) -> list[Schedule]:
         """A schedule for each way of `all_reduce`, one kernel after the other."""
-        refused, size, saved = (
-            refusals(self.links, self.stack.hidden),
-            tokens * self.row,
-            self.saved,
-        )
-        busy, norm, links = self._busy(tokens), self._norm(tokens), self.links
+        refused, links = refusals(self.links, self.stack.hidden), self.links
+        size, saved = tokens * self.row, self.saved
+        busy, norm = self._busy(tokens), self._norm(tokens)
         plain = {
             "nccl": all_reduce.nccl_seconds(size, links) - saved + norm,
             "multimem_all_reduce": all_reduce.multimem_seconds(size, links) - saved + norm,

@@ -18,10 +18,9 @@ from ridgeline.codegen.triton.arch import architecture
 from ridgeline.codegen.triton.config import Config
 from ridgeline.codegen.triton.cross_compile import Compiled, cross_compile, first_accepted
 from ridgeline.codegen.triton.ops import device_arch
-from ridgeline.cost_model.all_reduce import FUSED, MOST_BLOCKS, MOST_ELEMENTS
+from ridgeline.cost_model.all_reduce import FUSED, MOST_BLOCKS, MOST_ELEMENTS, MOST_RANKS
 
 VARIANTS = FUSED
-MAX_WORLD = 16
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _SIGNAL_BYTES = 4
 
@@ -40,8 +39,8 @@ def check_problem(size: int, dtype: torch.dtype, world: int, variant: str, arch:
             f"all_reduce_norm takes rows of up to {MOST_ELEMENTS} elements, a multiple of"
             f" {per_load} (16 bytes) of {dtype}; found {size}: reduce and normalise in two kernels"
         )
-    if not 2 <= world <= MAX_WORLD:
-        raise UnsupportedProblem(f"all_reduce_norm takes 2 to {MAX_WORLD} ranks, found {world}")
+    if not 2 <= world <= MOST_RANKS:
+        raise UnsupportedProblem(f"all_reduce_norm takes 2 to {MOST_RANKS} ranks, found {world}")
     machine = architecture(arch)
     if machine.backend != "cuda":
         raise UnsupportedProblem(

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from ridgeline.cost_model import InvalidSite, InvalidTarget, UnknownTarget, all_reduce, choose_site
+from ridgeline.cost_model import (
+    InvalidSite,
+    InvalidTarget,
+    UnknownTarget,
+    all_reduce,
+    choose_site,
+    load_target,
+)
 from ridgeline.cost_model.all_reduce import BLOCKS, FUSED, WAYS, links_of
 from ridgeline.tools import tensor_parallel as tool
 from ridgeline.tools.fit_tensor_parallel import FEWEST, TOKENS, kernels, read
@@ -126,9 +133,21 @@ def test_bridged_pairs_are_a_domain_and_nodes_are_not() -> None:
     assert choose_site(8, HIDDEN, 2, "a100", topology="pairwise")["one_shot"].seconds
     assert choose_site(8, HIDDEN, 4, "a100", topology="pairwise")["one_shot"].seconds is None
     assert choose_site(8, HIDDEN, 16, "h100", per_node=8)["multimem"].seconds is None
+    assert choose_site(64, HIDDEN, 16, "b200", per_node=72).chosen in FUSED
+    rack = choose_site(8, HIDDEN, 64, "b200", per_node=72)
+    assert "up to 16 ranks, found 64" in rack["multimem"].reason
+    assert rack["multimem_all_reduce"].seconds
+
+
+def test_cards_on_pcie_are_known_as_such() -> None:
+    for name in ("l4", "l40s", "rtx4090", "h100_pcie"):
+        assert choose_site(8, HIDDEN, 4, name) == choose_site(8, HIDDEN, 4, name, topology="pcie")
+        assert choose_site(8, HIDDEN, 4, name)["one_shot"].seconds is None
 
 
 def test_a_graph_saves_launches() -> None:
+    floor = all_reduce.norm_seconds(0, load_target("h100")) - all_reduce.EAGER_S
+    assert floor == pytest.approx(load_target("h100").launch_s)
     eager = choose_site(64, HIDDEN, 8, "h100", launch="eager")
     graph = choose_site(64, HIDDEN, 8, "h100")
     for name, kernels_of in (("nccl", 2), ("multimem", 1), ("sequence_parallel", 3)):
