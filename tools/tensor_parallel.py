@@ -201,14 +201,20 @@ class PrefillPlan:
 
 
 def plan_prefill(
-    model: torch.nn.Module, world: int, target: str, prompts: Sequence[int] = PROMPTS
+    model: torch.nn.Module,
+    world: int,
+    target: str,
+    prompts: Sequence[int] = PROMPTS,
+    launch: str = "graph",
 ) -> PrefillPlan:
     """A plan for a causal language model of transformers, on any device, also meta.
 
     Raises Unparallel, InvalidStack, InvalidSite, UnknownTarget, InvalidTarget.
     """
     stack = stack_of(model.config)
-    choices = {tokens: choose_schedule(stack, tokens, world, target) for tokens in prompts}
+    choices = {
+        tokens: choose_schedule(stack, tokens, world, target, launch=launch) for tokens in prompts
+    }
     return PrefillPlan(plan_parallel(model, world), choices)
 
 
@@ -229,12 +235,13 @@ def llama_70b() -> torch.nn.Module:
 def print_plan(
     target: Annotated[str, typer.Option(help="A GPU's name.")] = "h100",
     world: Annotated[int, typer.Option(help="Ranks.")] = WORLD,
+    launch: Annotated[str, typer.Option(help="graph, or eager as published.")] = "graph",
 ) -> None:
     """Plan a 70B-class Llama for `world` GPUs, and say what planning took."""
     console, start = Console(), time.perf_counter()
-    plan = plan_prefill(llama_70b(), world, target)
+    plan = plan_prefill(llama_70b(), world, target, launch=launch)
     seconds = time.perf_counter() - start
-    console.print(str(plan.parallel))
+    console.print(f"Llama-3.3-70B on {world} {target}, launch {launch}; {plan.parallel}")
     for tokens, choice in plan.choices.items():
         possible = choice["multimem_all_reduce"].seconds is not None
         over = "multimem_all_reduce" if possible else "nccl"

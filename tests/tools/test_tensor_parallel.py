@@ -27,12 +27,12 @@ def test_a_70b_llama_is_planned_on_the_meta_device() -> None:
     pytest.importorskip("transformers")
     model = llama_70b()
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    plan = plan_prefill(model, 8, "h100")
+    plan = plan_prefill(model, 8, "h100", launch="eager")  # as published
     assert plan.parallel.bytes_whole > 140e9
     assert max(plan.parallel.bytes_per_rank) < 18e9
     for tokens, gain in GAINS.items():
         found = plan.choices[tokens].gain("multimem_all_reduce")
-        assert found == pytest.approx(gain, abs=0.05)
+        assert found == pytest.approx(gain, abs=0.02)
 
 
 @pytest.mark.slow
