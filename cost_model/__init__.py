@@ -1,5 +1,6 @@
 """What is a program worth on a machine? Targets, work, time, energy, and the joint choice."""
 
+from ridgeline.cost_model.all_reduce import InvalidSite, SiteChoice, Way, choose_site
 from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
 from ridgeline.cost_model.estimate import Cost, estimate
@@ -10,6 +11,14 @@ from ridgeline.cost_model.target import (
     UnknownTarget,
     load_target,
     target_names,
+)
+from ridgeline.cost_model.tensor_parallel import (
+    InvalidStack,
+    Schedule,
+    ScheduleChoice,
+    Stack,
+    choose_schedule,
+    stack_of,
 )
 from ridgeline.cost_model.work import (
     Attention,
@@ -31,19 +40,29 @@ __all__ = [
     "InfeasibleChoice",
     "InvalidOption",
     "InvalidShape",
+    "InvalidSite",
+    "InvalidStack",
     "InvalidTarget",
     "Norm",
     "Option",
     "Prediction",
+    "Schedule",
+    "ScheduleChoice",
+    "SiteChoice",
+    "Stack",
     "Stream",
     "Target",
     "Uncountable",
     "UnknownTarget",
+    "Way",
     "Work",
+    "choose_schedule",
+    "choose_site",
     "estimate",
     "load_target",
     "predict",
     "solve",
+    "stack_of",
     "target_names",
     "work_of",
     "work_of_graph",

@@ -46,8 +46,10 @@ class Prediction:
     high: float
 
 
-def predict(target: str | Target, op: str, dtype: str, **shape: int) -> Prediction:
-    """Seconds of `op` on `target`.
+def predict(
+    target: str | Target, op: str, dtype: str, *, reserved: int = 0, **shape: int
+) -> Prediction:
+    """Seconds of `op` on `target`, of whose cores another kernel holds `reserved`.
 
     op, dtype and shape parameters: `gemm`, `bmm` (m, n, k, batch=1; fp32, bf16, fp16, fp8, int8,
     w8a16, w4a16: y[m, n] = x[m, k] w[n, k]ᵀ); `attn_prefill`, `attn_decode` (batch, heads,
@@ -57,7 +59,7 @@ def predict(target: str | Target, op: str, dtype: str, **shape: int) -> Predicti
     the rest.
     """
     try:
-        return _predict(target, op, dtype, tuple(shape.items()))
+        return _predict(target, op, dtype, tuple(shape.items()), reserved)
     except TypeError as error:  # an unhashable argument
         if "unhashable" not in str(error):
             raise
@@ -66,10 +68,17 @@ def predict(target: str | Target, op: str, dtype: str, **shape: int) -> Predicti
 
 @functools.lru_cache(maxsize=4096)
 def _predict(
-    target: str | Target, op: str, dtype: str, given: tuple[tuple[str, int], ...]
+    target: str | Target, op: str, dtype: str, given: tuple[tuple[str, int], ...], reserved: int
 ) -> Prediction:
     shape = _checked(op, dtype, dict(given))
     machine, name = machine_of(target, op, dtype, shape.get("world"), shape.get("per_node"))
+    if not 0 <= reserved < machine["cores"]:
+        raise InvalidShape(
+            f"{op}: reserved: expected 0 to {machine['cores'] - 1:.0f} cores, found {reserved!r}"
+        )
+    if reserved:
+        left = 1 - reserved / machine["cores"]
+        machine = {**machine, "cores": machine["cores"] * left, "peak": machine["peak"] * left}
     group = shapes.group_of(op, dtype)
     s = shapes.law_inputs(op, dtype, shape)
     if op in shapes.COLLECTIVES and shape["world"] == 1:
@@ -143,7 +152,7 @@ def machine_of(
     }
     name = t.name
     if world is not None and per_node is not None:
-        machine["link"] = _link(t, topology, world, per_node)
+        machine["link"] = ring_bytes_per_s(t, topology, world, per_node)
         name = f"{t.name}_{topology}"
     return machine, name
 
@@ -157,7 +166,7 @@ def _described(whole: str, stem: str) -> str:
     return stem
 
 
-def _link(t: Target, topology: str, world: int, per_node: int) -> float:
+def ring_bytes_per_s(t: Target, topology: str, world: int, per_node: int) -> float:
     """Bytes/s, one direction, of the slowest link that a ring over `world` ranks crosses."""
     if per_node < world:
         return NETWORK_BYTES_PER_S[topology] * per_node

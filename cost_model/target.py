@@ -9,7 +9,7 @@ and no kernel here uses it. A number without a source string is an error, as is 
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +72,7 @@ class Target:
     name: str
     kind: str
     arch: str
-    peaks: Mapping[str, float]
+    peaks: Mapping[str, float] = field(hash=False)
     bandwidth_bytes_per_s: float
     memory_bytes: int
     l2_bytes: int
@@ -90,7 +90,7 @@ class Target:
     spread: float
     caches: tuple[tuple[int, float], ...]
     features: frozenset[str]
-    sources: Mapping[str, str]
+    sources: Mapping[str, str] = field(hash=False)
 
     def peak(self, dtype: torch.dtype) -> float:
         """Dense FLOP/s for `dtype`; without a unit of its own it runs at float32's rate.

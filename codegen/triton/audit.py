@@ -29,7 +29,9 @@ class Audit:
 
     registers: per thread (vector registers on AMD); stack_bytes: local memory per thread, where
     spilled registers go; shared_bytes: per block; matrix: matrix instructions by mnemonic;
-    vector_loads: global loads of 16 bytes, asynchronous ones included; atomics: on global memory.
+    vector_loads: global loads of 16 bytes, asynchronous ones included; atomics: on global memory,
+    without signals: compare-and-swaps of system scope, which order blocks of several devices and
+    add nothing up; multicast: loads that a switch sums.
     """
 
     registers: int
@@ -38,6 +40,8 @@ class Audit:
     matrix: tuple[tuple[str, int], ...]
     vector_loads: int
     atomics: int
+    signals: int = 0
+    multicast: int = 0
 
     def faults(self, arch: Arch, *, matrix: bool) -> list[str]:
         """What breaks the promises: no spill, shared memory within the limit, no atomics and,
@@ -91,7 +95,13 @@ def audit_cubin(cubin: bytes, shared_bytes: int) -> Audit:
         shared_bytes=shared_bytes,
         matrix=_by_family(counts, _NVIDIA_MATRIX),
         vector_loads=wide,
-        atomics=sum(n for name, n in counts.items() if name.split(".")[0] in _NVIDIA_ATOMIC),
+        atomics=sum(
+            n
+            for name, n in counts.items()
+            if name.split(".")[0] in _NVIDIA_ATOMIC and not _is_signal(name)
+        ),
+        signals=sum(n for name, n in counts.items() if _is_signal(name)),
+        multicast=sum(n for name, n in counts.items() if name.startswith("LDGMC")),
     )
 
 
@@ -116,6 +126,10 @@ def audit_amdgcn(assembly: str, shared_bytes: int) -> Audit:
         ),
         atomics=sum(n for name, n in counts.items() if name.startswith(_AMD_ATOMIC)),
     )
+
+
+def _is_signal(name: str) -> bool:
+    return name.startswith("ATOM") and ".CAS" in name and name.endswith(".SYS")
 
 
 def _by_family(counts: Counter[str], families: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

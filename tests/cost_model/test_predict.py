@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from ridgeline.cost_model import InvalidShape, UnknownTarget, laws, predict, target_names
+from ridgeline.cost_model import (
+    InvalidShape,
+    UnknownTarget,
+    laws,
+    load_target,
+    predict,
+    target_names,
+)
 
 GPUS = [n for n in target_names() if n != "cpu"]
 ALIASES = ["a100_80g", "h100_sxm"]
@@ -100,3 +107,20 @@ def test_an_unknown_machine_and_the_host_are_refused():
         predict("h1000", "gemm", "bf16", **LAYER)
     with pytest.raises(InvalidShape, match="a GPU"):
         predict("cpu", "gemm", "bf16", **LAYER)
+
+
+def test_a_described_machine_is_taken_as_its_name():
+    assert predict(load_target("a100"), "gemm", "bf16", **LAYER) == predict(
+        "a100", "gemm", "bf16", **LAYER
+    )
+
+
+def test_cores_that_another_kernel_holds():
+    large = {"m": 8192, "n": 8192, "k": 8192}
+    whole = predict("h100", "gemm", "bf16", **large).seconds
+    half = predict("h100", "gemm", "bf16", reserved=66, **large).seconds
+    assert half == pytest.approx(2 * whole, rel=0.05)
+    assert predict("h100", "rmsnorm", "fp16", reserved=8, rows=64, width=64).seconds > 0
+    for reserved in (-1, 132):
+        with pytest.raises(InvalidShape, match="reserved: expected 0 to 131 cores"):
+            predict("h100", "gemm", "bf16", reserved=reserved, **large)
