@@ -10,12 +10,17 @@ z = |x| or x and c = |b| or b as the law has them,
 
 where z^i w = x^i v for odd and x^i w for even i, so that both sums share the powers of x.
 
+Work goes by units of adjacent channels: the groups, where whole vectors fill them; else (`mixed`)
+vectors of 16 channels, whose lanes have coefficients of their own, read from a table that is made
+once in a call.
+
 Sums have two stages and no atomics. Stage one: a chunk of rows keeps one accumulator vector per
-group and coefficient, in which a lane takes about `CHAIN` additions, and adds its lanes as a tree.
-Stage two adds the chunks in order in fp64. The chunks depend on the shapes alone, so that the
-result is the same bit for bit with any number of threads.
+unit and coefficient, in which a lane takes about `CHAIN` additions, and adds the lanes of a group
+as a tree. Stage two adds the chunks in order in fp64, and mixed lanes by group. The chunks depend
+on the shapes alone, so that the result is the same bit for bit with any number of threads.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
@@ -27,7 +32,7 @@ CHAIN = 64
 """Additions that one lane of an accumulator takes before it is flushed."""
 
 VISIT = 4
-"""Vectors, at least, for which the backward holds a group's sums in registers. As few as will do:
+"""Vectors, at least, for which the backward holds a unit's sums in registers. As few as will do:
 memory is then read along the rows, which the processor fetches ahead."""
 
 BLOCK = 1 << 16
@@ -56,19 +61,43 @@ class Spec(NamedTuple):
     parallel: bool
 
     @property
+    def channels(self) -> int:
+        """C."""
+        return self.width * self.groups
+
+    @property
+    def mixed(self) -> bool:
+        """Do whole vectors not fill a group?"""
+        return self.width % LANES != 0
+
+    @property
+    def units(self) -> int:
+        return -(-self.channels // LANES) if self.mixed else self.groups
+
+    @property
+    def vectors(self) -> int:
+        """Of a unit."""
+        return 1 if self.mixed else self.width // LANES
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(units of whole vectors, elements of the shorter one after them, if any)."""
+        return divmod(self.channels, LANES) if self.mixed else (self.groups, 0)
+
+    @property
     def chunk(self) -> int:
         """Rows of which one accumulator vector takes the sum."""
-        return max(1, CHAIN // -(-self.width // LANES))
+        return max(1, CHAIN // self.vectors)
 
 
 def _helpers(spec: Spec) -> str:
-    """LLVM IR: loads of whole vectors and of the group's last, shorter one, and vector |x|."""
+    """LLVM IR: loads of whole vectors and of the row's last, shorter one, and vector |x|."""
     kind, align = _KINDS[spec.dtype]
     ir = LLVM_HELPERS + "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
     ir += "define <16 x float> @rl_abs(<16 x float> %x) alwaysinline {\n"
     ir += "  %y = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)\n"
     ir += "  ret <16 x float> %y\n}\n"
-    for count in {LANES, spec.width % LANES} - {0}:
+    for count in {LANES, spec.counts[1]} - {0}:
         order = ", ".join(f"i32 {min(i, count)}" for i in range(LANES))
         ir += f"define <16 x float> @rl_elements_{count}(ptr %a) alwaysinline {{\n"
         ir += f"  %s = load <{count} x {kind}>, ptr %a, align {align}\n"
@@ -100,32 +129,70 @@ def _columns(count: int, column: Any) -> Any:
     return column if count == 1 else lanes(column, count)
 
 
-def _magnitudes(spec: Spec) -> Any:
-    """Copies |b|, or b itself, as the form has it."""
+def _operands(spec: Spec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the numerator and of c as the units read them: rows, or a table of channels."""
+    if spec.mixed:
+        columns = spec.units * LANES
+        return (spec.m + 1, columns), (spec.n, columns)
+    return (spec.numerators, spec.m + 1), (spec.denominators, spec.n)
+
+
+def _coefficient(spec: Spec, operand: Any, unit: Any, i: int) -> Any:
+    """Coefficient i of a unit's channels, a vector."""
+    if spec.mixed:
+        return operand[i, lanes(unit * LANES)]
+    return splat(operand[0 if operand.shape[0] == 1 else unit, i])
+
+
+def _prepare(spec: Spec) -> Any:
+    """Copies a, and |b| or b as the form has it, to what the units read."""
+    width, signed = spec.width, spec.form == "abs_sum"
+    shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
+
+    def magnitude(value):
+        return value if signed else T.abs(value)
 
     @T.inline
-    def copy(c, b):
+    def rows(to_a, to_c, a, b):
+        for g in T.serial(spec.numerators):
+            for i in T.serial(spec.m + 1):
+                to_a[g, i] = a[g, i]
         for g in T.serial(spec.denominators):
             for i in T.serial(spec.n):
-                if spec.form == "abs_sum":
-                    c[g, i] = b[g, i]
-                else:
-                    c[g, i] = T.abs(b[g, i])
+                to_c[g, i] = magnitude(b[g, i])
 
-    return copy
+    @T.inline
+    def table(to_a, to_c, a, b):
+        for column in T.serial(spec.channels, spec.units * LANES):
+            for i in T.serial(spec.m + 1):
+                to_a[i, column] = T.float32(0)
+            for i in T.serial(spec.n):
+                to_c[i, column] = T.float32(0)
+        for g in T.serial(spec.groups):
+            ga = 0 if shared_a else g
+            gb = 0 if shared_b else g
+            for i in T.serial(spec.m + 1):
+                for c in T.serial(width):
+                    to_a[i, g * width + c] = a[ga, i]
+            for i in T.serial(spec.n):
+                for c in T.serial(width):
+                    to_c[i, g * width + c] = magnitude(b[gb, i])
+
+    return table if spec.mixed else rows
 
 
 def build_forward(spec: Spec) -> Any:
     """main(x, a, b, y)."""
-    width, groups, m, n, form = spec.width, spec.groups, spec.m, spec.n, spec.form
-    whole, rest = divmod(width, LANES)
+    channels, m, n, form = spec.channels, spec.m, spec.n, spec.form
+    whole, rest = spec.counts
     loop = T.parallel if spec.parallel else T.serial
-    block = max(1, BLOCK // (width * groups))
-    shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
-    helpers, magnitudes = _helpers(spec), _magnitudes(spec)
+    block = max(1, BLOCK // channels)
+    helpers, prepare = _helpers(spec), _prepare(spec)
+    of_a, of_c = _operands(spec)
+    coefficient = functools.partial(_coefficient, spec)
 
     @T.inline
-    def evaluate(x, y, a, c, ga, gc, row, column, count):
+    def evaluate(x, y, a, c, unit, row, column, count):
         v = registers((LANES,))
         z = registers((LANES,))
         top = registers((LANES,))
@@ -134,12 +201,12 @@ def build_forward(spec: Spec) -> Any:
         z[lanes(0)] = v[lanes(0)]
         if form == "abs_terms":
             z[lanes(0)] = vector("rl_abs", v[lanes(0)])
-        top[lanes(0)] = splat(a[ga, m])
+        top[lanes(0)] = coefficient(a, unit, m)
         for i in T.unroll(m):
-            top[lanes(0)] = fma(top[lanes(0)], v[lanes(0)], splat(a[ga, m - 1 - i]))
-        bottom[lanes(0)] = splat(c[gc, n - 1])
+            top[lanes(0)] = fma(top[lanes(0)], v[lanes(0)], coefficient(a, unit, m - 1 - i))
+        bottom[lanes(0)] = coefficient(c, unit, n - 1)
         for i in T.unroll(n - 1):
-            bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], splat(c[gc, n - 2 - i]))
+            bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], coefficient(c, unit, n - 2 - i))
         if form == "abs_sum":
             bottom[lanes(0)] = splat(T.float32(1)) + vector(
                 "rl_abs", bottom[lanes(0)] * z[lanes(0)]
@@ -153,38 +220,38 @@ def build_forward(spec: Spec) -> Any:
     def main(x_: T.handle, a_: T.handle, b_: T.handle, y_: T.handle):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         rows = T.int64()
-        x = _matrix(x_, (rows, width * groups), spec.dtype)
+        x = _matrix(x_, (rows, channels), spec.dtype)
         given_a = T.match_buffer(a_, (spec.numerators, m + 1), "float32")
         given_b = T.match_buffer(b_, (spec.denominators, n), "float32")
-        y = _matrix(y_, (rows, width * groups), spec.dtype)
+        y = _matrix(y_, (rows, channels), spec.dtype)
         with T.attr(0, "pragma_import_llvm", helpers):
+            a = T.alloc_buffer(of_a, "float32")
+            c = T.alloc_buffer(of_c, "float32")
+            prepare(a, c, given_a, given_b)
             for item in loop((rows + block - 1) // block):
-                c = T.alloc_buffer((spec.denominators, n), "float32")
-                magnitudes(c, given_b)
                 for r in T.serial(T.min(block, rows - item * block)):
-                    for g in T.serial(groups):
-                        ga = 0 if shared_a else g
-                        gc = 0 if shared_b else g
-                        for j in T.serial(whole):
-                            column = g * width + j * LANES
-                            evaluate(x, y, given_a, c, ga, gc, item * block + r, column, LANES)
-                        if rest > 0:
-                            column = g * width + whole * LANES
-                            evaluate(x, y, given_a, c, ga, gc, item * block + r, column, rest)
+                    for unit in T.serial(whole):
+                        for j in T.serial(spec.vectors):
+                            column = (unit * spec.vectors + j) * LANES
+                            evaluate(x, y, a, c, unit, item * block + r, column, LANES)
+                    if rest > 0:
+                        evaluate(x, y, a, c, whole, item * block + r, whole * LANES, rest)
 
     return main
 
 
 def build_backward(spec: Spec) -> Any:
     """main(dy, x, a, b, dx, da, db, partial): partial fp32 [chunks, padded(spec)] is workspace."""
-    width, groups, m, n, form = spec.width, spec.groups, spec.m, spec.n, spec.form
+    channels, groups, m, n, form = spec.channels, spec.groups, spec.m, spec.n, spec.form
     terms, sign0 = m + 1 + n, spec.sign0
-    whole, rest = divmod(width, LANES)
+    whole, rest = spec.counts
     loop = T.parallel if spec.parallel else T.serial
     shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
     chunk, vectors = spec.chunk, padded(spec) // LANES
-    tile_rows = max(1, VISIT // -(-width // LANES))
-    helpers, magnitudes = _helpers(spec), _magnitudes(spec)
+    tile_rows = max(1, VISIT // spec.vectors)
+    helpers, prepare = _helpers(spec), _prepare(spec)
+    of_a, of_c = _operands(spec)
+    coefficient = functools.partial(_coefficient, spec)
 
     @T.inline
     def signed(into, value, of):
@@ -197,7 +264,7 @@ def build_backward(spec: Spec) -> Any:
             into[lanes(0)] = T.Select(of[lanes(0)] == nothing, nothing, into[lanes(0)])
 
     @T.inline
-    def accumulate(dy, x, dx, a, c, acc, ga, gc, row, column, count):
+    def accumulate(dy, x, dx, a, c, acc, unit, row, column, count):
         v = registers((LANES,))
         z = registers((LANES,))
         p = registers((LANES,))
@@ -213,18 +280,18 @@ def build_backward(spec: Spec) -> Any:
         z[lanes(0)] = v[lanes(0)]
         if form == "abs_terms":
             z[lanes(0)] = vector("rl_abs", v[lanes(0)])
-        p[lanes(0)] = splat(a[ga, m])
+        p[lanes(0)] = coefficient(a, unit, m)
         dp[lanes(0)] = splat(T.float32(0))
         for i in T.unroll(m):
             if i == 0:
                 dp[lanes(0)] = p[lanes(0)]
             else:
                 dp[lanes(0)] = fma(dp[lanes(0)], v[lanes(0)], p[lanes(0)])
-            p[lanes(0)] = fma(p[lanes(0)], v[lanes(0)], splat(a[ga, m - 1 - i]))
-        t[lanes(0)] = splat(c[gc, n - 1])
+            p[lanes(0)] = fma(p[lanes(0)], v[lanes(0)], coefficient(a, unit, m - 1 - i))
+        t[lanes(0)] = coefficient(c, unit, n - 1)
         dt[lanes(0)] = t[lanes(0)]
         for i in T.unroll(n - 1):
-            t[lanes(0)] = fma(t[lanes(0)], z[lanes(0)], splat(c[gc, n - 2 - i]))
+            t[lanes(0)] = fma(t[lanes(0)], z[lanes(0)], coefficient(c, unit, n - 2 - i))
             dt[lanes(0)] = fma(dt[lanes(0)], z[lanes(0)], t[lanes(0)])
         if form == "abs_sum":
             t[lanes(0)] = t[lanes(0)] * z[lanes(0)]
@@ -255,6 +322,18 @@ def build_backward(spec: Spec) -> Any:
                     acc[m + i, lanes(0)] = fma(power[lanes(0)], w[lanes(0)], acc[m + i, lanes(0)])
         u[lanes(0)] = fma(dp[lanes(0)], u[lanes(0)], dt[lanes(0)] * s[lanes(0)])
         dx[row, _columns(count, column)] = _stored(spec, u, count)
+
+    @T.inline
+    def by_group(of_groups, sums):
+        """Adds the mixed lanes of each group."""
+        for g in T.serial(groups):
+            for i in T.serial(terms):
+                of_groups[g * terms + i] = T.float64(0)
+                for c in T.serial(g * spec.width, (g + 1) * spec.width):
+                    of_groups[g * terms + i] = (
+                        of_groups[g * terms + i]
+                        + sums[(c // LANES * terms + i) * LANES + c % LANES]
+                    )
 
     @T.inline
     def finish(sums, given_b, da, db):
@@ -290,46 +369,57 @@ def build_backward(spec: Spec) -> Any:
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         rows, chunks = T.int64(), T.int64()
-        dy = _matrix(dy_, (rows, width * groups), spec.dtype)
-        x = _matrix(x_, (rows, width * groups), spec.dtype)
+        dy = _matrix(dy_, (rows, channels), spec.dtype)
+        x = _matrix(x_, (rows, channels), spec.dtype)
         given_a = T.match_buffer(a_, (spec.numerators, m + 1), "float32")
         given_b = T.match_buffer(b_, (spec.denominators, n), "float32")
-        dx = _matrix(dx_, (rows, width * groups), spec.dtype)
+        dx = _matrix(dx_, (rows, channels), spec.dtype)
         da = T.match_buffer(da_, (spec.numerators, m + 1), "float32")
         db = T.match_buffer(db_, (spec.denominators, n), "float32")
         partial = T.match_buffer(partial_, (chunks, vectors * LANES), "float32")
         with T.attr(0, "pragma_import_llvm", helpers):
+            a = T.alloc_buffer(of_a, "float32")
+            c = T.alloc_buffer(of_c, "float32")
+            prepare(a, c, given_a, given_b)
             for item in loop(chunks):
-                c = T.alloc_buffer((spec.denominators, n), "float32")
-                acc = T.alloc_buffer((groups, terms, LANES), "float32")
-                magnitudes(c, given_b)
-                for g in T.serial(groups):
+                acc = T.alloc_buffer((spec.units, terms, LANES), "float32")
+                for unit in T.serial(spec.units):
                     for i in T.serial(terms):
-                        acc[g, i, lanes(0)] = splat(T.float32(0))
+                        acc[unit, i, lanes(0)] = splat(T.float32(0))
                 first = item * chunk
                 last = T.min(first + chunk, rows)
                 for tile in T.serial((last - first + tile_rows - 1) // tile_rows):
-                    for g in T.serial(groups):
-                        ga = 0 if shared_a else g
-                        gc = 0 if shared_b else g
+                    count = T.min(tile_rows, last - first - tile * tile_rows)
+                    for unit in T.serial(whole):
                         held = registers((terms, LANES))
                         for i in T.unroll(terms):
-                            held[i, lanes(0)] = acc[g, i, lanes(0)]
-                        for r in T.serial(T.min(tile_rows, last - first - tile * tile_rows)):
+                            held[i, lanes(0)] = acc[unit, i, lanes(0)]
+                        for r in T.serial(count):
                             row = first + tile * tile_rows + r
-                            for j in T.serial(whole):
-                                column = g * width + j * LANES
-                                accumulate(dy, x, dx, given_a, c, held, ga, gc, row, column, LANES)
-                            if rest > 0:
-                                column = g * width + whole * LANES
-                                accumulate(dy, x, dx, given_a, c, held, ga, gc, row, column, rest)
+                            for j in T.serial(spec.vectors):
+                                column = (unit * spec.vectors + j) * LANES
+                                accumulate(dy, x, dx, a, c, held, unit, row, column, LANES)
                         for i in T.unroll(terms):
-                            acc[g, i, lanes(0)] = held[i, lanes(0)]
-                for g in T.serial(groups):
+                            acc[unit, i, lanes(0)] = held[i, lanes(0)]
+                    if rest > 0:
+                        held = registers((terms, LANES))
+                        for i in T.unroll(terms):
+                            held[i, lanes(0)] = acc[whole, i, lanes(0)]
+                        for r in T.serial(count):
+                            row = first + tile * tile_rows + r
+                            accumulate(dy, x, dx, a, c, held, whole, row, whole * LANES, rest)
+                        for i in T.unroll(terms):
+                            acc[whole, i, lanes(0)] = held[i, lanes(0)]
+                for unit in T.serial(spec.units):
                     for i in T.serial(terms):
-                        partial[item, g * terms + i] = T.call_extern(
-                            "float32", "rl_hsum", acc[g, i, lanes(0)]
-                        )
+                        if spec.mixed:
+                            partial[item, lanes((unit * terms + i) * LANES)] = acc[
+                                unit, i, lanes(0)
+                            ]
+                        else:
+                            partial[item, unit * terms + i] = T.call_extern(
+                                "float32", "rl_hsum", acc[unit, i, lanes(0)]
+                            )
             sums = T.alloc_buffer((vectors * LANES,), "float64")
             for j in T.serial(vectors):
                 total = registers((LANES,), "float64")
@@ -339,11 +429,19 @@ def build_backward(spec: Spec) -> Any:
                         f"float64x{LANES}", partial[item, lanes(j * LANES)]
                     )
                 sums[lanes(j * LANES)] = total[lanes(0)]
-            finish(sums, given_b, da, db)
+            if spec.mixed:
+                of_groups = T.alloc_buffer((groups * terms,), "float64")
+                by_group(of_groups, sums)
+                finish(of_groups, given_b, da, db)
+            else:
+                finish(sums, given_b, da, db)
 
     return main
 
 
 def padded(spec: Spec) -> int:
-    """Sums of one chunk, G (m + 1 + n), filled to whole vectors."""
-    return -(-spec.groups * (spec.m + 1 + spec.n) // LANES) * LANES
+    """Sums of one chunk, filled to whole vectors."""
+    terms = spec.m + 1 + spec.n
+    if spec.mixed:
+        return spec.units * terms * LANES
+    return -(-spec.groups * terms // LANES) * LANES
