@@ -49,21 +49,22 @@ def available() -> bool:
 def _prim_func(backward: bool, *fields: Any) -> Any:
     import_tvm()
     from ridgeline.codegen.tvm import group_rational_kernel as kernels
+    from ridgeline.codegen.tvm.group_rational_units import Spec
 
     build = kernels.build_backward if backward else kernels.build_forward
-    return build(kernels.Spec(*fields))
+    return build(Spec(*fields))
 
 
 @functools.cache
 def kernel(backward: bool, *fields: Any) -> Callable[..., None]:
-    """The compiled kernel for the fields of `group_rational_kernel.Spec`."""
+    """The compiled kernel for the fields of `group_rational_units.Spec`."""
     return compile_kernel(_prim_func(backward, *fields), fields[-2])
 
 
 @functools.cache
 def _workspace(fields: tuple[Any, ...]) -> tuple[int, int]:
     """(rows of a chunk, sums of a chunk)."""
-    from ridgeline.codegen.tvm.group_rational_kernel import Spec, padded
+    from ridgeline.codegen.tvm.group_rational_units import Spec, padded
 
     spec = Spec(*fields)
     return spec.chunk, padded(spec)

@@ -21,15 +21,20 @@ on the shapes alone, so that the result is the same bit for bit with any number 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 from tvm.script import tirx as T
 
+from ridgeline.codegen.tvm import group_rational_units as units
 from ridgeline.codegen.tvm.attention_vectors import LANES, fma, lanes, registers, splat, vector
-from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
-
-CHAIN = 64
-"""Additions that one lane of an accumulator takes before it is flushed."""
+from ridgeline.codegen.tvm.group_rational_units import (
+    Spec,
+    columns,
+    load,
+    matrix,
+    padded,
+    stored,
+)
 
 VISIT = 4
 """Vectors, at least, for which the backward holds a unit's sums in registers. As few as will do:
@@ -38,148 +43,6 @@ memory is then read along the rows, which the processor fetches ahead."""
 BLOCK = 1 << 16
 """Elements that a thread of the forward takes at once."""
 
-_KINDS = {"float32": ("float", 4), "bfloat16": ("bfloat", 2), "float16": ("half", 2)}
-
-
-class Spec(NamedTuple):
-    """What a compiled kernel is specialised on; rows and strides are not.
-
-    width: C / G. m, n: degrees, n >= 1. numerators, denominators: 1 or G. form, sign0: the law's.
-    dtype: "float32", "bfloat16" or "float16". parallel: whether the work is spread over threads.
-    """
-
-    width: int
-    groups: int
-    m: int
-    n: int
-    numerators: int
-    denominators: int
-    form: str
-    sign0: int
-    dtype: str
-    isa: str
-    parallel: bool
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.width * self.groups
-
-    @property
-    def mixed(self) -> bool:
-        """Do whole vectors not fill a group?"""
-        return self.width % LANES != 0
-
-    @property
-    def units(self) -> int:
-        return -(-self.channels // LANES) if self.mixed else self.groups
-
-    @property
-    def vectors(self) -> int:
-        """Of a unit."""
-        return 1 if self.mixed else self.width // LANES
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """(units of whole vectors, elements of the shorter one after them, if any)."""
-        return divmod(self.channels, LANES) if self.mixed else (self.groups, 0)
-
-    @property
-    def chunk(self) -> int:
-        """Rows of which one accumulator vector takes the sum."""
-        return max(1, CHAIN // self.vectors)
-
-
-def _helpers(spec: Spec) -> str:
-    """LLVM IR: loads of whole vectors and of the row's last, shorter one, and vector |x|."""
-    kind, align = _KINDS[spec.dtype]
-    ir = LLVM_HELPERS + "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
-    ir += "define <16 x float> @rl_abs(<16 x float> %x) alwaysinline {\n"
-    ir += "  %y = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)\n"
-    ir += "  ret <16 x float> %y\n}\n"
-    for count in {LANES, spec.counts[1]} - {0}:
-        order = ", ".join(f"i32 {min(i, count)}" for i in range(LANES))
-        ir += f"define <16 x float> @rl_elements_{count}(ptr %a) alwaysinline {{\n"
-        ir += f"  %s = load <{count} x {kind}>, ptr %a, align {align}\n"
-        ir += f"  %x = shufflevector <{count} x {kind}> %s, <{count} x {kind}> zeroinitializer, "
-        ir += f"<16 x i32> <{order}>\n"
-        if kind == "float":
-            ir += "  ret <16 x float> %x\n}\n"
-        else:
-            ir += f"  %y = fpext <16 x {kind}> %x to <16 x float>\n  ret <16 x float> %y\n}}\n"
-    return ir
-
-
-def _matrix(handle: Any, shape: tuple[Any, ...], dtype: str) -> Any:
-    return T.match_buffer(handle, shape, dtype, strides=(T.int64(), 1), align=1)
-
-
-def _load(tensor: Any, row: Any, column: Any, count: int) -> Any:
-    return vector(f"rl_elements_{count}", T.address_of(tensor[row, column]))
-
-
-def _stored(spec: Spec, result: Any, count: int) -> Any:
-    """`count` lanes of a register as the tensor's dtype."""
-    if count == 1:
-        return T.Cast(spec.dtype, result[0])
-    return T.Cast(f"{spec.dtype}x{count}", result[lanes(0, count)])
-
-
-def _columns(count: int, column: Any) -> Any:
-    return column if count == 1 else lanes(column, count)
-
-
-def _operands(spec: Spec) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the numerator and of c as the units read them: rows, or a table of channels."""
-    if spec.mixed:
-        columns = spec.units * LANES
-        return (spec.m + 1, columns), (spec.n, columns)
-    return (spec.numerators, spec.m + 1), (spec.denominators, spec.n)
-
-
-def _coefficient(spec: Spec, operand: Any, unit: Any, i: int) -> Any:
-    """Coefficient i of a unit's channels, a vector."""
-    if spec.mixed:
-        return operand[i, lanes(unit * LANES)]
-    return splat(operand[0 if operand.shape[0] == 1 else unit, i])
-
-
-def _prepare(spec: Spec) -> Any:
-    """Copies a, and |b| or b as the form has it, to what the units read."""
-    width, signed = spec.width, spec.form == "abs_sum"
-    shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
-
-    def magnitude(value):
-        return value if signed else T.abs(value)
-
-    @T.inline
-    def rows(to_a, to_c, a, b):
-        for g in T.serial(spec.numerators):
-            for i in T.serial(spec.m + 1):
-                to_a[g, i] = a[g, i]
-        for g in T.serial(spec.denominators):
-            for i in T.serial(spec.n):
-                to_c[g, i] = magnitude(b[g, i])
-
-    @T.inline
-    def table(to_a, to_c, a, b):
-        for column in T.serial(spec.channels, spec.units * LANES):
-            for i in T.serial(spec.m + 1):
-                to_a[i, column] = T.float32(0)
-            for i in T.serial(spec.n):
-                to_c[i, column] = T.float32(0)
-        for g in T.serial(spec.groups):
-            ga = 0 if shared_a else g
-            gb = 0 if shared_b else g
-            for i in T.serial(spec.m + 1):
-                for c in T.serial(width):
-                    to_a[i, g * width + c] = a[ga, i]
-            for i in T.serial(spec.n):
-                for c in T.serial(width):
-                    to_c[i, g * width + c] = magnitude(b[gb, i])
-
-    return table if spec.mixed else rows
-
 
 def build_forward(spec: Spec) -> Any:
     """main(x, a, b, y)."""
@@ -187,9 +50,9 @@ def build_forward(spec: Spec) -> Any:
     whole, rest = spec.counts
     loop = T.parallel if spec.parallel else T.serial
     block = max(1, BLOCK // channels)
-    helpers, prepare = _helpers(spec), _prepare(spec)
-    of_a, of_c = _operands(spec)
-    coefficient = functools.partial(_coefficient, spec)
+    helpers, prepare = units.helpers(spec), units.prepare(spec)
+    of_a, of_c = units.operands(spec)
+    coefficient = functools.partial(units.coefficient, spec)
 
     @T.inline
     def evaluate(x, y, a, c, unit, row, column, count):
@@ -197,7 +60,7 @@ def build_forward(spec: Spec) -> Any:
         z = registers((LANES,))
         top = registers((LANES,))
         bottom = registers((LANES,))
-        v[lanes(0)] = _load(x, row, column, count)
+        v[lanes(0)] = load(x, row, column, count)
         z[lanes(0)] = v[lanes(0)]
         if form == "abs_terms":
             z[lanes(0)] = vector("rl_abs", v[lanes(0)])
@@ -214,16 +77,16 @@ def build_forward(spec: Spec) -> Any:
         else:
             bottom[lanes(0)] = fma(bottom[lanes(0)], z[lanes(0)], splat(T.float32(1)))
         top[lanes(0)] = top[lanes(0)] / bottom[lanes(0)]
-        y[row, _columns(count, column)] = _stored(spec, top, count)
+        y[row, columns(count, column)] = stored(spec, top, count)
 
     @T.prim_func(s_tir=True)
     def main(x_: T.handle, a_: T.handle, b_: T.handle, y_: T.handle):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         rows = T.int64()
-        x = _matrix(x_, (rows, channels), spec.dtype)
+        x = matrix(x_, (rows, channels), spec.dtype)
         given_a = T.match_buffer(a_, (spec.numerators, m + 1), "float32")
         given_b = T.match_buffer(b_, (spec.denominators, n), "float32")
-        y = _matrix(y_, (rows, channels), spec.dtype)
+        y = matrix(y_, (rows, channels), spec.dtype)
         with T.attr(0, "pragma_import_llvm", helpers):
             a = T.alloc_buffer(of_a, "float32")
             c = T.alloc_buffer(of_c, "float32")
@@ -249,9 +112,9 @@ def build_backward(spec: Spec) -> Any:
     shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
     chunk, vectors = spec.chunk, padded(spec) // LANES
     tile_rows = max(1, VISIT // spec.vectors)
-    helpers, prepare = _helpers(spec), _prepare(spec)
-    of_a, of_c = _operands(spec)
-    coefficient = functools.partial(_coefficient, spec)
+    helpers, prepare = units.helpers(spec), units.prepare(spec)
+    of_a, of_c = units.operands(spec)
+    coefficient = functools.partial(units.coefficient, spec)
 
     @T.inline
     def signed(into, value, of):
@@ -276,7 +139,7 @@ def build_backward(spec: Spec) -> Any:
         w = registers((LANES,))
         s = registers((LANES,))
         power = registers((LANES,))
-        v[lanes(0)] = _load(x, row, column, count)
+        v[lanes(0)] = load(x, row, column, count)
         z[lanes(0)] = v[lanes(0)]
         if form == "abs_terms":
             z[lanes(0)] = vector("rl_abs", v[lanes(0)])
@@ -299,7 +162,7 @@ def build_backward(spec: Spec) -> Any:
         else:
             q[lanes(0)] = fma(t[lanes(0)], z[lanes(0)], splat(T.float32(1)))
         q[lanes(0)] = splat(T.float32(1)) / q[lanes(0)]
-        u[lanes(0)] = _load(dy, row, column, count) * q[lanes(0)]
+        u[lanes(0)] = load(dy, row, column, count) * q[lanes(0)]
         w[lanes(0)] = (splat(T.float32(0)) - p[lanes(0)] * q[lanes(0)]) * u[lanes(0)]
         if form == "abs_terms":
             signed(s, w, v)
@@ -321,7 +184,7 @@ def build_backward(spec: Spec) -> Any:
                 else:
                     acc[m + i, lanes(0)] = fma(power[lanes(0)], w[lanes(0)], acc[m + i, lanes(0)])
         u[lanes(0)] = fma(dp[lanes(0)], u[lanes(0)], dt[lanes(0)] * s[lanes(0)])
-        dx[row, _columns(count, column)] = _stored(spec, u, count)
+        dx[row, columns(count, column)] = stored(spec, u, count)
 
     @T.inline
     def by_group(of_groups, sums):
@@ -369,11 +232,11 @@ def build_backward(spec: Spec) -> Any:
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
         rows, chunks = T.int64(), T.int64()
-        dy = _matrix(dy_, (rows, channels), spec.dtype)
-        x = _matrix(x_, (rows, channels), spec.dtype)
+        dy = matrix(dy_, (rows, channels), spec.dtype)
+        x = matrix(x_, (rows, channels), spec.dtype)
         given_a = T.match_buffer(a_, (spec.numerators, m + 1), "float32")
         given_b = T.match_buffer(b_, (spec.denominators, n), "float32")
-        dx = _matrix(dx_, (rows, channels), spec.dtype)
+        dx = matrix(dx_, (rows, channels), spec.dtype)
         da = T.match_buffer(da_, (spec.numerators, m + 1), "float32")
         db = T.match_buffer(db_, (spec.denominators, n), "float32")
         partial = T.match_buffer(partial_, (chunks, vectors * LANES), "float32")
@@ -437,11 +300,3 @@ def build_backward(spec: Spec) -> Any:
                 finish(sums, given_b, da, db)
 
     return main
-
-
-def padded(spec: Spec) -> int:
-    """Sums of one chunk, filled to whole vectors."""
-    terms = spec.m + 1 + spec.n
-    if spec.mixed:
-        return spec.units * terms * LANES
-    return -(-spec.groups * terms // LANES) * LANES
