@@ -3,7 +3,8 @@
     q, k, v, gate, up    rows [a, b) of W and b                    (column-parallel)
     packed q|k|v         the same rows of each of the three parts
     o, down              columns [a, b) of W, b whole              (`RowLinear`)
-    embedding, lm_head   rows [a, b), zeros beyond V               (`VocabularyEmbedding`, `...Head`)
+    embedding            rows [a, b), zeros beyond V               (`VocabularyEmbedding`)
+    lm_head              the same                                  (`VocabularyHead`)
 
 Everything else is shared with the caller's model, which is not changed: what is new in memory is
 the rank's part alone, `ParallelPlan.bytes_per_rank` less what all ranks hold.
@@ -16,9 +17,8 @@ from torch import nn
 
 from ridgeline.passes.copy_model import copy_model
 from ridgeline.passes.parallel.layers import RowLinear, VocabularyEmbedding, VocabularyHead
+from ridgeline.passes.parallel.layouts import COLUMN, ROW, VOCABULARY
 from ridgeline.passes.parallel.plan import ParallelPlan, Split, units
-
-COLUMN, ROW, VOCABULARY = "column", "row", "vocabulary"
 
 
 def shard(model: nn.Module, plan: ParallelPlan, rank: int, group: str) -> nn.Module:

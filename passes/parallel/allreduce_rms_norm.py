@@ -1,0 +1,206 @@
+"""All-reduce, residual add and norm -> reduce-scatter, both on a shard of the tokens, all-gather.
+
+With p_r the partial sums of W ranks, x the residual, T tokens and n = ceil(T / W):
+
+    h = x + sum_r p_r;  y = norm(h)                                  on all T rows, on every rank
+    h_r = x_r + reduce_scatter(p)_r;  y = all_gather(norm(h_r))      on n rows, on each
+
+A norm is row by row, so both are equal in real arithmetic; what is sent is the same, and the norm
+costs 1 / W. The residual stays a shard from layer to layer: only what other operations read is
+gathered. T rows are padded with zeros to W n. Row-wise work between the sum and the norm (views,
+casts, a bias, Gemma's weight offset, a norm before the residual) goes along.
+
+A transport whose reduce-scatter is an all-reduce with the rest thrown away (gloo) gets an
+all-to-all and a local sum in fp32 in its place.
+Source: Gond et al., TokenWeave, 2025 (arXiv:2505.11329), section 3.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ridgeline.ir.rules.common import insert
+from ridgeline.ir.symbolic import shape_of
+from ridgeline.ir.token_rows import SUM_PARTS, TOKEN_ROWS
+from ridgeline.passes.parallel.layouts import DECLARED, Layout
+from ridgeline.passes.parallel.rows import VIEWS, is_row_reduction
+from ridgeline.passes.parallel.token_region import Region, vector_like
+
+aten = torch.ops.aten
+functional = torch.ops._c10d_functional
+NAME = "allreduce_rms_norm"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The ranks: their group's name, how many, which one this is; by_parts: see above."""
+
+    group: str
+    world: int
+    rank: int
+    by_parts: bool
+
+
+def shard_tokens(module: fx.GraphModule, region: Region, place: Place) -> None:
+    """Rewrite the region in place; the all-reduces that it began with are gone."""
+    _Rewriter(module.graph, region, place).run()
+    module.graph.lint()
+    module.recompile()
+
+
+class _Rewriter:
+    """Each node of the region gets its counterpart of n rows, right before it."""
+
+    def __init__(self, graph: fx.Graph, region: Region, place: Place) -> None:
+        self.graph, self.region, self.place = graph, region, place
+        self.shard: dict[fx.Node, fx.Node] = {}
+        self.entered: dict[tuple[fx.Node, Any], fx.Node] = {}
+        first = region.seeds[0].args[0]
+        self.sizes = _Sizes(first, first.args[0], place.world)
+
+    def run(self) -> None:
+        seeds, exits = set(self.region.seeds), set(self.region.exits)
+        for node in self.region.nodes:
+            self.shard[node] = self.scattered(node) if node in seeds else self.moved(node)
+            if node in exits:
+                whole = self.gathered(node)
+                for reader in self.region.readers(node):
+                    reader.replace_input_with(node, whole)
+        # Dead code elimination would keep the waits, and with them the sums: torch takes them for
+        # side effects.
+        for node in reversed(self.region.nodes):
+            before = node.args[0]
+            self.graph.erase_node(node)
+            if node in seeds:
+                self.graph.erase_node(before)
+
+    def scattered(self, wait: fx.Node) -> fx.Node:
+        """This rank's rows of a sum."""
+        reduce = wait.args[0]
+        place, sizes = self.place, self.sizes
+        rows = self.padded(self.flat(reduce.args[0], wait), wait)
+        if place.by_parts:
+            counts = [sizes.share] * place.world
+            sent = self.put(
+                wait, functional.all_to_all_single.default, rows, counts, counts, place.group
+            )
+            sent.meta[DECLARED] = Layout.PARTIAL_SUM
+            parts = self.put(wait, functional.wait_tensor.default, sent)
+            return self.put(wait, SUM_PARTS.overload, parts, place.world)
+        sent = self.put(
+            wait, functional.reduce_scatter_tensor.default, rows, "sum", place.world, place.group
+        )
+        sent.meta[DECLARED] = Layout.SHARDED_BY_TOKEN
+        return self.put(wait, functional.wait_tensor.default, sent)
+
+    def moved(self, node: fx.Node) -> fx.Node:
+        """The same operation on this rank's rows."""
+        if node.target in VIEWS:
+            return self.shard[node.args[0]]
+        args = list(fx.node.map_arg(node.args, lambda n: self.operand(n, node)))
+        if is_row_reduction(node) and len(args) > 1 and isinstance(node.args[1], list):
+            if node.target not in _OVER_SHAPE:
+                args[1] = [-1]
+        elif is_row_reduction(node) and len(args) > 1 and isinstance(node.args[1], int):
+            args[1] = -1
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.operand(n, node))
+        return self.put(node, node.target, *args, **kwargs)
+
+    def operand(self, value: fx.Node, reader: fx.Node) -> fx.Node:
+        """What stands for `value` where the reader works on a shard."""
+        if value in self.shard:
+            return self.shard[value]
+        if not isinstance(value.meta["val"], Tensor):
+            return value
+        if vector_like(value):
+            flat = value.meta["val"].dim() < 2
+            return value if flat else self.put(reader, aten.reshape.default, value, [-1])
+        lead = self.sizes.lead(reader)
+        key = (value, tuple(map(str, lead)))
+        if key not in self.entered:
+            width = value.meta["val"].shape[-1]
+            wide = self.put(reader, aten.expand.default, value, [*lead, width])
+            rows, share = self.flat(wide, reader), self.sizes.share
+            start = self.sizes.times(self.place.rank, share)
+            entry = self.put(reader, TOKEN_ROWS.overload, rows, start, share)
+            entry.meta[DECLARED] = Layout.SHARDED_BY_TOKEN
+            self.entered[key] = entry
+        return self.entered[key]
+
+    def gathered(self, node: fx.Node) -> fx.Node:
+        """All rows of a value, in the shape that its readers expect."""
+        place = self.place
+        sent = self.put(
+            node,
+            functional.all_gather_into_tensor.default,
+            self.put(node, aten.contiguous.default, self.shard[node]),
+            place.world,
+            place.group,
+        )
+        rows = self.put(node, functional.wait_tensor.default, sent)
+        if self.sizes.padding is not None:
+            rows = self.put(node, aten.slice.Tensor, rows, 0, 0, self.sizes.tokens)
+        width = node.meta["val"].shape[-1]
+        return self.put(node, aten.view.default, rows, [*self.sizes.lead(node), width])
+
+    def flat(self, value: fx.Node, before: fx.Node) -> fx.Node:
+        """[..., K] -> [tokens, K]."""
+        width = value.meta["val"].shape[-1]
+        return self.put(before, aten.reshape.default, value, [self.sizes.tokens, width])
+
+    def padded(self, rows: fx.Node, before: fx.Node) -> fx.Node:
+        """With rows of zeros after the last, W n in all."""
+        if self.sizes.padding is None:
+            return rows
+        every = self.sizes.times(self.sizes.share, self.place.world)
+        return self.put(before, TOKEN_ROWS.overload, rows, 0, every)
+
+    def put(self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return insert(before, target, *args, **kwargs)
+
+
+_OVER_SHAPE = (aten.rms_norm.default, aten.layer_norm.default, aten.native_layer_norm.default)
+"""Their second argument is a shape, not dimensions."""
+
+
+class _Sizes:
+    """tokens, rows a rank holds (`share`) and rows of `padding`, as numbers or nodes."""
+
+    def __init__(self, before: fx.Node, like: fx.Node, world: int) -> None:
+        self.before, self.like = before, like
+        self.dims = [self._dim(d) for d in range(like.meta["val"].dim() - 1)]
+        self.tokens: Any = self.dims[0]
+        for dim in self.dims[1:]:
+            self.tokens = self.times(self.tokens, dim)
+        above = self._call(operator.add, self.tokens, world - 1)
+        self.share = self._call(operator.floordiv, above, world)
+        padding = self._call(operator.sub, self.times(self.share, world), self.tokens)
+        self.padding = padding if isinstance(padding, fx.Node) or padding else None
+
+    def times(self, a: Any, b: Any) -> Any:
+        return self._call(operator.mul, a, b)
+
+    def lead(self, node: fx.Node) -> list[Any]:
+        """All sizes of the node's tensor but the last."""
+        sizes = node.meta["val"].shape[:-1]
+        if len(sizes) == 1:
+            return [self.tokens]
+        known = dict(zip(map(str, shape_of(self.like)), self.dims, strict=False))
+        return [s if isinstance(s, int) else known[str(s.node.expr)] for s in sizes]
+
+    def _dim(self, dim: int) -> Any:
+        size = self.like.meta["val"].shape[dim]
+        if isinstance(size, int):
+            return size
+        return insert(self.before, aten.sym_size.int, self.like, dim, value=size)
+
+    def _call(self, function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+        """A number where both are, else a node that computes it in each run."""
+        if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+            return function(a, b)
+        values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (a, b)]
+        return insert(self.before, function, a, b, value=function(*values))
