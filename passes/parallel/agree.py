@@ -10,11 +10,12 @@ import contextlib
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
@@ -111,6 +112,13 @@ class Ranks:
                 f" {'; '.join(lines)}. Run one version of the code, one model and one target on"
                 " all ranks, and call it in the same order"
             )
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Each of `values` where it is largest: a decision on them is one for all ranks."""
+        device = "cpu" if "cpu" in map(str, self.group._device_types) else "cuda"
+        held = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
+        return held.tolist()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

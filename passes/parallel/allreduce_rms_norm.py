@@ -82,17 +82,17 @@ class _Rewriter:
         """This rank's rows of a sum."""
         reduce = wait.args[0]
         place, sizes = self.place, self.sizes
-        rows = self.padded(self.flat(reduce.args[0], wait), wait)
+        rows = self.padded(self.flat(reduce.args[0], reduce), reduce)
         if place.by_parts:
             counts = [sizes.share] * place.world
             sent = self.put(
-                wait, functional.all_to_all_single.default, rows, counts, counts, place.group
+                reduce, functional.all_to_all_single.default, rows, counts, counts, place.group
             )
             sent.meta[DECLARED] = Layout.PARTIAL_SUM
             parts = self.put(wait, functional.wait_tensor.default, sent)
             return self.put(wait, SUM_PARTS.overload, parts, place.world)
         sent = self.put(
-            wait, functional.reduce_scatter_tensor.default, rows, "sum", place.world, place.group
+            reduce, functional.reduce_scatter_tensor.default, rows, "sum", place.world, place.group
         )
         sent.meta[DECLARED] = Layout.SHARDED_BY_TOKEN
         return self.put(wait, functional.wait_tensor.default, sent)
@@ -142,7 +142,7 @@ class _Rewriter:
             place.group,
         )
         rows = self.put(node, functional.wait_tensor.default, sent)
-        if self.sizes.padding is not None:
+        if not self.sizes.full:
             rows = self.put(node, aten.slice.Tensor, rows, 0, 0, self.sizes.tokens)
         width = node.meta["val"].shape[-1]
         return self.put(node, aten.view.default, rows, [*self.sizes.lead(node), width])
@@ -154,12 +154,13 @@ class _Rewriter:
 
     def padded(self, rows: fx.Node, before: fx.Node) -> fx.Node:
         """With rows of zeros after the last, W n in all."""
-        if self.sizes.padding is None:
+        if self.sizes.full:
             return rows
-        every = self.sizes.times(self.sizes.share, self.place.world)
-        return self.put(before, TOKEN_ROWS.overload, rows, 0, every)
+        return self.put(before, TOKEN_ROWS.overload, rows, 0, self.sizes.padded)
 
-    def put(self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    def put(
+        self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> fx.Node:
         return insert(before, target, *args, **kwargs)
 
 
@@ -168,7 +169,10 @@ _OVER_SHAPE = (aten.rms_norm.default, aten.layer_norm.default, aten.native_layer
 
 
 class _Sizes:
-    """tokens, rows a rank holds (`share`) and rows of `padding`, as numbers or nodes."""
+    """tokens, rows that a rank holds (`share`) and all ranks (`padded`), as numbers or nodes.
+
+    full: it is known that the ranks' rows are the tokens, with none of padding.
+    """
 
     def __init__(self, before: fx.Node, like: fx.Node, world: int) -> None:
         self.before, self.like = before, like
@@ -178,8 +182,8 @@ class _Sizes:
             self.tokens = self.times(self.tokens, dim)
         above = self._call(operator.add, self.tokens, world - 1)
         self.share = self._call(operator.floordiv, above, world)
-        padding = self._call(operator.sub, self.times(self.share, world), self.tokens)
-        self.padding = padding if isinstance(padding, fx.Node) or padding else None
+        self.padded = self.times(self.share, world)
+        self.full = self.padded == self.tokens
 
     def times(self, a: Any, b: Any) -> Any:
         return self._call(operator.mul, a, b)

@@ -185,9 +185,7 @@ def _of_partial(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
     )
 
 
-def _check_results(
-    node: fx.Node, layouts: Mapping[fx.Node, Layout], results: int | None
-) -> None:
+def _check_results(node: fx.Node, layouts: Mapping[fx.Node, Layout], results: int | None) -> None:
     outputs = node.args[0] if isinstance(node.args[0], list | tuple) else (node.args[0],)
     for position, value in enumerate(outputs):
         if not isinstance(value, fx.Node) or layouts[value] is Layout.REPLICATED:

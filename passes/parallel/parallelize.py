@@ -1,18 +1,82 @@
-"""`parallelize`: this rank's part of a model, compiled, on a group of ranks that agree."""
+"""`parallelize`: this rank's part of a model as a drop-in module, on a group of ranks that agree.
 
+The weights are split as `plan_parallel` says; the graphs of the rank's model are captured at the
+first call of each kind, rewritten (`allreduce_rms_norm` and the passes of `optimize`), compared
+over the ranks and compiled.
+"""
+
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from ridgeline.cost_model import Target
+from ridgeline.passes.all import PASSES
+from ridgeline.passes.base import Pass
+from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.parallel.agree import Ranks
-from ridgeline.passes.parallel.plan import plan_parallel
-from ridgeline.passes.parallel.shard import shard
+from ridgeline.passes.parallel.compiler import Fuse, ParallelCompiler
+from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
+from ridgeline.passes.parallel.shard import shard, split_parameters
+from ridgeline.passes.parallel.signature import model_signature, versions
 
 
-def rank_model(model: nn.Module, mesh: Any, timeout: timedelta | None = None) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    mesh: Any = None,
+    *,
+    target: str | Target = "native",
+    fuse: Fuse = "measured",
+    passes: Sequence[Pass] = PASSES,
+    lowering: Literal["inductor", "eager"] = "inductor",
+    timeout: timedelta | None = None,
+    max_graphs: int = 16,
+) -> OptimizedModule:
+    """Return this rank's part of `model`, rewritten for `target`; call it on every rank alike.
+
+    model: a causal language model whose weights are equal on all ranks; it is not changed, and
+        what is not split is shared with it. In eval mode: the result is for inference.
+    mesh: a `DeviceMesh` of one dimension, a process group, or None for all ranks.
+    fuse: whether norms move to a shard of the tokens: where both forms, timed on this group, say
+        so ("measured"), wherever they can ("always"), or not ("never").
+    passes, target, lowering, max_graphs: as `ridgeline.optimize` takes them.
+    timeout: how long to wait for other ranks to agree; the group's own unless given.
+
+    Every rank gives the same inputs and gets the same, whole outputs; caches hold this rank's
+    heads. The result's `plan` says what was split and rewritten, and how many bytes each rank
+    holds.
+
+    Raises:
+        Unparallel: no layer of the model can be split over that many ranks.
+        RankMismatch: on all ranks, where they differ in code, model, target or graph.
+        RankLost: another rank failed, ended, or did not answer in time; also when it is called.
+        LayoutError: the model reads a value that this rank does not hold.
+        RidgelineError: torch.distributed is not initialised, or the mesh cannot be used.
+    """
     ranks = Ranks.of(mesh, timeout)
     with ranks.together():
         plan = plan_parallel(model, ranks.world)
-        ranks.agree("the model", {"plan": plan.digest()})
-        return shard(model, plan, ranks.rank, ranks.name)
+        splits = split_parameters(plan, model)
+        compiler = ParallelCompiler(
+            target,
+            ranks=ranks,
+            splits=splits,
+            fuse=fuse,
+            passes=[p for p in passes if p.exactness != "approximate"],
+            lowering=lowering,
+        )
+        facts = {"model": model_signature(model), "plan": plan.digest(), **versions()}
+        facts |= {"target": compiler.target.name, "fuse": fuse}
+        ranks.agree("the model", facts)
+        part = shard(model, plan, ranks.rank, ranks.name)
+    for sentence in told(plan, ranks.rank):
+        compiler.plan.note(sentence)
+    return optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
+
+
+def told(plan: ParallelPlan, rank: int) -> list[str]:
+    """The plan in sentences: what is split, what is not and why, and this rank's bytes."""
+    head, *rest = str(plan).splitlines()
+    held = [line.strip() for line in rest if line.strip().startswith("held by all")]
+    return [head, *held, *(line.strip() for line in rest if f"rank {rank}:" in line)]

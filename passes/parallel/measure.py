@@ -1,0 +1,66 @@
+"""What the rewrite is worth on this group: both forms of one site, timed on all ranks.
+
+The transport decides, and no data sheet says what gloo does on a machine: small messages pay one
+latency more than an all-reduce, large ones get the norm for 1 / W. So both forms run in turn, on
+zeros-free data of the graph's sizes, and the slowest rank's median counts.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ridgeline.ir.token_rows import sum_reference
+from ridgeline.passes.parallel.agree import Ranks
+
+functional = torch.ops._c10d_functional
+ROUNDS = 5
+"""Rounds of both forms, after one that is not counted."""
+
+
+def seconds_of_forms(
+    ranks: Ranks, tokens: int, size: int, dtype: torch.dtype, device: torch.device, by_parts: bool
+) -> tuple[float, float]:
+    """(all-reduce, add and norm of all rows; scattered, on a shard, and gathered), in seconds.
+
+    tokens, size: of the residual; by_parts: the reduce-scatter is an all-to-all and a local sum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = -(-tokens // ranks.world)
+    partial = torch.randn(rows * ranks.world, size, generator=generator).to(device, dtype)
+    weight = torch.ones(size, device=device, dtype=dtype)
+    residual = partial.flip(0)
+    group, world = ranks.name, ranks.world
+
+    def normed(x: Tensor, y: Tensor) -> Tensor:
+        return F.rms_norm(x + y, (size,), weight, 1e-6)
+
+    def whole() -> Tensor:
+        y = functional.wait_tensor(functional.all_reduce(partial[:tokens], "sum", group))
+        return normed(residual[:tokens], y)
+
+    def sharded() -> Tensor:
+        if by_parts:
+            counts = [rows] * world
+            sent = functional.all_to_all_single(partial, counts, counts, group)
+            y = sum_reference(functional.wait_tensor(sent), world)
+        else:
+            sent = functional.reduce_scatter_tensor(partial, "sum", world, group)
+            y = functional.wait_tensor(sent)
+        y = normed(residual[:rows], y)
+        return functional.wait_tensor(functional.all_gather_into_tensor(y, world, group))[:tokens]
+
+    taken: dict[Callable[[], Tensor], list[float]] = {whole: [], sharded: []}
+    for _ in range(ROUNDS + 1):
+        for form, times in taken.items():
+            ranks.largest([0.0])  # a barrier
+            start = time.perf_counter()
+            form()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    a, b = ranks.largest([statistics.median(times[1:]) for times in taken.values()])
+    return a, b
