@@ -48,14 +48,15 @@ def count(graph: fx.Graph) -> Counter[str]:
     return Counter(n.target._opname for n in graph.nodes if is_collective(n))
 
 
-def normal_form(module: fx.GraphModule) -> None:
-    """Bring the collectives of a graph into the form above, in place."""
+def normal_form(module: fx.GraphModule) -> int:
+    """Bring the collectives of a graph into the form above; how many all-gathers are left out."""
     for node in list(module.graph.nodes):
         if node.target in (aten.copy.default, aten.copy_.default):
             _sum_in_place(node)
-    merge_equal(module.graph)
+    gone = merge_equal(module.graph)
     module.graph.lint()
     module.recompile()
+    return gone
 
 
 def merge_equal(graph: fx.Graph) -> int:

@@ -16,8 +16,9 @@ from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.parallel.agree import Ranks
-from ridgeline.passes.parallel.compiler import Fuse, ParallelCompiler
+from ridgeline.passes.parallel.compiler import ParallelCompiler
 from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
+from ridgeline.passes.parallel.rewrite import Fuse
 from ridgeline.passes.parallel.shard import shard, split_parameters
 from ridgeline.passes.parallel.signature import model_signature, versions
 
