@@ -1,10 +1,10 @@
 """Rows of tokens on their way to the ranks and back, as operations.
 
     token_rows    y[i] = x[start + i], 0 beyond x's last row         x [T, N] -> [rows, N]
-    sum_parts     y[i] = round(sum_w parts[w n + i])                 parts [W n, N] -> [n, N]
+    sum_parts     y[i] = sum_w parts[w n + i]                        parts [W n, N] -> [n, N]
 
-`sum_parts` adds what W ranks have sent for the same n rows, in fp32 (fp64 for fp64 inputs), and
-rounds once: a chain of W - 1 sums in a narrow dtype rounds W - 1 times.
+`sum_parts` adds what W ranks have sent for the same n rows. It computes in fp32 (fp64 for fp64
+inputs) and gives that: a chain of W - 1 sums in a narrow dtype rounds W - 1 times.
 """
 
 import torch
@@ -22,9 +22,13 @@ def rows_reference(x: Tensor, start: int, rows: int) -> Tensor:
 
 
 def sum_reference(parts: Tensor, world: int) -> Tensor:
-    """parts [W n, N] -> [n, N], in their dtype."""
-    wide = torch.promote_types(parts.dtype, torch.float32)
-    return parts.view(world, -1, parts.shape[-1]).sum(0, dtype=wide).to(parts.dtype)
+    """parts [W n, N] -> [n, N], fp32 or wider."""
+    return parts.view(world, -1, parts.shape[-1]).sum(0, dtype=wide(parts.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of values of that dtype are held in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 TOKEN_ROWS = Op(
@@ -35,5 +39,7 @@ TOKEN_ROWS = Op(
 SUM_PARTS = Op(
     schema="sum_parts(Tensor parts, int world) -> Tensor",
     reference=sum_reference,
-    fake=lambda parts, world: parts.new_empty(parts.shape[0] // world, parts.shape[1]),
+    fake=lambda parts, world: parts.new_empty(
+        parts.shape[0] // world, parts.shape[1], dtype=wide(parts.dtype)
+    ),
 )

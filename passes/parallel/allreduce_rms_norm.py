@@ -10,6 +10,9 @@ costs 1 / W. The residual stays a shard from layer to layer: only what other ope
 gathered. T rows are padded with zeros to W n. Row-wise work between the sum and the norm (views,
 casts, a bias, Gemma's weight offset, a norm before the residual) goes along.
 
+What lies on the shard is fp32 (fp64 for fp64 models), the residual too, and is rounded to the
+model's dtype where it is gathered: roundings that the model makes on the way are left out.
+
 A transport whose reduce-scatter is an all-reduce with the rest thrown away (gloo) gets an
 all-to-all and a local sum in fp32 in its place.
 Source: Gond et al., TokenWeave, 2025 (arXiv:2505.11329), section 3.
@@ -23,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ridgeline.ir.rules.common import insert
+from ridgeline.ir.rules.common import insert, is_cast
 from ridgeline.ir.symbolic import shape_of
-from ridgeline.ir.token_rows import SUM_PARTS, TOKEN_ROWS
+from ridgeline.ir.token_rows import SUM_PARTS, TOKEN_ROWS, wide
 from ridgeline.passes.parallel.layouts import DECLARED, Layout
 from ridgeline.passes.parallel.rows import VIEWS, is_row_reduction
 from ridgeline.passes.parallel.token_region import Region, vector_like
@@ -60,6 +63,7 @@ class _Rewriter:
         self.shard: dict[fx.Node, fx.Node] = {}
         self.entered: dict[tuple[fx.Node, Any], fx.Node] = {}
         first = region.seeds[0].args[0]
+        self.dtype = wide(first.meta["val"].dtype)
         self.sizes = _Sizes(first, first.args[0], place.world)
 
     def run(self) -> None:
@@ -95,11 +99,12 @@ class _Rewriter:
             reduce, functional.reduce_scatter_tensor.default, rows, "sum", place.world, place.group
         )
         sent.meta[DECLARED] = Layout.SHARDED_BY_TOKEN
-        return self.put(wait, functional.wait_tensor.default, sent)
+        rows = self.put(wait, functional.wait_tensor.default, sent)
+        return self.cast(rows, wide(rows.meta["val"].dtype), wait)
 
     def moved(self, node: fx.Node) -> fx.Node:
         """The same operation on this rank's rows."""
-        if node.target in VIEWS:
+        if node.target in VIEWS or self.narrows(node):
             return self.shard[node.args[0]]
         args = list(fx.node.map_arg(node.args, lambda n: self.operand(n, node)))
         if is_row_reduction(node) and len(args) > 1 and isinstance(node.args[1], list):
@@ -117,14 +122,17 @@ class _Rewriter:
         if not isinstance(value.meta["val"], Tensor):
             return value
         if vector_like(value):
-            flat = value.meta["val"].dim() < 2
-            return value if flat else self.put(reader, aten.reshape.default, value, [-1])
+            if value.meta["val"].dim() > 1:
+                value = self.put(reader, aten.reshape.default, value, [-1])
+            dtype = value.meta["val"].dtype
+            weighs = value.meta["val"].dim() and dtype.is_floating_point
+            return self.cast(value, wide(dtype), reader) if weighs else value
         lead = self.sizes.lead(reader)
         key = (value, tuple(map(str, lead)))
         if key not in self.entered:
             width = value.meta["val"].shape[-1]
-            wide = self.put(reader, aten.expand.default, value, [*lead, width])
-            rows, share = self.flat(wide, reader), self.sizes.share
+            every = self.put(reader, aten.expand.default, value, [*lead, width])
+            rows, share = self.flat(every, reader), self.sizes.share
             start = self.sizes.times(self.place.rank, share)
             entry = self.put(reader, TOKEN_ROWS.overload, rows, start, share)
             entry.meta[DECLARED] = Layout.SHARDED_BY_TOKEN
@@ -134,10 +142,11 @@ class _Rewriter:
     def gathered(self, node: fx.Node) -> fx.Node:
         """All rows of a value, in the shape that its readers expect."""
         place = self.place
+        shard = self.cast(self.shard[node], node.meta["val"].dtype, node)
         sent = self.put(
             node,
             functional.all_gather_into_tensor.default,
-            self.put(node, aten.contiguous.default, self.shard[node]),
+            self.put(node, aten.contiguous.default, shard),
             place.world,
             place.group,
         )
@@ -158,9 +167,16 @@ class _Rewriter:
             return rows
         return self.put(before, TOKEN_ROWS.overload, rows, 0, self.sizes.padded)
 
-    def put(
-        self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> fx.Node:
+    def narrows(self, node: fx.Node) -> bool:
+        """Is it a cast to what a shard's dtype holds already?"""
+        return is_cast(node) and wide(node.meta["val"].dtype) == self.dtype
+
+    def cast(self, value: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+        same = value.meta["val"].dtype == dtype
+        return value if same else self.put(before, aten.to.dtype, value, dtype)
+
+    @staticmethod
+    def put(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return insert(before, target, *args, **kwargs)
 
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ridgeline.ir.token_rows import sum_reference
+from ridgeline.ir.token_rows import sum_reference, wide
 from ridgeline.passes.parallel.agree import Ranks
 
 functional = torch.ops._c10d_functional
+EPS = 1e-6
 ROUNDS = 5
 """Rounds of both forms, after one that is not counted."""
 
@@ -33,14 +34,12 @@ def seconds_of_forms(
     partial = torch.randn(rows * ranks.world, size, generator=generator).to(device, dtype)
     weight = torch.ones(size, device=device, dtype=dtype)
     residual = partial.flip(0)
+    stream = residual[:rows].to(wide(dtype))
     group, world = ranks.name, ranks.world
-
-    def normed(x: Tensor, y: Tensor) -> Tensor:
-        return F.rms_norm(x + y, (size,), weight, 1e-6)
 
     def whole() -> Tensor:
         y = functional.wait_tensor(functional.all_reduce(partial[:tokens], "sum", group))
-        return normed(residual[:tokens], y)
+        return F.rms_norm(residual[:tokens] + y, (size,), weight, EPS)
 
     def sharded() -> Tensor:
         if by_parts:
@@ -49,8 +48,8 @@ def seconds_of_forms(
             y = sum_reference(functional.wait_tensor(sent), world)
         else:
             sent = functional.reduce_scatter_tensor(partial, "sum", world, group)
-            y = functional.wait_tensor(sent)
-        y = normed(residual[:rows], y)
+            y = functional.wait_tensor(sent).to(stream.dtype)
+        y = F.rms_norm(stream + y, (size,), weight.to(stream.dtype), EPS).to(dtype)
         return functional.wait_tensor(functional.all_gather_into_tensor(y, world, group))[:tokens]
 
     taken: dict[Callable[[], Tensor], list[float]] = {whole: [], sharded: []}

@@ -119,7 +119,10 @@ def worth(ranks: Ranks, region: Region, by_parts: bool) -> tuple[str, bool]:
     whole, shard = seconds_of_forms(ranks, tokens, size, value.dtype, value.device, by_parts)
     told = f"[{tokens}, {size}] takes {whole:.2e} s as it is and {shard:.2e} s on a shard, here"
     if (extra := len(region.exits) - len(region.seeds)) > 0:
-        return f"not worth {extra} more all_gather, of what is read besides the norms; {told}", False
+        return (
+            f"not worth {extra} more all_gather, of what is read besides the norms; {told}",
+            False,
+        )
     return (told, True) if shard < whole else (f"not faster: {told}", False)
 
 

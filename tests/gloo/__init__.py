@@ -14,6 +14,14 @@ from typing import Any
 TIMEOUT = 60.0
 """Seconds that a rank waits for another, where the test is not about that."""
 
+PRELOADED = [
+    *("torch.distributed", "torch.export._trace", "torch._dynamo.eval_frame", "networkx"),
+    *("torch._export.non_strict_utils", "torch._functorch.aot_autograd", "torch._inductor"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gemma", "gemma2", "gpt2")),
+    *("transformers.models.llama.modeling_llama", "ridgeline.passes.parallel"),
+]
+"""What takes seconds to import, once in the process that the ranks are forked from."""
+
 
 def on_ranks(
     world: int, work: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
@@ -23,7 +31,7 @@ def on_ranks(
     work: a function of a module that is found by name. A rank that ends without a word gives None.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "transformers", "gloo.preloaded"])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks = []

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gloo.models import build, ids
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ridgeline
+from gloo.models import build, ids
 
 PLAIN: dict[str, Any] = {"target": "a100", "passes": (), "lowering": "eager", "fuse": "always"}
 """Nothing but the collectives is rewritten, and what is left runs op by op."""
@@ -34,24 +34,25 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def outputs(family: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
-    """Errors of logits and residuals against one process, and what was sent in a call."""
+def outputs(family: str, dtype: str, batch: int, length: int, hidden: bool) -> dict[str, Any]:
+    """Errors against one process of logits and, where `hidden`, residuals; both sides' errors
+    against fp64 (exact); what a call sends."""
     model = build(family, getattr(torch, dtype))
     before = [p.clone() for p in model.parameters()]
-    x = ids(batch, length)
+    x, options = ids(batch, length), {"output_hidden_states": hidden, "use_cache": False}
     with torch.no_grad():
-        expected = model(x, output_hidden_states=True, use_cache=False)
+        expected = model(x, **options)
+        exact = build(family, getattr(torch, dtype)).double()(x).logits
         part = ridgeline.parallelize(model, **PLAIN)
-        got = part(x, output_hidden_states=True, use_cache=False)
-        part(x, use_cache=False)
+        part.capture(x, **options)
         with Sent() as sent:
-            logits = part(x, use_cache=False).logits
-    residuals = zip(got.hidden_states, expected.hidden_states, strict=True)
+            got = part(x, **options)
+    pairs = zip(got.hidden_states or (), expected.hidden_states or (), strict=True)
     bytes_of = {id(p): p.nbytes for p in part.parameters()}
     return {
-        "logits": error(logits, expected.logits),
-        "residuals": max(error(a, b) for a, b in residuals),
-        "hidden": len(expected.hidden_states),
+        "logits": error(got.logits, expected.logits),
+        "exact": [error(y.logits, exact) for y in (got, expected)],
+        "residuals": [error(a, b) for a, b in pairs],
         "sent": dict(sent.count),
         "applied": [d.rewrite for d in part.plan.applied],
         "refused": [d.reason for d in part.plan.refused],

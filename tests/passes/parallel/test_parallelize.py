@@ -1,10 +1,10 @@
 """Models on 2 and 4 gloo ranks against one process: outputs, residuals, and what is sent."""
 
 import pytest
+
 from gloo import on_ranks
 from gloo.models import LAYERS, build
-from gloo.work import generated, outputs
-
+from gloo.work import outputs
 from ridgeline.passes.parallel import plan_parallel
 
 FAMILIES = ("llama", "gqa", "gpt2", "gemma", "gemma2")
@@ -15,13 +15,23 @@ SITES = 2 * LAYERS + 1
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_residuals(family: str, world: int) -> None:
-    """14 tokens: 4 ranks get a shard that is padded."""
-    for rank, told in enumerate(on_ranks(world, outputs, family, "float32", 2, 7)):
+    """14 tokens: 4 ranks get a shard that is padded. The residuals before each layer are results,
+    and so gathered besides what the norms give."""
+    for rank, told in enumerate(on_ranks(world, outputs, family, "float32", 2, 7, True)):
         assert "error" not in told, told
-        assert told["applied"] == ["allreduce_rms_norm"] * 2 * SITES  # two graphs
-        assert told["logits"] <= 1e-6
-        assert told["residuals"] <= 1e-6
-        assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": SITES + 1}
+        assert told["applied"] == ["allreduce_rms_norm"] * SITES
         assert not told["refused"]
+        assert told["logits"] <= 1e-6
+        assert len(told["residuals"]) == LAYERS + 1
+        assert max(told["residuals"]) <= 1e-6
+        gathers = SITES + LAYERS + 1  # and the logits
+        assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
         assert told["unchanged"]
         assert told["bytes"] == plan_parallel(build(family), world).bytes_per_rank[rank]
+
+
+def test_without_residuals_only_the_norms_are_gathered() -> None:
+    for told in on_ranks(2, outputs, "llama", "bfloat16", 2, 8, False):
+        assert told["logits"] <= 5e-3
+        gathers = SITES + 1
+        assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
