@@ -165,7 +165,8 @@ class Ranks:
         said = [json.loads(self._store.get(key)) for key in keys]
         # The store may live in one of the ranks, which must not end before all have read.
         self._store.set(f"{keys[self.rank]}/read", b"")
-        self._await([f"{key}/read" for key in keys])
+        heard = [key for key, each in zip(keys, said, strict=True) if "failed" not in each]
+        self._await([f"{key}/read" for key in heard])
         for rank, each in enumerate(said):
             if "failed" in each:
                 raise RankLost(f"rank {rank} of {self.world} failed: {each['failed']}")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ridgeline.codegen.code_version import code_version
 
-_SAMPLED = 16
-"""Numbers taken of each weight: enough to tell checkpoints apart."""
+_SAMPLED = 64
+"""Numbers taken of each matrix: enough to tell checkpoints apart."""
 
 
 def versions() -> dict[str, str]:
@@ -29,12 +29,13 @@ def model_signature(model: nn.Module) -> str:
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]], sampled: int | None = None) -> str:
-    """SHA-256 over names, shapes, dtypes and values: all of them, or about `sampled` of each."""
+    """SHA-256 over names, shapes, dtypes and values: all, or about `sampled` of each matrix."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type != "meta" and tensor.numel():
             flat = tensor.detach().reshape(-1)
-            step = 1 if sampled is None else max(1, flat.numel() // sampled)
+            every = sampled is None or tensor.dim() < 2
+            step = 1 if every else max(1, flat.numel() // sampled)
             digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

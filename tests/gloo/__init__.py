@@ -26,9 +26,10 @@ PRELOADED = [
 def on_ranks(
     world: int, work: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
 ) -> list[Any]:
-    """What `work(*args)` returns on each of `world` ranks, as json would; an exception as text.
+    """What `work(*args)` returns on each of `world` ranks, as json would.
 
-    work: a function of a module that is found by name. A rank that ends without a word gives None.
+    work: a function of a module that is found by name. An exception is given as a dictionary of
+    error, message and trace; None where a rank ends without a word.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -86,6 +87,4 @@ def _rank(
         answer = {"error": type(error).__name__, "message": str(error), "trace": last}
     result.send_bytes(json.dumps(answer).encode())
     result.close()
-    if not (isinstance(answer, dict) and "error" in answer):
-        dist.barrier()
     dist.destroy_process_group()

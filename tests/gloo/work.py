@@ -1,5 +1,6 @@
 """What ranks do in the tests; each function returns plain data."""
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -82,3 +83,51 @@ def other_model(odd: int) -> None:
         with torch.no_grad():
             model.model.norm.weight[3] += 1
     ridgeline.parallelize(model, **PLAIN)
+
+
+def other_version(odd: int) -> None:
+    """Rank `odd` runs another torch."""
+    if dist.get_rank() == odd:
+        torch.__version__ = "2.0.0"
+    ridgeline.parallelize(build("llama"), **PLAIN)
+
+
+def other_graph(odd: int) -> None:
+    """Rank `odd` is called with one sequence, the others with two."""
+    part = ridgeline.parallelize(build("llama"), **PLAIN)
+    with torch.no_grad():
+        part(ids(1 if dist.get_rank() == odd else 2, 7), use_cache=False)
+
+
+def fails(odd: int) -> None:
+    """Rank `odd` cannot split its model."""
+    model: Any = torch.nn.Linear(3, 3) if dist.get_rank() == odd else build("llama")
+    ridgeline.parallelize(model, **PLAIN)
+
+
+def ends_before(odd: int) -> None:
+    """Rank `odd` ends before the ranks have agreed."""
+    if dist.get_rank() == odd:
+        os._exit(1)
+    ridgeline.parallelize(build("llama"), **PLAIN)
+
+
+def ends_between(odd: int) -> None:
+    """Rank `odd` ends when all graphs are compiled, and the others go on."""
+    model, x = build("llama"), ids(2, 7)
+    part = ridgeline.parallelize(model, **PLAIN)
+    with torch.no_grad():
+        part(x, use_cache=False)
+        if dist.get_rank() == odd:
+            os._exit(1)
+        part(x, use_cache=False)
+
+
+def stays_away(odd: int) -> None:
+    """Rank `odd` makes one call less than the others, and lives."""
+    model, x = build("llama"), ids(2, 7)
+    part = ridgeline.parallelize(model, **PLAIN)
+    with torch.no_grad():
+        part(x, use_cache=False)
+        if dist.get_rank() != odd:
+            part(x, use_cache=False)
