@@ -140,8 +140,6 @@ def _of_collective(node: fx.Node, packet: Any, read: set[Layout]) -> Layout:
     scatters = (functional.reduce_scatter_tensor, functional.all_to_all_single)
     if packet in scatters and DECLARED in node.meta:
         return node.meta[DECLARED]
-    if packet is functional.reduce_scatter_tensor:
-        return Layout.SHARDED_BY_TOKEN
     return Layout.REPLICATED if packet is functional.all_reduce else Layout.LOCAL
 
 

@@ -28,6 +28,7 @@ def parallelize(
     mesh: Any = None,
     *,
     target: str | Target = "native",
+    split: bool = True,
     fuse: Fuse = "measured",
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
@@ -39,6 +40,8 @@ def parallelize(
     model: a causal language model whose weights are equal on all ranks; it is not changed, and
         what is not split is shared with it. In eval mode: the result is for inference.
     mesh: a `DeviceMesh` of one dimension, a process group, or None for all ranks.
+    split: False where the model is this rank's already, and its forward has the collectives
+        (functional ones, `dist.all_reduce` in place, `torch.ops._c10d_functional`).
     fuse: whether norms move to a shard of the tokens: where both forms, timed on this group, say
         so ("measured"), wherever they can ("always"), or not ("never").
     passes, target, lowering, max_graphs: as `ridgeline.optimize` takes them.
@@ -57,21 +60,21 @@ def parallelize(
     """
     ranks = Ranks.of(mesh, timeout)
     with ranks.together():
-        plan = plan_parallel(model, ranks.world)
-        splits = split_parameters(plan, model)
+        plan = plan_parallel(model, ranks.world) if split else None
         compiler = ParallelCompiler(
             target,
             ranks=ranks,
-            splits=splits,
+            splits=split_parameters(plan, model) if plan else {},
             fuse=fuse,
             passes=[p for p in passes if p.exactness != "approximate"],
             lowering=lowering,
         )
-        facts = {"model": model_signature(model), "plan": plan.digest(), **versions()}
-        facts |= {"target": compiler.target.name, "fuse": fuse}
+        facts = {"target": compiler.target.name, "fuse": fuse, **versions()}
+        facts["model"] = model_signature(model) if plan else type(model).__name__
+        facts["plan"] = plan.digest() if plan else "the model's own"
         ranks.agree("the model", facts)
-        part = shard(model, plan, ranks.rank, ranks.name)
-    for sentence in told(plan, ranks.rank):
+        part = shard(model, plan, ranks.rank, ranks.name) if plan else model
+    for sentence in told(plan, ranks.rank) if plan else ():
         compiler.plan.note(sentence)
     return optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
 

@@ -76,6 +76,9 @@ def find_region(
         inside = _grown(graph, seeds, tokens, layouts)
         idle = [seed for seed in seeds if not _reaches_a_norm(seed, inside)]
         if not idle:
+            for view in sorted((n for n in inside if n.target in VIEWS), reverse=True):
+                if not any(user in inside for user in view.users):
+                    inside.remove(view)  # views of one value are made of it once it is gathered
             nodes = tuple(sorted(inside))
             exits = tuple(n for n in nodes if any(u not in inside for u in n.users))
             exits = tuple(n for n in exits if isinstance(n.meta["val"], Tensor))
