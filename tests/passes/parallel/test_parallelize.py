@@ -4,7 +4,7 @@ import pytest
 
 from gloo import on_ranks
 from gloo.models import LAYERS, build
-from gloo.work import outputs
+from gloo.work import generated, outputs
 from ridgeline.passes.parallel import plan_parallel
 
 FAMILIES = ("llama", "gqa", "gpt2", "gemma", "gemma2")
@@ -35,3 +35,27 @@ def test_without_residuals_only_the_norms_are_gathered() -> None:
         assert told["logits"] <= 5e-3
         gathers = SITES + 1
         assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
+
+
+@pytest.mark.parametrize("family", ["gqa", "gpt2", "gemma"])
+def test_bfloat16_rounds_less_than_one_process(family: str) -> None:
+    """Sums and residuals are fp32 on a shard: the error against fp64 is below one process's own."""
+    for told in on_ranks(2, outputs, family, "bfloat16", 2, 7, True):
+        assert told["logits"] <= 5e-3
+        assert max(told["residuals"]) <= 5e-3
+        here, one_process = told["exact"]
+        assert here < one_process
+
+
+def test_generation_goes_on_in_step() -> None:
+    """The prompt's 10 tokens are split; a step's 2 tokens, one for each of 2 ranks, too."""
+    for told in on_ranks(2, generated, "llama"):
+        assert told["got"] == told["expected"]
+        assert not told["fallbacks"]
+
+
+def test_fewer_tokens_than_ranks_are_not_scattered() -> None:
+    for told in on_ranks(4, generated, "gqa"):
+        assert told["got"] == told["expected"]
+        reasons = {reason for phase, reason in told["refused"] if phase == "decode"}
+        assert reasons == {"2 tokens are fewer than 4 ranks"}
