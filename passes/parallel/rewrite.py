@@ -21,7 +21,7 @@ from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
 from ridgeline.passes.parallel.collectives import collectives, count, normal_form
 from ridgeline.passes.parallel.layouts import propagate
-from ridgeline.passes.parallel.measure import seconds_of_forms
+from ridgeline.passes.parallel.measure import WIN, seconds_of_forms
 from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.parallel.token_region import Region, find_region
 from ridgeline.passes.plan import Decision, RefusedBy
@@ -123,7 +123,7 @@ def worth(ranks: Ranks, region: Region, by_parts: bool) -> tuple[str, bool]:
             f"not worth {extra} more all_gather, of what is read besides the norms; {told}",
             False,
         )
-    return (told, True) if shard < whole else (f"not faster: {told}", False)
+    return (told, True) if shard < WIN * whole else (f"not {1 / WIN:.1f}x as fast: {told}", False)
 
 
 def applied(seed: fx.Node, label: str, sends: str) -> Decision:
