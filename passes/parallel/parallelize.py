@@ -18,7 +18,7 @@ from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.compiler import ParallelCompiler
 from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
-from ridgeline.passes.parallel.rewrite import Fuse
+from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.parallel.shard import shard, split_parameters
 from ridgeline.passes.parallel.signature import model_signature, versions
 
@@ -29,7 +29,8 @@ def parallelize(
     *,
     target: str | Target = "native",
     split: bool = True,
-    fuse: Fuse = "measured",
+    fuse: When = "measured",
+    weave: When = "measured",
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
     timeout: timedelta | None = None,
@@ -42,8 +43,9 @@ def parallelize(
     mesh: a `DeviceMesh` of one dimension, a process group, or None for all ranks.
     split: False where the model is this rank's already, and its forward has the collectives
         (functional ones, `dist.all_reduce` in place, `torch.ops._c10d_functional`).
-    fuse: whether norms move to a shard of the tokens: where both forms, timed on this group, say
-        so ("measured"), wherever they can ("always"), or not ("never").
+    fuse: whether norms move to a shard of the tokens: where that is quicker on the example inputs,
+        both forms compiled and run ("measured"), wherever they can ("always"), or not ("never").
+    weave: whether two halves of the batch run in turn (`token_weave`), with lowering="eager" only.
     passes, target, lowering, max_graphs: as `ridgeline.optimize` takes them.
     timeout: how long to wait for other ranks to agree; the group's own unless given.
 
@@ -66,10 +68,11 @@ def parallelize(
             ranks=ranks,
             splits=split_parameters(plan, model) if plan else {},
             fuse=fuse,
+            weave=weave,
             passes=[p for p in passes if p.exactness != "approximate"],
             lowering=lowering,
         )
-        facts = {"target": compiler.target.name, "fuse": fuse, **versions()}
+        facts = {"target": compiler.target.name, "fuse": fuse, "weave": weave, **versions()}
         facts["model"] = model_signature(model) if plan else type(model).__name__
         facts["plan"] = plan.digest() if plan else "the model's own"
         ranks.agree("the model", facts)

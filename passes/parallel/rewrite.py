@@ -1,6 +1,6 @@
 """The collectives of one graph, rewritten on all ranks alike, with an account of it.
 
-    normal form -> layouts -> region -> agree -> measure -> rewrite -> layouts and counts again
+    normal form -> layouts -> region -> agree -> rewrite -> layouts and counts again
 
 It takes graphs of every level: what `ridgeline.ir.capture` gives, and those that AOTAutograd hands
 to a compiler, where DTensor's redistributions have become functional collectives.
@@ -21,12 +21,12 @@ from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
 from ridgeline.passes.parallel.collectives import collectives, count, normal_form
 from ridgeline.passes.parallel.layouts import propagate
-from ridgeline.passes.parallel.measure import WIN, seconds_of_forms
 from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.parallel.token_region import Region, find_region
 from ridgeline.passes.plan import Decision, RefusedBy
 
-Fuse = Literal["measured", "always", "never"]
+When = Literal["measured", "always", "never"]
+"""Whether to rewrite: where it is quicker when run, wherever it can be done, or not."""
 
 
 class ParallelDefect(RidgelineError):
@@ -49,13 +49,13 @@ def rewrite_collectives(
     *,
     splits: dict[str, str] | None = None,
     results: int | None = None,
-    fuse: Fuse = "measured",
+    fuse: bool = True,
     label: str = "forward",
 ) -> Account:
     """Rewrite `module` in place; every rank calls this for the same graph.
 
-    splits, results: as `propagate` takes them. fuse: as `parallelize` takes it. label: the graph's
-    name in the account.
+    splits, results: as `propagate` takes them. fuse: whether norms move to a shard of the tokens.
+    label: the graph's name in the account.
 
     Raises:
         LayoutError: the graph reads a value that this rank does not hold.
@@ -78,20 +78,13 @@ def rewrite_collectives(
     account.refused += [refusal(r, label, "precondition") for r in rejects]
     if merged:
         account.notes.append(f"{label}: {merged} all_gather of values gathered before are left out")
-    if region is None or fuse == "never":
+    if region is None or not fuse:
         return account
     by_parts = dist.get_backend(ranks.group) == "gloo"
-    told, wins = worth(ranks, region, by_parts) if fuse == "measured" else ("", True)
-    if not wins:
-        account.refused += [refusal(Reject(told, seed), label, "cost") for seed in region.seeds]
-        return account
     seeds, exits = len(region.seeds), len(region.exits)
     sends = "all_to_all_single" if by_parts else "reduce_scatter_tensor"
     account.applied += [applied(seed, label, sends) for seed in region.seeds]
-    account.notes.append(
-        f"{label}: {seeds} all_reduce -> {seeds} {sends}, {exits} all_gather"
-        + (f"; {told}" if told else "")
-    )
+    account.notes.append(f"{label}: {seeds} all_reduce -> {seeds} {sends}, {exits} all_gather")
     account.expected += Counter({sends: seeds, "all_gather_into_tensor": exits})
     account.expected -= Counter(all_reduce=seeds)
     shard_tokens(module, region, Place(ranks.name, ranks.world, ranks.rank, by_parts))
@@ -109,32 +102,15 @@ def check_counts(module: fx.GraphModule, account: Account) -> None:
         )
 
 
-def worth(ranks: Ranks, region: Region, by_parts: bool) -> tuple[str, bool]:
-    """Both forms as measured on this group, in a sentence, and whether the rewrite wins."""
-    value: Tensor = region.seeds[0].meta["val"]
-    *lead, size = (s if isinstance(s, int) else s.node.hint for s in value.shape)
-    tokens = 1
-    for dim in lead:
-        tokens *= dim
-    whole, shard = seconds_of_forms(ranks, tokens, size, value.dtype, value.device, by_parts)
-    told = f"[{tokens}, {size}] takes {whole:.2e} s as it is and {shard:.2e} s on a shard, here"
-    if (extra := len(region.exits) - len(region.seeds)) > 0:
-        return (
-            f"not worth {extra} more all_gather, of what is read besides the norms; {told}",
-            False,
-        )
-    return (told, True) if shard < WIN * whole else (f"not {1 / WIN:.1f}x as fast: {told}", False)
-
-
 def applied(seed: fx.Node, label: str, sends: str) -> Decision:
     variant = f"{sends}, norm on a shard of the tokens, all_gather"
     return Decision(NAME, location(seed), "reassociating", None, "", label, variant)
 
 
-def refusal(reject: Reject, label: str, by: RefusedBy) -> Decision:
+def refusal(reject: Reject, label: str, by: RefusedBy, name: str = NAME) -> Decision:
     at, source = location(reject.node), source_of(reject.node)
     return Decision(
-        NAME, at, "reassociating", by, reject.reason, label, needed=reject.needed, source=source
+        name, at, "reassociating", by, reject.reason, label, needed=reject.needed, source=source
     )
 
 

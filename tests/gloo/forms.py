@@ -143,7 +143,7 @@ def backend(accounts: list[Account], sent: Sent) -> Any:
     """A backend of torch.compile that rewrites AOTAutograd's graph, and counts what it sends."""
 
     def compiled(module: Any, example: Any) -> Any:
-        accounts.append(rewrite_collectives(module, Ranks.of(None), fuse="always"))
+        accounts.append(rewrite_collectives(module, Ranks.of(None)))
 
         def run(*args: Any) -> Any:
             with sent:

@@ -12,20 +12,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ridgeline
 from gloo.models import build, ids
 
-PLAIN: dict[str, Any] = {"target": "a100", "passes": (), "lowering": "eager", "fuse": "always"}
+PLAIN: dict[str, Any] = {
+    "target": "a100",
+    "passes": (),
+    "lowering": "eager",
+    "fuse": "always",
+    "weave": "never",
+}
 """Nothing but the collectives is rewritten, and what is left runs op by op."""
 
 
 class Sent(TorchDispatchMode):
-    """Counts the collectives that are called."""
+    """Counts the collectives that are called, and how many are at most under way at once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.waited = self.under_way = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "_c10d_functional" and func._opname != "wait_tensor":
             self.count[func._opname] += 1
+            self.under_way = max(self.under_way, self.count.total() - self.waited)
+        elif func.namespace == "_c10d_functional":
+            self.waited += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -131,3 +141,47 @@ def stays_away(odd: int) -> None:
         part(x, use_cache=False)
         if dist.get_rank() != odd:
             part(x, use_cache=False)
+
+
+def woven(family: str, batch: int, weave: str) -> dict[str, Any]:
+    """A prefill and a step of the cache, woven, against one process."""
+    model, x = build(family), ids(batch, 7)
+    with torch.no_grad():
+        part = ridgeline.parallelize(model, **(PLAIN | {"weave": weave}))
+        errors = []
+        got, expected = part(x, use_cache=True), model(x, use_cache=True)
+        errors.append(error(got.logits, expected.logits))
+        for _ in range(2):
+            token = expected.logits[:, -1:].argmax(-1)
+            got = part(token, past_key_values=got.past_key_values)
+            expected = model(token, past_key_values=expected.past_key_values)
+            errors.append(error(got.logits, expected.logits))
+        with Sent() as sent:
+            part(x, use_cache=True)
+    return {
+        "errors": errors,
+        "under way": sent.under_way,
+        "sent": dict(sent.count),
+        "woven": [d.variant for d in part.plan.applied if d.rewrite == "token_weave"],
+        "refused": [d.reason for d in part.plan.refused if d.rewrite == "token_weave"],
+        "notes": part.plan.notes,
+    }
+
+
+def measured() -> dict[str, Any]:
+    """What is left of both rewrites where they must be quicker to stay."""
+    model, x = build("llama"), ids(6, 7)
+    with torch.no_grad():
+        part = ridgeline.parallelize(model, **(PLAIN | {"fuse": "measured", "weave": "measured"}))
+        got, expected = part(x, use_cache=False).logits, model(x).logits
+    names = ("allreduce_rms_norm", "token_weave")
+    return {
+        "error": error(got, expected),
+        "decided": {
+            name: [
+                d.refused_by for d in (*part.plan.applied, *part.plan.refused) if d.rewrite == name
+            ]
+            for name in names
+        },
+        "notes": part.plan.notes,
+    }
