@@ -31,7 +31,7 @@ def test_outputs_and_residuals(family: str, world: int) -> None:
 
 
 def test_without_residuals_only_the_norms_are_gathered() -> None:
-    for told in on_ranks(2, outputs, "llama", "bfloat16", 2, 8, False):
+    for told in on_ranks(2, outputs, "gqa", "bfloat16", 2, 8, False):
         assert told["logits"] <= 5e-3
         gathers = SITES + 1
         assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
