@@ -55,7 +55,9 @@ class Chain(nn.Module):
 
 
 @torch.no_grad()
-def rows_of(shapes: Any, dtypes: Any, lowering: Any, rounds: int) -> list[dict[str, Any]]:
+def rows_of(
+    shapes: Any, dtypes: Any, lowering: Any, rounds: int, target: str = "native"
+) -> list[dict[str, Any]]:
     """Seconds a site of each form on this group, for each shape and dtype.
 
     Raises RuntimeError where the forms differ by more than rounding.

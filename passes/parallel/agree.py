@@ -137,6 +137,8 @@ class Ranks:
         def guarded(*args: Any) -> Any:
             try:
                 return run(*args)
+            except RankLost:
+                raise
             except RuntimeError as error:
                 text = str(error).lower()
                 if not isinstance(error, dist.DistError) and not any(t in text for t in _BROKEN):

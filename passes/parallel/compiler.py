@@ -77,8 +77,7 @@ class ParallelCompiler(Compiler):
 
     def __call__(self, program: Program) -> Callable[..., Any]:
         with self.ranks.together():
-            chosen = self._sharded_or_not(program)
-            run = self._woven_or_not(chosen, program)
+            chosen, run = self.ranks.guarded(self._chosen)(program)
         for name in ("applied", "refused", "kernels"):
             known = getattr(self.plan, name)
             known += [entry for entry in getattr(chosen.plan, name) if entry not in known]
@@ -88,6 +87,10 @@ class ParallelCompiler(Compiler):
             getattr(self.plan, name).update(getattr(chosen.plan, name))
         self._labels[id(program)] = chosen.label
         return self.ranks.guarded(run)
+
+    def _chosen(self, program: Program) -> tuple[Form, Callable[..., Any]]:
+        form = self._sharded_or_not(program)
+        return form, self._woven_or_not(form, program)
 
     def _sharded_or_not(self, program: Program) -> Form:
         """The graph with norms on a shard of the tokens where that is quicker, or asked for."""
@@ -204,9 +207,8 @@ class ParallelCompiler(Compiler):
             origin = {c.rewrite.prepare(c, setting): c for c in sound}
         assert self._before is not None
         with program.spent("measure"):
-            run = self.ranks.guarded(outputs_of)
-            expected = run(self._before, program)
-            error = relative_error(run(apply(module, list(origin)), program), expected)
+            expected = outputs_of(self._before, program)
+            error = relative_error(outputs_of(apply(module, list(origin)), program), expected)
             (error,) = self.ranks.largest([error])
         self._before = None
         if error > (limit := rounding_limit(module)):
