@@ -1,4 +1,4 @@
-"""The bench of residual adds and norms times forms that compute the same, and says which is taken."""
+"""The bench of residual adds and norms: its forms compute the same, and it says which is taken."""
 
 from gloo import on_ranks
 from ridgeline.tools.bench_tensor_parallel import rows_of, table
