@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ridgeline.cost_model import load_target, target_names
     from ridgeline.ir.errors import RidgelineError
     from ridgeline.passes import PASSES, optimize, reparameterize
-    from ridgeline.passes.parallel import plan_parallel
+    from ridgeline.passes.parallel import parallelize, plan_parallel
     from ridgeline.passes.quantization import bits_per_weight, load_quantized, save_quantized
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "load_target",
     "nn",
     "optimize",
+    "parallelize",
     "plan_parallel",
     "reparameterize",
     "save_quantized",
@@ -35,6 +36,7 @@ _HOMES = {
     "load_quantized": "ridgeline.passes.quantization",
     "load_target": "ridgeline.cost_model",
     "optimize": "ridgeline.passes",
+    "parallelize": "ridgeline.passes.parallel",
     "plan_parallel": "ridgeline.passes.parallel",
     "save_quantized": "ridgeline.passes.quantization",
     "reparameterize": "ridgeline.passes",

@@ -78,6 +78,12 @@ def is_linear(module: object) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
+def is_embedding(module: Any) -> bool:
+    """An `nn.Embedding` that only looks rows up, or Gemma's, which multiplies them by a scale."""
+    scaled = type(module).__name__.endswith("TextScaledWordEmbedding")
+    return (type(module) is nn.Embedding or scaled) and module.max_norm is None
+
+
 def out_features(linear: Any) -> int:
     return linear.weight.shape[0 if type(linear) is nn.Linear else 1]
 
@@ -178,11 +184,11 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
     ):
         ends[kind] = getattr(model, getter, lambda: None)()
     paths = {id(module): path for path, module in model.named_modules()}
-    expected = {"embedding": nn.Embedding, "lm_head": nn.Linear}
+    known = {"embedding": is_embedding, "lm_head": lambda module: type(module) is nn.Linear}
     found = {kind: module for kind, module in ends.items() if module is not None}
-    odd = [kind for kind, module in found.items() if type(module) is not expected[kind]]
+    odd = [kind for kind, module in found.items() if not known[kind](module)]
     if odd:
-        reason = f"{odd[0]} is a {type(found[odd[0]]).__name__}, not {expected[odd[0]].__name__}"
+        reason = f"no split is known of the {odd[0]}, a {type(found[odd[0]]).__name__}"
         return [], [(paths[id(module)], reason) for module in found.values()]
     return [
         Split(paths[id(module)], kind, (), "", padded_spans(module.weight.shape[0], world))

@@ -1,0 +1,206 @@
+"""All ranks of a group say what they are about to run, and go on only where they say the same.
+
+Collectives match by order alone: a rank that runs another plan gives wrong sums, or waits for
+ever. So before a graph runs, each rank puts its facts (versions, model, plan) into the store that
+the process group was made with, and reads every other rank's. The store needs no collective and no
+device, and it tells which ranks have said nothing.
+"""
+
+import contextlib
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+
+from ridgeline.ir.errors import RidgelineError
+
+_POLL = 0.005
+"""Seconds between two looks into the store."""
+_BROKEN = ("closed by peer", "timed out", "timeout", "connection re", "gloo", "nccl", "socket")
+"""What transports say of a rank that is gone; gloo raises plain RuntimeErrors."""
+_TURNS: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+"""How often the ranks of a group have talked: what was said before must not be read again."""
+
+
+class RankMismatch(RidgelineError):
+    """The ranks are about to run different things."""
+
+
+class RankLost(RidgelineError, RuntimeError):
+    """A rank failed, ended, or did not answer within the timeout."""
+
+
+@dataclass(slots=True)
+class Ranks:
+    """The ranks that a model is split over, seen from one of them.
+
+    group: their process group. timeout: how long this rank waits for the others, in all.
+    """
+
+    group: dist.ProcessGroup
+    timeout: timedelta
+
+    @classmethod
+    def of(cls, mesh: Any, timeout: timedelta | None = None) -> "Ranks":
+        """Of a one-dimensional `DeviceMesh` or a process group; None is the default group.
+
+        The timeout is the group's own unless given.
+
+        Raises:
+            RidgelineError: torch.distributed is not initialised, this rank is not in the group, or
+                the mesh has several dimensions.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise RidgelineError(
+                "expected an initialised torch.distributed, found none; start with torchrun and"
+                " call torch.distributed.init_process_group first"
+            )
+        if isinstance(mesh, DeviceMesh):
+            if mesh.ndim != 1:
+                raise RidgelineError(
+                    f"expected a mesh of one dimension, found {mesh.mesh_dim_names or mesh.shape};"
+                    ' pass the one to split over, as mesh["tp"]'
+                )
+            mesh = mesh.get_group()
+        group = dist.group.WORLD if mesh is None else mesh
+        if not isinstance(group, dist.ProcessGroup):
+            raise RidgelineError(
+                f"expected a DeviceMesh, a process group or None, found {type(group).__name__};"
+                " a rank that is not in the group must not call this"
+            )
+        return cls(group, timeout or _timeout_of(group))
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def name(self) -> str:
+        return self.group.group_name
+
+    def agree(self, subject: str, facts: Mapping[str, str]) -> None:
+        """Return where every rank has called this with equal `facts`.
+
+        Raises:
+            RankMismatch: on all ranks, naming the facts that differ and who says what.
+            RankLost: a rank said that it failed, or nothing within the timeout.
+        """
+        said = self._exchange({"subject": subject, **facts})
+        mine = said[self.rank]
+        names = dict.fromkeys(name for each in said for name in each)
+        lines = []
+        for name in names:
+            values = [each.get(name, "nothing") for each in said]
+            if len(set(values)) > 1:
+                told = ", ".join(f"rank {r}: {_short(v)}" for r, v in enumerate(values))
+                lines.append(f"{name} differs ({told})")
+        if lines:
+            raise RankMismatch(
+                f"the {self.world} ranks expected to agree on {mine['subject']}, and found:"
+                f" {'; '.join(lines)}. Run one version of the code, one model and one target on"
+                " all ranks, and call it in the same order"
+            )
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Each of `values` where it is largest: a decision on them is one for all ranks."""
+        device = "cpu" if "cpu" in map(str, self.group._device_types) else "cuda"
+        held = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
+        return held.tolist()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What raises inside is made known to the others, who would wait for this rank."""
+        try:
+            yield
+        except (RankMismatch, RankLost):
+            raise  # the others know, or are gone
+        except Exception as error:
+            self._say(_TURNS.get(self.group, 0), {"failed": f"{type(error).__name__}: {error}"})
+            raise
+
+    def guarded(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, whose collectives say RankLost where another rank is gone."""
+
+        def guarded(*args: Any) -> Any:
+            try:
+                return run(*args)
+            except RankLost:
+                raise
+            except RuntimeError as error:
+                text = str(error).lower()
+                if not isinstance(error, dist.DistError) and not any(t in text for t in _BROKEN):
+                    raise
+                raise RankLost(
+                    f"rank {self.rank} of {self.world} waited for another rank, which has ended or"
+                    f" did not answer within the group's timeout ({str(error).strip()}); look"
+                    " into the other ranks' logs, and start all of them again"
+                ) from error
+
+        return guarded
+
+    def _exchange(self, facts: dict[str, str]) -> list[dict[str, str]]:
+        """What each rank says at this turn, by rank."""
+        turn = _TURNS.get(self.group, 0)
+        _TURNS[self.group] = turn + 1
+        self._say(turn, facts)
+        keys = [_key(turn, r) for r in range(self.world)]
+        missing = self._await(keys)
+        if missing:
+            raise RankLost(
+                f"rank {self.rank} of {self.world} waited {self.timeout.total_seconds():g} s for"
+                f" rank {', '.join(str(keys.index(k)) for k in missing)} to agree on"
+                f" {facts['subject']}; it has ended, or it does not make this call"
+            )
+        said = [json.loads(self._store.get(key)) for key in keys]
+        # The store may live in one of the ranks, which must not end before all have read.
+        self._store.set(f"{keys[self.rank]}/read", b"")
+        heard = [key for key, each in zip(keys, said, strict=True) if "failed" not in each]
+        self._await([f"{key}/read" for key in heard])
+        for rank, each in enumerate(said):
+            if "failed" in each:
+                raise RankLost(f"rank {rank} of {self.world} failed: {each['failed']}")
+        return said
+
+    def _say(self, turn: int, facts: Mapping[str, str]) -> None:
+        self._store.set(_key(turn, self.rank), json.dumps(dict(facts)))
+
+    @property
+    def _store(self) -> Any:
+        return distributed_c10d._get_process_group_store(self.group)
+
+    def _await(self, keys: list[str]) -> list[str]:
+        """The keys that have not appeared within the timeout."""
+        end = time.monotonic() + self.timeout.total_seconds()
+        missing = keys
+        while True:
+            missing = [key for key in missing if not self._store.check([key])]
+            if not missing or time.monotonic() > end:
+                return missing
+            time.sleep(_POLL)
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long the collectives of a group wait."""
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    return getattr(options, "_timeout", distributed_c10d.default_pg_timeout)
+
+
+def _key(turn: int, rank: int) -> str:
+    return f"ridgeline/{turn}/{rank}"
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:57]}..."

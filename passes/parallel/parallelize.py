@@ -1,0 +1,89 @@
+"""`parallelize`: this rank's part of a model as a drop-in module, on a group of ranks that agree.
+
+The weights are split as `plan_parallel` says; the graphs of the rank's model are captured at the
+first call of each kind, rewritten (`allreduce_rms_norm` and the passes of `optimize`), compared
+over the ranks and compiled.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+from torch import nn
+
+from ridgeline.cost_model import Target
+from ridgeline.passes.all import PASSES
+from ridgeline.passes.base import Pass
+from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
+from ridgeline.passes.parallel.agree import Ranks
+from ridgeline.passes.parallel.compiler import ParallelCompiler
+from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
+from ridgeline.passes.parallel.rewrite import When
+from ridgeline.passes.parallel.shard import shard, split_parameters
+from ridgeline.passes.parallel.signature import model_signature, versions
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Any = None,
+    *,
+    target: str | Target = "native",
+    split: bool = True,
+    fuse: When = "measured",
+    weave: When = "measured",
+    passes: Sequence[Pass] = PASSES,
+    lowering: Literal["inductor", "eager"] = "inductor",
+    timeout: timedelta | None = None,
+    max_graphs: int = 16,
+) -> OptimizedModule:
+    """Return this rank's part of `model`, rewritten for `target`; call it on every rank alike.
+
+    model: a causal language model whose weights are equal on all ranks; it is not changed, and
+        what is not split is shared with it. In eval mode: the result is for inference.
+    mesh: a `DeviceMesh` of one dimension, a process group, or None for all ranks.
+    split: False where the model is this rank's already, and its forward has the collectives
+        (functional ones, `dist.all_reduce` in place, `torch.ops._c10d_functional`).
+    fuse: whether norms move to a shard of the tokens: where that is quicker on the example inputs,
+        both forms compiled and run ("measured"), wherever they can ("always"), or not ("never").
+    weave: whether two halves of the batch run in turn (`token_weave`), with lowering="eager" only.
+    passes, target, lowering, max_graphs: as `ridgeline.optimize` takes them.
+    timeout: how long to wait for other ranks to agree; the group's own unless given.
+
+    Every rank gives the same inputs and gets the same, whole outputs; caches hold this rank's
+    heads. The result's `plan` says what was split and rewritten, and how many bytes each rank
+    holds.
+
+    Raises:
+        Unparallel: no layer of the model can be split over that many ranks.
+        RankMismatch: on all ranks, where they differ in code, model, target or graph.
+        RankLost: another rank failed, ended, or did not answer in time; also when it is called.
+        LayoutError: the model reads a value that this rank does not hold.
+        RidgelineError: torch.distributed is not initialised, or the mesh cannot be used.
+    """
+    ranks = Ranks.of(mesh, timeout)
+    with ranks.together():
+        plan = plan_parallel(model, ranks.world) if split else None
+        compiler = ParallelCompiler(
+            target,
+            ranks=ranks,
+            splits=split_parameters(plan, model) if plan else {},
+            fuse=fuse,
+            weave=weave,
+            passes=[p for p in passes if p.exactness != "approximate"],
+            lowering=lowering,
+        )
+        facts = {"target": compiler.target.name, "fuse": fuse, "weave": weave, **versions()}
+        facts["model"] = model_signature(model) if plan else type(model).__name__
+        facts["plan"] = plan.digest() if plan else "the model's own"
+        ranks.agree("the model", facts)
+        part = shard(model, plan, ranks.rank, ranks.name) if plan else model
+    for sentence in told(plan, ranks.rank) if plan else ():
+        compiler.plan.note(sentence)
+    return optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
+
+
+def told(plan: ParallelPlan, rank: int) -> list[str]:
+    """The plan in sentences: what is split, what is not and why, and this rank's bytes."""
+    head, *rest = str(plan).splitlines()
+    held = [line.strip() for line in rest if line.strip().startswith("held by all")]
+    return [head, *held, *(line.strip() for line in rest if f"rank {rank}:" in line)]

@@ -1,0 +1,134 @@
+"""The collectives of one graph, rewritten on all ranks alike, with an account of it.
+
+    normal form -> layouts -> region -> agree -> rewrite -> layouts and counts again
+
+It takes graphs of every level: what `ridgeline.ir.capture` gives, and those that AOTAutograd hands
+to a compiler, where DTensor's redistributions have become functional collectives.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.match import Reject
+from ridgeline.ir.provenance import source_of
+from ridgeline.passes.base import location
+from ridgeline.passes.parallel.agree import Ranks
+from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
+from ridgeline.passes.parallel.collectives import collectives, count, normal_form
+from ridgeline.passes.parallel.layouts import propagate
+from ridgeline.passes.parallel.signature import digest_of
+from ridgeline.passes.parallel.token_region import Region, find_region
+from ridgeline.passes.plan import Decision, RefusedBy
+
+When = Literal["measured", "always", "never"]
+"""Whether to rewrite: where it is quicker when run, wherever it can be done, or not."""
+
+
+class ParallelDefect(RidgelineError):
+    """A rewritten graph that does not send or compute what it should."""
+
+
+@dataclass(slots=True)
+class Account:
+    """What was done to a graph; expected: the collectives that it has now, by kind."""
+
+    expected: Counter[str]
+    applied: list[Decision] = field(default_factory=list)
+    refused: list[Decision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def rewrite_collectives(
+    module: fx.GraphModule,
+    ranks: Ranks,
+    *,
+    splits: dict[str, str] | None = None,
+    results: int | None = None,
+    fuse: bool = True,
+    label: str = "forward",
+) -> Account:
+    """Rewrite `module` in place; every rank calls this for the same graph.
+
+    splits, results: as `propagate` takes them. fuse: whether norms move to a shard of the tokens.
+    label: the graph's name in the account.
+
+    Raises:
+        LayoutError: the graph reads a value that this rank does not hold.
+        RankMismatch, RankLost: the ranks have other graphs, or one is gone.
+        ParallelDefect: the rewritten graph has other collectives than planned.
+    """
+    graph = module.graph
+    merged = normal_form(module)
+    layouts = propagate(graph, splits or {}, results)
+    region, rejects = find_region(graph, ranks.name, ranks.world, layouts)
+    ranks.agree(
+        f"the captured {label} graph",
+        {
+            "collectives": "; ".join(collectives(graph)),
+            "norms on a shard": region_text(region),
+            "their weights": digest_of(replicated_weights(module, region)),
+        },
+    )
+    account = Account(count(graph))
+    account.refused += [refusal(r, label, "precondition") for r in rejects]
+    if merged:
+        account.notes.append(f"{label}: {merged} all_gather of values gathered before are left out")
+    if region is None or not fuse:
+        return account
+    by_parts = dist.get_backend(ranks.group) == "gloo"
+    seeds, exits = len(region.seeds), len(region.exits)
+    sends = "all_to_all_single" if by_parts else "reduce_scatter_tensor"
+    account.applied += [applied(seed, label, sends) for seed in region.seeds]
+    account.notes.append(f"{label}: {seeds} all_reduce -> {seeds} {sends}, {exits} all_gather")
+    account.expected += Counter({sends: seeds, "all_gather_into_tensor": exits})
+    account.expected -= Counter(all_reduce=seeds)
+    shard_tokens(module, region, Place(ranks.name, ranks.world, ranks.rank, by_parts))
+    propagate(graph, splits or {}, results)
+    check_counts(module, account)
+    return account
+
+
+def check_counts(module: fx.GraphModule, account: Account) -> None:
+    """Raise ParallelDefect where the graph has other collectives than the account says."""
+    if (found := count(module.graph)) != account.expected:
+        raise ParallelDefect(
+            f"expected the collectives {dict(account.expected)} in the rewritten graph, found"
+            f" {dict(found)}; please report it"
+        )
+
+
+def applied(seed: fx.Node, label: str, sends: str) -> Decision:
+    variant = f"{sends}, norm on a shard of the tokens, all_gather"
+    return Decision(NAME, location(seed), "reassociating", None, "", label, variant)
+
+
+def refusal(reject: Reject, label: str, by: RefusedBy, name: str = NAME) -> Decision:
+    at, source = location(reject.node), source_of(reject.node)
+    return Decision(
+        name, at, "reassociating", by, reject.reason, label, needed=reject.needed, source=source
+    )
+
+
+def region_text(region: Region | None) -> str:
+    """The nodes of a region, and which of them are gathered."""
+    return "" if region is None else " ".join(map(str, (*region.nodes, "->", *region.exits)))
+
+
+def replicated_weights(module: fx.GraphModule, region: Region | None) -> list[tuple[str, Tensor]]:
+    """The weights that a region reads, each of which every rank must hold alike."""
+    nodes = region.nodes if region is not None else ()
+    read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    names = sorted(str(n.target) for n in read)
+    return [(name, _attribute(module, name)) for name in names]
+
+
+def _attribute(module: fx.GraphModule, name: str) -> Tensor:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,41 @@
+"""What a rank says of its code and its model, so that ranks with others are found out."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ridgeline.codegen.code_version import code_version
+
+_SAMPLED = 64
+"""Numbers taken of each matrix: enough to tell checkpoints apart."""
+
+
+def versions() -> dict[str, str]:
+    """Of torch, of ridgeline, and of the operations' own code."""
+    return {
+        "torch": torch.__version__,
+        "ridgeline": importlib.metadata.version("ridgeline"),
+        "operations": code_version(),
+    }
+
+
+def model_signature(model: nn.Module) -> str:
+    """Class, names, shapes, dtypes, and some numbers of every weight."""
+    named = [(name, p) for name, p in model.named_parameters()]
+    return f"{type(model).__name__} {digest_of(named, _SAMPLED)}"
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]], sampled: int | None = None) -> str:
+    """SHA-256 over names, shapes, dtypes and values: all, or about `sampled` of each matrix."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            flat = tensor.detach().reshape(-1)
+            every = sampled is None or tensor.dim() < 2
+            step = 1 if every else max(1, flat.numel() // sampled)
+            digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,187 @@
+"""What ranks do in the tests; each function returns plain data."""
+
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ridgeline
+from gloo.models import build, ids
+
+PLAIN: dict[str, Any] = {
+    "target": "a100",
+    "passes": (),
+    "lowering": "eager",
+    "fuse": "always",
+    "weave": "never",
+}
+"""Nothing but the collectives is rewritten, and what is left runs op by op."""
+
+
+class Sent(TorchDispatchMode):
+    """Counts the collectives that are called, and how many are at most under way at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.waited = self.under_way = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "_c10d_functional" and func._opname != "wait_tensor":
+            self.count[func._opname] += 1
+            self.under_way = max(self.under_way, self.count.total() - self.waited)
+        elif func.namespace == "_c10d_functional":
+            self.waited += 1
+        return func(*args, **(kwargs or {}))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """The relative Frobenius error."""
+    got, expected = got.double(), expected.double()
+    return float((got - expected).norm() / expected.norm())
+
+
+def outputs(family: str, dtype: str, batch: int, length: int, hidden: bool) -> dict[str, Any]:
+    """Errors against one process of logits and, where `hidden`, residuals; both sides' errors
+    against fp64 (exact); what a call sends."""
+    model = build(family, getattr(torch, dtype))
+    before = [p.clone() for p in model.parameters()]
+    x, options = ids(batch, length), {"output_hidden_states": hidden, "use_cache": False}
+    with torch.no_grad():
+        expected = model(x, **options)
+        exact = build(family, getattr(torch, dtype)).double()(x).logits
+        part = ridgeline.parallelize(model, **PLAIN)
+        part.capture(x, **options)
+        with Sent() as sent:
+            got = part(x, **options)
+    pairs = zip(got.hidden_states or (), expected.hidden_states or (), strict=True)
+    bytes_of = {id(p): p.nbytes for p in part.parameters()}
+    return {
+        "logits": error(got.logits, expected.logits),
+        "exact": [error(y.logits, exact) for y in (got, expected)],
+        "residuals": [error(a, b) for a, b in pairs],
+        "sent": dict(sent.count),
+        "applied": [d.rewrite for d in part.plan.applied],
+        "refused": [d.reason for d in part.plan.refused],
+        "notes": part.plan.notes,
+        "bytes": sum(bytes_of.values()),
+        "unchanged": all(map(torch.equal, before, model.parameters())),
+    }
+
+
+def generated(family: str) -> dict[str, Any]:
+    """Tokens of a greedy generation, on the ranks and in one process."""
+    model, x = build(family), ids(2, 5)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    part = ridgeline.parallelize(model, **PLAIN)
+    return {
+        "got": part.generate(x, **options).tolist(),
+        "expected": model.generate(x, **options).tolist(),
+        "refused": [(d.phase, d.reason) for d in part.plan.refused],
+        "fallbacks": part.fallbacks,
+    }
+
+
+def other_model(odd: int) -> None:
+    """Rank `odd` has another checkpoint."""
+    model = build("llama")
+    if dist.get_rank() == odd:
+        with torch.no_grad():
+            model.model.norm.weight[3] += 1
+    ridgeline.parallelize(model, **PLAIN)
+
+
+def other_version(odd: int) -> None:
+    """Rank `odd` runs another torch."""
+    if dist.get_rank() == odd:
+        torch.__version__ = "2.0.0"
+    ridgeline.parallelize(build("llama"), **PLAIN)
+
+
+def other_graph(odd: int) -> None:
+    """Rank `odd` is called with one sequence, the others with two."""
+    part = ridgeline.parallelize(build("llama"), **PLAIN)
+    with torch.no_grad():
+        part(ids(1 if dist.get_rank() == odd else 2, 7), use_cache=False)
+
+
+def fails(odd: int) -> None:
+    """Rank `odd` cannot split its model."""
+    model: Any = torch.nn.Linear(3, 3) if dist.get_rank() == odd else build("llama")
+    ridgeline.parallelize(model, **PLAIN)
+
+
+def ends_before(odd: int) -> None:
+    """Rank `odd` ends before the ranks have agreed."""
+    if dist.get_rank() == odd:
+        os._exit(1)
+    ridgeline.parallelize(build("llama"), **PLAIN)
+
+
+def ends_between(odd: int) -> None:
+    """Rank `odd` ends when all graphs are compiled, and the others go on."""
+    model, x = build("llama"), ids(2, 7)
+    part = ridgeline.parallelize(model, **PLAIN)
+    with torch.no_grad():
+        part(x, use_cache=False)
+        if dist.get_rank() == odd:
+            os._exit(1)
+        part(x, use_cache=False)
+
+
+def stays_away(odd: int) -> None:
+    """Rank `odd` makes one call less than the others, and lives."""
+    model, x = build("llama"), ids(2, 7)
+    part = ridgeline.parallelize(model, **PLAIN)
+    with torch.no_grad():
+        part(x, use_cache=False)
+        if dist.get_rank() != odd:
+            part(x, use_cache=False)
+
+
+def woven(family: str, batch: int, weave: str) -> dict[str, Any]:
+    """A prefill and a step of the cache, woven, against one process."""
+    model, x = build(family), ids(batch, 7)
+    with torch.no_grad():
+        part = ridgeline.parallelize(model, **(PLAIN | {"weave": weave}))
+        errors = []
+        got, expected = part(x, use_cache=True), model(x, use_cache=True)
+        errors.append(error(got.logits, expected.logits))
+        for _ in range(2):
+            token = expected.logits[:, -1:].argmax(-1)
+            got = part(token, past_key_values=got.past_key_values)
+            expected = model(token, past_key_values=expected.past_key_values)
+            errors.append(error(got.logits, expected.logits))
+        with Sent() as sent:
+            part(x, use_cache=True)
+    return {
+        "errors": errors,
+        "under way": sent.under_way,
+        "sent": dict(sent.count),
+        "woven": [d.variant for d in part.plan.applied if d.rewrite == "token_weave"],
+        "refused": [d.reason for d in part.plan.refused if d.rewrite == "token_weave"],
+        "notes": part.plan.notes,
+    }
+
+
+def measured() -> dict[str, Any]:
+    """What is left of both rewrites where they must be quicker to stay."""
+    model, x = build("llama"), ids(6, 7)
+    with torch.no_grad():
+        part = ridgeline.parallelize(model, **(PLAIN | {"fuse": "measured", "weave": "measured"}))
+        got, expected = part(x, use_cache=False).logits, model(x).logits
+    names = ("allreduce_rms_norm", "token_weave")
+    return {
+        "error": error(got, expected),
+        "decided": {
+            name: [
+                d.refused_by for d in (*part.plan.applied, *part.plan.refused) if d.rewrite == name
+            ]
+            for name in names
+        },
+        "notes": part.plan.notes,
+    }

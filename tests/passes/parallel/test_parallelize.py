@@ -1,0 +1,63 @@
+"""Models on 2 and 4 gloo ranks against one process: outputs, residuals, and what is sent."""
+
+import pytest
+
+from gloo import on_ranks
+from gloo.models import LAYERS, build
+from gloo.work import generated, outputs
+from ridgeline.passes.parallel import plan_parallel
+
+CASES = [
+    *((family, 2) for family in ("llama", "gqa", "gpt2", "gemma", "gemma2")),
+    *((family, 4) for family in ("gqa", "gpt2", "gemma")),
+]
+SITES = 2 * LAYERS + 1
+"""Attention and MLP of each layer, and the embedding: each is a sum before a norm."""
+
+
+@pytest.mark.parametrize(("family", "world"), CASES)
+def test_outputs_and_residuals(family: str, world: int) -> None:
+    """14 tokens: 4 ranks get a shard that is padded. The residuals before each layer are results,
+    and so gathered besides what the norms give."""
+    for rank, told in enumerate(on_ranks(world, outputs, family, "float32", 2, 7, True)):
+        assert "error" not in told, told
+        assert told["applied"] == ["allreduce_rms_norm"] * SITES
+        assert not told["refused"]
+        assert told["logits"] <= 1e-6
+        assert len(told["residuals"]) == LAYERS + 1
+        assert max(told["residuals"]) <= 1e-6
+        gathers = SITES + LAYERS + 1  # and the logits
+        assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
+        assert told["unchanged"]
+        assert told["bytes"] == plan_parallel(build(family), world).bytes_per_rank[rank]
+
+
+def test_without_residuals_only_the_norms_are_gathered() -> None:
+    for told in on_ranks(2, outputs, "gqa", "bfloat16", 2, 8, False):
+        assert told["logits"] <= 5e-3
+        gathers = SITES + 1
+        assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
+
+
+@pytest.mark.parametrize("family", ["gqa", "gpt2", "gemma"])
+def test_bfloat16_rounds_less_than_one_process(family: str) -> None:
+    """Sums and residuals are fp32 on a shard: the error against fp64 is below one process's own."""
+    for told in on_ranks(2, outputs, family, "bfloat16", 2, 7, True):
+        assert told["logits"] <= 5e-3
+        assert max(told["residuals"]) <= 5e-3
+        here, one_process = told["exact"]
+        assert here < one_process
+
+
+def test_generation_goes_on_in_step() -> None:
+    """The prompt's 10 tokens are split; a step's 2 tokens, one for each of 2 ranks, too."""
+    for told in on_ranks(2, generated, "llama"):
+        assert told["got"] == told["expected"]
+        assert not told["fallbacks"]
+
+
+def test_fewer_tokens_than_ranks_are_not_scattered() -> None:
+    for told in on_ranks(4, generated, "gqa"):
+        assert told["got"] == told["expected"]
+        reasons = {reason for phase, reason in told["refused"] if phase == "decode"}
+        assert reasons == {"2 tokens are fewer than 4 ranks"}

@@ -1,0 +1,157 @@
+"""Residual adds and norms between tensor-parallel layers: on a shard of the tokens, or on all.
+
+    python -m ridgeline.tools.bench_tensor_parallel --ranks 2 --ranks 4
+
+A chain of `SITES` sums over the ranks, each added to the residual and normalised, runs on gloo
+ranks of this machine: as it is (all_reduce, then everything on every rank) and as
+`allreduce_rms_norm` writes it, both compiled the same way, in turn. A time is the slowest rank's
+median; the third column is `fuse="measured"`, which runs both when it compiles and takes one.
+"""
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ridgeline.passes.parallel import parallelize
+from ridgeline.passes.parallel.agree import Ranks
+from ridgeline.passes.parallel.layers import all_reduce
+
+SITES = 4
+SHAPES = ((16, 576), (256, 576), (2048, 576), (256, 4096), (2048, 4096))
+DTYPES = ("float32", "bfloat16")
+FORMS = ("never", "always", "measured")
+
+
+class Chain(nn.Module):
+    """h += sum over ranks of the last norm, its features reversed; y = norm(h): SITES times.
+
+    The reversal stands for the layers between: it reads whole rows, and costs one pass.
+    """
+
+    def __init__(self, size: int, group: str) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(size, eps=1e-6) for _ in range(SITES))
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, T, H] -> the last norm."""
+        h = y = x
+        for norm in self.norms:
+            h = h + all_reduce(y.flip(-1), self.group)
+            y = norm(h)
+        return y
+
+
+@torch.no_grad()
+def rows_of(
+    shapes: Any, dtypes: Any, lowering: Any, rounds: int, target: str = "native"
+) -> list[dict[str, Any]]:
+    """Seconds a site of each form on this group, for each shape and dtype.
+
+    Raises RuntimeError where the forms differ by more than rounding.
+    """
+    ranks, rows = Ranks.of(None), []
+    for tokens, size in shapes:
+        for name in dtypes:
+            dtype = getattr(torch, name)
+            x = torch.randn(1, tokens, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+            chain = Chain(size, ranks.name).to(dtype).eval()
+            built = {
+                form: parallelize(chain, split=False, fuse=form, weave="never", lowering=lowering)
+                for form in FORMS
+            }
+            first, *others = (built[form](x).double() for form in FORMS)
+            if any((first - other).norm() > 1e-2 * first.norm() for other in others):
+                raise RuntimeError(f"the forms differ at {[tokens, size]}, {name}")
+            taken: dict[str, list[float]] = {form: [] for form in FORMS}
+            for _ in range(rounds + 1):
+                for form in FORMS:
+                    ranks.largest([0.0])  # a barrier
+                    start = time.perf_counter()
+                    built[form](x)
+                    taken[form].append((time.perf_counter() - start) / SITES)
+            seconds = ranks.largest([statistics.median(taken[form][1:]) for form in FORMS])
+            taken_by = built["measured"].plan.applied
+            shard = any(d.rewrite == "allreduce_rms_norm" for d in taken_by)
+            rows.append(
+                {"shape": (tokens, size), "dtype": name, "seconds": seconds, "shard": shard}
+            )
+    return rows
+
+
+def _rank(rank: int, world: int, store: str, answer: Any, *args: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    options = {"rank": rank, "world_size": world, "timeout": timedelta(minutes=5)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+    rows = rows_of(*args)
+    if rank == 0:
+        answer.put(rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(world: int, *args: Any) -> list[dict[str, Any]]:
+    """`rows_of` on `world` new processes."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes = [
+            context.Process(target=_rank, args=(rank, world, store, answer, *args))
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        rows = None
+        while rows is None:
+            if any(process.exitcode for process in processes):
+                raise RuntimeError("a rank failed; its error is above")
+            if not answer.empty():
+                rows = answer.get()
+            time.sleep(0.1)
+        for process in processes:
+            process.join()
+        return rows
+
+
+def table(world: int, rows: list[dict[str, Any]]) -> Table:
+    result = Table(
+        title=f"{world} gloo ranks: one residual add and norm, us (median of the slowest)"
+    )
+    for heading in ("tokens, size", "dtype", "on all", "on a shard", "measured", "ratio", "taken"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        whole, _, chosen = row["seconds"]
+        figures = [f"{seconds * 1e6:,.0f}" for seconds in row["seconds"]]
+        tokens, size = row["shape"]
+        taken = "shard" if row["shard"] else "all"
+        ratio = f"{whole / chosen:.2f}x"
+        result.add_row(f"{tokens}, {size}", row["dtype"], *figures, ratio, taken)
+    return result
+
+
+def main(
+    ranks: Annotated[list[int] | None, typer.Option(help="how many; may be given again")] = None,
+    rounds: Annotated[int, typer.Option(help="timed rounds of both forms")] = 15,
+    lowering: Annotated[str, typer.Option(help="inductor or eager, for both forms")] = "inductor",
+) -> None:
+    """Time the residual adds and norms of a tensor-parallel model on gloo ranks of this machine."""
+    for world in ranks or [2, 4]:
+        Console().print(table(world, measure(world, SHAPES, DTYPES, lowering, rounds)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
