@@ -5,11 +5,15 @@ law, one dtype, one kind of kernel library. bf16 kernels are measured in CUDA gr
 traces of a serving engine, fp32 ones through torch's eager mode, so a dtype also says the harness.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ridgeline.cost_model.law_attention import pairs
+from ridgeline.ir.errors import RidgelineError
 
 GEMM_BITS = {
     "bf16": (16, 16), "fp16": (16, 16), "fp32": (32, 32), "fp8": (8, 8), "int8": (8, 8),
@@ -50,6 +54,10 @@ PARAMETERS: Mapping[str, Mapping[str, int | None]] = {
 _LAW = {"gemm": "gemm", "bmm": "gemm", "attn_prefill": "prefill", "attn_decode": "decode"}
 
 
+class InvalidShape(RidgelineError):
+    """An operator, dtype, shape or kind of machine that `predict` has no law for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Operators with shared constants: `law` of `laws.LAWS`, `key` in the calibration file."""
@@ -84,6 +92,11 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         m, n, k = s["m"], s["n"], s["k"]
         out = 16 if dtype != "fp32" else 32
         s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
+        # 16 bits are read and 8 written before the product
+        s["quantized"] = 3.0 * m * k * s["batch"] if dtype == "fp8" else 0.0 * m
+    elif op in ("attn_prefill", "attn_decode"):
+        read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
+        s["bytes"] = 2.0 * ITEMSIZE[dtype] * s["batch"] * s["head_dim"] * read
     elif op in STREAMS:
         s["bytes"] = s["rows"] * s["width"] * float(ITEMSIZE[dtype] * sum(STREAMS[op]))
         # Serving engines' own 16-bit kernels load element by element; torch's load 16 bytes.
@@ -94,22 +107,36 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
     return s
 
 
+def flops(op: str, shape: Mapping[str, int]) -> float:
+    """Of products of matrices; one an element for memory-bound operators, none on the network."""
+    if op in ("gemm", "bmm"):
+        return 2.0 * shape["batch"] * shape["m"] * shape["n"] * shape["k"]
+    if op in ("attn_prefill", "attn_decode"):
+        seen = float(pairs(shape["q_len"], shape["kv_len"], shape["window"]))
+        return 4.0 * shape["batch"] * shape["heads"] * shape["head_dim"] * seen
+    return float(shape["rows"] * shape["width"]) if op in STREAMS else 0.0
+
+
 def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[Any, ...]:
     """Where a shape lies, for the smooth residual: log2 sizes and what is left of a last wave."""
-    log = np.log2
+    arrays = isinstance(next(iter(s.values())), np.ndarray)
+    log, ceil = (np.log2, np.ceil) if arrays else (math.log2, math.ceil)
     if law == "gemm":
-        blocks = np.ceil(s["m"] / 128) * np.ceil(s["n"] / 128) * s["batch"]
-        share = blocks / machine["cores"]
-        idle = np.where(share > 8, 0.0, np.ceil(share) - share)
-        aligned = np.where(
-            (np.asarray(s["n"]) % 64 == 0) & (np.asarray(s["m"]) % 16 == 0), 0.0, 1.0
-        )
-        return log(s["m"]), log(s["n"]), log(s["k"]), log(s["batch"]), 2 * idle, aligned
+        share = ceil(s["m"] / 128) * ceil(s["n"] / 128) * s["batch"] / machine["cores"]
+        idle = (share <= 8) * (ceil(share) - share)
+        odd = 1.0 - (s["n"] % 64 == 0) * (s["m"] % 16 == 0)
+        return log(s["m"]), log(s["n"]), log(s["k"]), log(s["batch"]), 2 * idle, odd
     if law in ("prefill", "decode"):
-        w = np.where(np.asarray(s["window"]) > 0, 1.0, 0.0)
-        group = log(s["heads"] / s["kv_heads"])
-        return log(s["batch"]), log(s["heads"]), group, log(s["kv_len"]), log(s["head_dim"]), 3 * w
+        group, windowed = log(s["heads"] / s["kv_heads"]), 3.0 * (s["window"] > 0)
+        return (
+            log(s["batch"]),
+            log(s["heads"]),
+            group,
+            log(s["kv_len"]),
+            log(s["head_dim"]),
+            windowed,
+        )
     if law == "stream":
         return log(s["rows"]), log(s["width"])
-    across = np.where(np.asarray(s["per_node"]) < s["world"], 4.0, 0.0)
+    across = 4.0 * (s["per_node"] < s["world"])
     return log(s["bytes"]), 2 * log(s["world"]), across, log(s["per_node"])

@@ -9,6 +9,7 @@ For each group of operators:
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,38 +18,49 @@ import typer
 from scipy.optimize import least_squares
 
 from ridgeline.cost_model import laws, shapes
-from ridgeline.cost_model.predict import CALIBRATION, Model
+from ridgeline.cost_model.calibration import CALIBRATION, Model
 from ridgeline.tools.kernel_times import Times, read
 
 SEED = 0
 ROWS = 1200  # of a machine that a fit of constants reads
 FEW = 24  # rows below which a machine has no constants of its own
 CENTRES = 160
-# ln units: how far constants are expected to lie from where a fit begins, and a machine's from all
+# How far constants are expected to lie from where a fit begins, and a machine's from all, on the
+# fit's scale; target files measure what "power" corrects, and physics gives "vector".
 PRIOR, OWN_PRIOR = 1.5, 0.5
+TIGHT = {"power": 0.02, "vector": 0.04}
+PULL = 0.003  # of the mean error that moving a constant that far must save
 LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
 RIDGE = 0.5
 UNKNOWN = (-0.5, 0.5)  # the interval where only one machine was measured
 
 
-def constants(t: Times, begin: np.ndarray, prior: float) -> np.ndarray:
+def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
     """The law's constants with the least loss on `t`, near `begin`."""
     rng = np.random.default_rng(SEED)
     chosen = np.zeros(len(t), bool)
-    for name in np.unique(t.name):
-        rows = np.flatnonzero(t.name == name)
+    for name in np.unique(t.harness):
+        rows = np.flatnonzero(t.harness == name)
         chosen[rng.permutation(rows)[:ROWS]] = True
     t = t.where(chosen)
-    _, index, count = np.unique(t.name, return_inverse=True, return_counts=True)
-    weight = np.sqrt(len(t) / len(count) / count[index])
-    law = laws.LAWS[t.group.law]
+    # A machine weighs as the root of its rows, and on it every harness the same.
+    weight = np.zeros(len(t))
+    for name in np.unique(t.name):
+        harnesses = np.unique(t.harness[t.name == name])
+        for harness in harnesses:
+            rows = (t.name == name) & (t.harness == harness)
+            weight[rows] = np.sqrt((t.name == name).sum()) / (rows.sum() * len(harnesses))
+    weight = np.sqrt(weight / weight.mean())
+    name, start = t.group.law, laws.free(t.group.law, begin)
+    law = laws.LAWS[name]
+    width = np.array([min(prior, TIGHT.get(c, prior)) for c in laws.CONSTANTS[name]])
 
-    def loss(c: np.ndarray) -> np.ndarray:
-        error = (t.log_s - np.log(law(c, t.machine, t.s))) * weight
-        # soft L1 on the errors alone: the prior's terms stay quadratic in effect, being small
-        return np.concatenate([error, (c - begin) / prior])
+    def loss(x: np.ndarray) -> np.ndarray:
+        error = t.log_s - np.log(laws.total(law(laws.natural(name, x), t.machine, t.s)))
+        return np.concatenate([error * weight, PULL * len(t) * (x - start) / width])
 
-    return least_squares(loss, begin, loss="soft_l1", f_scale=0.05, max_nfev=25).x
+    found = least_squares(loss, start, loss="soft_l1", f_scale=0.05, max_nfev=40, diff_step=1e-4).x
+    return [float(f"{c:.4g}") for c in laws.natural(name, found)]
 
 
 def residual(t: Times, model: Model) -> dict[str, Any]:
@@ -84,11 +96,10 @@ def _first(t: Times) -> dict[str, np.ndarray]:
 
 def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
     """One group's entry of the calibration, without intervals."""
-    begin = np.array(list(laws.CONSTANTS[t.group.law].values()))
-    shared = constants(t, begin, PRIOR)
+    shared = constants(t, list(laws.CONSTANTS[t.group.law].values()), PRIOR)
     entry: dict[str, Any] = {
         "law": t.group.law,
-        "constants": np.round(shared, 4).tolist(),
+        "constants": shared,
         "machines": {},
         "interval": UNKNOWN,
     }
@@ -96,7 +107,7 @@ def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
         own = t.where(t.name == name)
         if len(own) < FEW:
             continue
-        c = np.round(constants(own, shared, OWN_PRIOR), 4).tolist()
+        c = constants(own, shared, OWN_PRIOR)
         entry["machines"][str(name)] = {"constants": c, "interval": UNKNOWN}
         model = Model({"groups": {t.group.key: entry}})
         entry["machines"][str(name)]["residual"] = residual(own, model)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ridgeline.cost_model import shapes
-from ridgeline.cost_model.predict import machine_of
+from ridgeline.cost_model.machine import machine_of
 
 FILES = ("gemm", "gemm_quant", "attention", "memory", "collective")
 # Launched one by one: these time the host, of which `predict` knows nothing.

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from ridgeline.cost_model import InvalidShape, UnknownTarget, laws, predict, target_names
+from ridgeline.cost_model import (
+    InvalidShape,
+    UnknownTarget,
+    laws,
+    predict,
+    shapes,
+    target_names,
+)
+from ridgeline.cost_model.law_attention import pairs
+from ridgeline.cost_model.machine import machine_of
 
 GPUS = [n for n in target_names() if n != "cpu"]
 ALIASES = ["a100_80g", "h100_sxm"]
@@ -61,20 +70,33 @@ def test_few_rows_are_bound_by_weights_so_fewer_bits_are_faster():
 )
 def test_pairs_are_counted_exactly(q, kv, window):
     keys = [min(kv - q + i + 1, window or kv) for i in range(q)]
-    assert laws.pairs(q, kv, window) == sum(keys)
+    assert pairs(q, kv, window) == sum(keys)
 
 
-def test_laws_take_arrays_as_they_take_numbers():
-    machine = {"peak": 2e14, "cores": 108.0, "bandwidth": 1.6e12, "slow": 1.0}
-    c = list(laws.CONSTANTS["gemm"].values())
-    m = np.array([[1.0], [64.0], [4096.0]])
-    rest = {"n": 4096.0, "k": 4096.0, "batch": 1.0}
-    many = laws.gemm(c, machine, {"m": m, "bytes": 2.0 * (m + 4096) * 4096, **rest})
-    one = [
-        laws.gemm(c, machine, {"m": x, "bytes": 2.0 * (x + 4096) * 4096, **rest})
-        for x in (1.0, 64.0, 4096.0)
-    ]
-    np.testing.assert_allclose(many, one, rtol=1e-12)
+@pytest.mark.parametrize(
+    ("op", "dtype", "shape", "grows"),
+    [
+        ("gemm", "bf16", LAYER, "m"),
+        ("gemm", "fp8", LAYER, "k"),
+        ("attn_prefill", "bf16", {**HEADS, "q_len": 512, "kv_len": 512}, "batch"),
+        ("attn_decode", "bf16", {**HEADS, "kv_len": 512}, "kv_len"),
+        ("softmax", "fp32", {"rows": 64, "width": 4096}, "rows"),
+        ("all_reduce", "fp16", RING, "bytes"),
+    ],
+)
+def test_laws_take_arrays_as_they_take_numbers(op, dtype, shape, grows):
+    group = shapes.group_of(op, dtype)
+    machine, _ = machine_of("h100", op, dtype, shape.get("world"), shape.get("per_node"))
+    c = list(laws.CONSTANTS[group.law].values())
+    full = {k: v or 0 for k, v in shapes.PARAMETERS[op].items()} | shape
+    each = [shapes.law_inputs(op, dtype, {**full, grows: full[grows] * f}) for f in (1, 3, 50)]
+    one = [laws.total(laws.LAWS[group.law](c, machine, s)) for s in each]
+    arrays = {k: np.array([float(s[k]) for s in each]) for k in each[0]}
+    columns = {k: np.full(3, v) for k, v in machine.items()}
+    if group.law == "gemm":
+        arrays, columns = ({k: v[:, None] for k, v in d.items()} for d in (arrays, columns))
+    many = laws.total(laws.LAWS[group.law](c, columns, arrays))
+    np.testing.assert_allclose(many, one, rtol=1e-9)
 
 
 @pytest.mark.parametrize(

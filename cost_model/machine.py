@@ -1,0 +1,119 @@
+"""What the laws read of a GPU: numbers of its target file, and of how its GPUs are linked.
+
+peak       dense FLOP/s that large products sustain within the board's power: the published
+           peak times the product's measured fraction
+boost      dense FLOP/s at the published clock, which short or half-idle kernels keep
+clock      peak float32 / (2 · cores · lanes); cycle: an A100's clock over it
+link       bytes/s, one direction, of the slowest link that a ring over the ranks crosses
+"""
+
+import functools
+from collections.abc import Mapping
+
+from ridgeline.cost_model import shapes
+from ridgeline.cost_model.shapes import InvalidShape
+from ridgeline.cost_model.target import HOST, Target, UnknownTarget, load_target
+
+TOPOLOGIES = ("nvswitch", "pairwise", "pcie")
+REFERENCE_LAUNCH_S = 2.4e-6  # an A100's: floors are fitted in units of it
+REFERENCE_CLOCK_HZ = 1.41e9  # an A100's
+REFERENCE_RATIO = 16.0  # an A100's peak of products over that of vectors
+UNTHROTTLED = 0.9  # of the boost, by products that no power limit slows
+# Two halves of the L2 cache hold copies of what both sides' cores read.
+_HALVED_L2 = {"sm_80", "sm_90", "sm_100"}
+# float32 multiply-adds of a core in a cycle, where they aren't 128
+_LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
+# PCI Express of 16 lanes, one direction: generation 5 since Hopper, 4 before
+# FLOPs of a core in a cycle, 16-bit operands and float32 sums; the published peaks of Hopper and
+# Blackwell are for a lower clock than the boards keep under light load.
+_TENSOR = {"sm_90": 4096, "sm_100": 8192}
+_PCIE_5 = {"sm_90", "sm_100", "sm_120", "gfx942"}
+PCIE_BYTES_PER_S = {True: 64e9, False: 32e9}
+BRIDGE_BYTES_PER_S = 300e9  # of one direction: the widest NVLink bridge between two cards
+# One network card of a node of each topology: an environment's property, not a GPU's.
+NETWORK_BYTES_PER_S = {"nvswitch": 8e9, "pairwise": 3.2e9, "pcie": 3.2e9}
+
+
+@functools.lru_cache(maxsize=1024)
+def machine_of(
+    target: str | Target, op: str, dtype: str, world: int | None = None, per_node: int | None = None
+) -> tuple[Mapping[str, float], str]:
+    """The laws' `machine`, and the name under which it may be calibrated.
+
+    Raises UnknownTarget for a name that isn't described, and InvalidShape for a CPU.
+    """
+    topology = "nvswitch"
+    if isinstance(target, str) and op in shapes.COLLECTIVES:
+        stem, _, last = target.rpartition("_")
+        if last in TOPOLOGIES:
+            target, topology = _described(target, stem), last
+    if isinstance(target, str) and target in HOST:
+        raise InvalidShape(f"target: expected a GPU, found {target!r}: use `estimate` for CPUs")
+    t = load_target(target)
+    if t.kind == "cpu":
+        raise InvalidShape(f"target: expected a GPU, found {t.name!r}: use `estimate` for CPUs")
+    peak = _unit_peak(t, dtype)
+    sustained = t.gemm_efficiency if dtype != "fp32" else 1.0
+    clock = t.peaks["float32"] / (2 * t.cores * _LANES.get(t.arch, 128))
+    modern = t.arch.startswith("sm_") and int(t.arch.removeprefix("sm_")) >= 90
+    machine = {
+        "peak": peak * sustained,
+        "boost": peak * _above(t, clock) * max(1.1 * sustained, UNTHROTTLED),
+        "unit_peak": peak,
+        "cores": float(t.cores),
+        "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
+        "l2": t.l2_bytes * (0.5 if t.arch in _HALVED_L2 else 1.0),
+        "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
+        "attention": t.attention_efficiency / t.gemm_efficiency,
+        "vector": t.peaks["float16"] / t.peaks["float32"] / REFERENCE_RATIO,
+        "slow": t.launch_s / REFERENCE_LAUNCH_S,
+        "cycle": REFERENCE_CLOCK_HZ / clock,
+        "clock": clock,
+        # Tiles of any multiple of 8 columns even out the last wave.
+        "uneven": 0.5 if modern else 1.0,
+        # Hopper's tensor memory accelerator keeps about twice as many bytes in flight a core.
+        "key": (REFERENCE_CLOCK_HZ / clock) ** 0.5 * (0.5 if modern else 1.0),
+        # FlashAttention-2 copies grouped queries; the kernels of newer cores read them in place.
+        "copies": 0.0 if modern else 1.0,
+    }
+    name = t.name
+    if world is not None and per_node is not None:
+        machine["link"] = _link(t, topology, world, per_node)
+        name = f"{t.name}_{topology}"
+    return machine, name
+
+
+def _above(t: Target, clock: float) -> float:
+    """The boards' clock over that of the published peak of the tensor cores."""
+    rate = _TENSOR.get(t.arch)
+    return min(1.1, clock * rate * t.cores / t.peaks["float16"]) if rate else 1.0
+
+
+def _unit_peak(t: Target, dtype: str) -> float:
+    """The published peak of the unit that runs it: the widest 16-bit one if it has no other."""
+    unit = shapes.UNIT[dtype]
+    if unit in ("float16", "float32"):
+        return t.peaks.get(unit, t.peaks["float32"])
+    if unit.startswith("float8"):
+        unit = next((u for u in t.peaks if u.startswith("float8_e4m3")), unit)
+    return t.peaks.get(unit) or t.peaks.get("float16") or t.peaks["float32"]
+
+
+def _described(whole: str, stem: str) -> str:
+    """`h100_pcie` is a card, `l40s_pcie` a topology of one."""
+    try:
+        load_target(stem)
+    except UnknownTarget:
+        return whole
+    return stem
+
+
+def _link(t: Target, topology: str, world: int, per_node: int) -> float:
+    pcie = PCIE_BYTES_PER_S[t.arch in _PCIE_5]
+    if per_node < world:
+        return NETWORK_BYTES_PER_S[topology] * per_node
+    if topology == "nvswitch":
+        return t.link_bytes_per_s
+    if topology == "pairwise":  # two GPUs share a bridge, pairs meet on PCIe
+        return min(t.link_bytes_per_s, BRIDGE_BYTES_PER_S) if world == 2 else pcie
+    return min(t.link_bytes_per_s, pcie) * (2 / world) ** 2  # through host memory
