@@ -26,7 +26,7 @@ import numpy as np
 Numbers = Any  # float or an array that broadcasts with the others
 
 PREFILL = {
-    "floor_us": 10.0, "compute": 1.0, "power": 1.0, "memory": 1.0, "block_us": 1.0,
+    "floor_us": 10.0, "compute": 1.0, "power": 1.0, "memory": 1.0, "block_us": 3.0,
     "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 0.5,
     "cache": 0.7, "write": 1.0, "alone": 0.7,
 }  # fmt: skip
@@ -78,19 +78,20 @@ def prefill(
     rows = np.ceil(q / _TILE)
     blocks = b * np.where(np.asarray(q) > 1, h, kh) * rows
     share = blocks / cores
-    wide = np.where(np.asarray(s["window"]) > 0, np.minimum(s["window"] + _TILE, kv), kv)
+    windowed = (np.asarray(s["window"]) > 0) * 1.0
+    wide = np.where(windowed > 0, np.minimum(s["window"] + 2 * _TILE, kv), kv)
     seen = pairs(q, kv, s["window"])
-    # A tile's ragged ends: half a tile of queries past the diagonal, and one of keys.
-    mean = np.minimum(seen / (rows * _TILE) * (_TILE * rows / q) + 96.0, wide + 64.0)
+    # Tiles on the diagonal, and on the window's edge, are computed whole and then masked.
+    mean = seen / q + 32.0 + 128.0 * windowed
     narrow = 128.0 / d
     u = 4.0 * _TILE * d * cores * (1 + v * machine["vector"] * narrow) / (machine["boost"] * e_c)
     busy = wave * np.ceil(share) + (1 - wave) * np.maximum(share, 1.0)
     start = block * 1e-6
     clocked = _root4(busy * (start + mean * u), start + wide * u * alone)
     x = machine["attention"]
-    sustained = machine["peak"] * x * e_p / (x + (1 - x) * narrow)
+    sustained = machine["attention_peak"] * e_p / (x + (1 - x) * narrow)
     compute = _root4(clocked, 4.0 * b * h * d * seen / sustained)
-    kept = np.where(np.asarray(s["window"]) > 0, np.minimum(kv, q + s["window"]), kv)
+    kept = np.where(windowed > 0, np.minimum(kv, q + s["window"]), kv)
     moved = 4.0 * b * d * (h * q + kh * kept)
     memory = _streamed(moved, machine, e_m, resident, cache)
     written = _streamed(8.0 * b * d * kh * q, machine, write, resident, cache)

@@ -8,7 +8,9 @@ b products of (m, k) by (k, n) on C cores; share = ⌈m/Tm⌉ ⌈n/Tn⌉ b s / C
     e(T)      = 1 / (1 + loss · 64 (1/Tm + 1/Tn)), relative to that of 256 x 128
     t_memory  = bytes ((1 - h)/(bandwidth e_m) + h/(l2 bandwidth e_l2)) / min(1, share/g)
     h         = 1 / (1 + (bytes / (resident · l2))⁴): what a replayed kernel finds in the L2 cache
-    t_fixed   = floor + row log₂(1 + m) + split-K's second pass + a quantization kernel's bytes
+    t_fixed   = floor + row log₂(1 + m) + split-K's second pass
+                + m row_q + m k / (rate_q C clock), a kernel in front that quantizes rows of x
+                + m n · unfused bytes / bandwidth, where scales are multiplied after the product
 Sources: the tile and wave model follows NeuSight (Lee et al., ASPLOS 2025) and LLMCompass (Zhang et
 al., ISCA 2024); the set of tiles is cuBLAS's and CUTLASS's.
 """
@@ -39,9 +41,10 @@ _LARGEST_EDGES = 64 * (1 / 256 + 1 / 128)
 _SPLITS = (_SPLIT > 1).astype(np.float64)
 
 CONSTANTS = {
-    "floor_us": 2.4, "compute": 1.0, "loss": 0.19, "fill": 100.0, "step_us": 0.1,
-    "wave_share": 0.5, "memory": 1.0, "saturation": 0.3, "split_us": 1.5, "partial": 1.0,
-    "row_us": 0.01, "resident": 0.2, "cache": 1.0, "power": 1.15,
+    "floor_us": 3.0, "compute": 1.0, "loss": 0.25, "fill": 150.0, "step_us": 0.16,
+    "wave_share": 0.45, "memory": 0.95, "saturation": 0.3, "split_us": 2.2, "partial": 0.3,
+    "row_us": 0.01, "resident": 0.2, "cache": 1.0, "power": 1.0,
+    "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0,
 }  # fmt: skip
 
 
@@ -50,10 +53,10 @@ def gemm(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """(fixed, compute, memory) seconds of the fastest candidate.
 
-    c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (bytes of a quantization kernel in
-    front); arrays need a last axis of one, over which the candidates are laid.
+    c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on
+    the way, 0: not); arrays need a last axis of one, over which the candidates are laid.
     """
-    floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p = c
+    floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, row_q, rate_q, again = c
     m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
     cores, bandwidth = machine["cores"], machine["bandwidth"]
     moved = s["bytes"]
@@ -73,12 +76,14 @@ def gemm(
     hit = 1 / (1 + (moved / (machine["l2"] * resident)) ** 4)
     streamed = moved * ((1 - hit) / (bandwidth * e_m) + hit / (machine["l2_bandwidth"] * cache))
     memory = streamed / np.minimum(1.0, share / g)
-    twice = _SPLITS * (split * 1e-6 * machine["slow"])
+    twice = _SPLITS * (split * 1e-6 * machine["floor"])
     twice = twice + (_SPLITS * _SPLIT) * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
     total = np.sqrt(np.sqrt(square_c * square_c + square_m * square_m)) + twice
-    fixed = (floor + row * np.log2(1 + m)) * (machine["slow"] * 1e-6)
-    fixed = fixed + s["quantized"] / (bandwidth * e_m)
+    fixed = (floor + row * np.log2(1 + m)) * (machine["floor"] * 1e-6)
+    busy = cores * machine["clock"] * rate_q
+    later = machine["unfused"] * n * again / (bandwidth * e_m)
+    fixed = fixed + s["quantized"] * b * m * (row_q * 1e-9 + k / busy + later)
     best = total.argmin(-1)
     if best.ndim == 0:
         return float(fixed + twice[best]), float(compute[best]), float(memory[best])

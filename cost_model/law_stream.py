@@ -17,7 +17,7 @@ Numbers = Any  # float or an array that broadcasts with the others
 
 CONSTANTS = {
     "floor_us": 2.0, "memory": 1.0, "half": 20.0, "l2": 1.0, "width_power": 0.0, "narrow": 100.0,
-    "resident_share": 0.4, "core": 20.0,
+    "resident_share": 0.4, "core": 7.0,
 }  # fmt: skip
 
 
@@ -33,4 +33,5 @@ def stream(
     # Rows shorter than a block's reach leave lanes idle; longer ones are read again.
     shape = (1 + narrow / 10 / s["width"]) * (1 + s["width"] / 16384) ** width * ramp
     cores = s["scalar"] * moved / (core * machine["cores"] * machine["clock"])
-    return floor * machine["slow"] * 1e-6, cores * shape, moved / speed * shape
+    start = floor * np.maximum(machine["slow"], 1.0) * 1e-6
+    return start, cores * shape, moved / speed * shape

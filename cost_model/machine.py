@@ -18,6 +18,15 @@ TOPOLOGIES = ("nvswitch", "pairwise", "pcie")
 REFERENCE_LAUNCH_S = 2.4e-6  # an A100's: floors are fitted in units of it
 REFERENCE_CLOCK_HZ = 1.41e9  # an A100's
 REFERENCE_RATIO = 16.0  # an A100's peak of products over that of vectors
+# A target file's fraction is a median over products, a tenth of whose time tiles lose.
+SUSTAINED = 1.15
+# Joules of a float32 FLOP outside the tensor cores, board included: a T4's and an A100's from what
+# they sustain at their power limits; others estimates, by process node from those.
+_JOULES_PER_FLOP = {
+    "sm_70": 16e-12, "sm_75": 16e-12, "sm_80": 14.5e-12, "sm_86": 9e-12, "gfx908": 13e-12,
+    "gfx90a": 9e-12, "gfx942": 5.5e-12,
+}  # fmt: skip
+_JOULES_PER_FLOP_4_NM = 5.5e-12
 UNTHROTTLED = 0.9  # of the boost, by products that no power limit slows
 # Two halves of the L2 cache hold copies of what both sides' cores read.
 _HALVED_L2 = {"sm_80", "sm_90", "sm_100"}
@@ -27,11 +36,18 @@ _LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
 # FLOPs of a core in a cycle, 16-bit operands and float32 sums; the published peaks of Hopper and
 # Blackwell are for a lower clock than the boards keep under light load.
 _TENSOR = {"sm_90": 4096, "sm_100": 8192}
+# Kernels for int8 still issue the older instructions, which reach this much of Hopper's peak.
+OLDER_INSTRUCTIONS = 0.63
 _PCIE_5 = {"sm_90", "sm_100", "sm_120", "gfx942"}
 PCIE_BYTES_PER_S = {True: 64e9, False: 32e9}
 BRIDGE_BYTES_PER_S = 300e9  # of one direction: the widest NVLink bridge between two cards
-# One network card of a node of each topology: an environment's property, not a GPU's.
-NETWORK_BYTES_PER_S = {"nvswitch": 8e9, "pairwise": 3.2e9, "pcie": 3.2e9}
+# Switches that add on the way nearly halve what an all-reduce sends; NCCL's versions differ in when
+# they use it, and measured gains lie between 1.1 and 1.3.
+IN_SWITCH = 1.2
+# What nodes of each topology reach between them: an environment's property, not a GPU's.
+NETWORK_BYTES_PER_S = {"nvswitch": 8e9, "pairwise": 2.7e9, "pcie": 2.7e9}
+NETWORK_LIMIT = 2.5  # cards' worth that several ranks of a node reach together
+NETWORK_GENERATION = 5.0  # Hopper's nodes came with 400 Gb/s cards, Ampere's mostly with 100
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,10 +70,17 @@ def machine_of(
         raise InvalidShape(f"target: expected a GPU, found {t.name!r}: use `estimate` for CPUs")
     peak = _unit_peak(t, dtype)
     sustained = t.gemm_efficiency if dtype != "fp32" else 1.0
+    if dtype == "int8" and t.arch in _TENSOR:
+        peak *= OLDER_INSTRUCTIONS
+    slow = t.launch_s / REFERENCE_LAUNCH_S
+    allowed = min(1.0, SUSTAINED * sustained)
+    if dtype == "fp32":
+        joules = _JOULES_PER_FLOP.get(t.arch, _JOULES_PER_FLOP_4_NM)
+        allowed = min(1.0, t.tdp_watts / (peak * joules))
     clock = t.peaks["float32"] / (2 * t.cores * _LANES.get(t.arch, 128))
     modern = t.arch.startswith("sm_") and int(t.arch.removeprefix("sm_")) >= 90
     machine = {
-        "peak": peak * sustained,
+        "peak": peak * allowed,
         "boost": peak * _above(t, clock) * max(1.1 * sustained, UNTHROTTLED),
         "unit_peak": peak,
         "cores": float(t.cores),
@@ -65,22 +88,37 @@ def machine_of(
         "l2": t.l2_bytes * (0.5 if t.arch in _HALVED_L2 else 1.0),
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
         "attention": t.attention_efficiency / t.gemm_efficiency,
+        "attention_peak": peak * t.attention_efficiency,
         "vector": t.peaks["float16"] / t.peaks["float32"] / REFERENCE_RATIO,
-        "slow": t.launch_s / REFERENCE_LAUNCH_S,
+        "slow": slow,
+        "floor": _floor(dtype, slow, REFERENCE_CLOCK_HZ / clock),
         "cycle": REFERENCE_CLOCK_HZ / clock,
         "clock": clock,
         # Tiles of any multiple of 8 columns even out the last wave.
         "uneven": 0.5 if modern else 1.0,
         # Hopper's tensor memory accelerator keeps about twice as many bytes in flight a core.
         "key": (REFERENCE_CLOCK_HZ / clock) ** 0.5 * (0.5 if modern else 1.0),
+        # Products in 8 bits scale rows and columns in their epilogue only since Hopper.
+        "unfused": 0.0 if modern else 1.0,
         # FlashAttention-2 copies grouped queries; the kernels of newer cores read them in place.
         "copies": 0.0 if modern else 1.0,
     }
     name = t.name
     if world is not None and per_node is not None:
         machine["link"] = _link(t, topology, world, per_node)
+        if modern and topology == "nvswitch" and op == "all_reduce" and per_node == world >= 4:
+            machine["link"] *= IN_SWITCH
+        machine["meshed"] = float(topology == "nvswitch" or world == 2)
         name = f"{t.name}_{topology}"
     return machine, name
+
+
+def _floor(dtype: str, slow: float, cycle: float) -> float:
+    """How long a product's shortest call takes in units of an A100's."""
+    if dtype == "fp8":
+        return 1.0  # two kernels: the gap between them is the host's
+    # Unpacking weights is a chain of instructions, which the clock paces.
+    return slow * cycle**0.5 if dtype in ("int8", "w8a16", "w4a16") else slow
 
 
 def _above(t: Target, clock: float) -> float:
@@ -111,7 +149,8 @@ def _described(whole: str, stem: str) -> str:
 def _link(t: Target, topology: str, world: int, per_node: int) -> float:
     pcie = PCIE_BYTES_PER_S[t.arch in _PCIE_5]
     if per_node < world:
-        return NETWORK_BYTES_PER_S[topology] * per_node
+        newer = NETWORK_GENERATION if t.arch in _PCIE_5 else 1.0
+        return NETWORK_BYTES_PER_S[topology] * newer * min(per_node, NETWORK_LIMIT)
     if topology == "nvswitch":
         return t.link_bytes_per_s
     if topology == "pairwise":  # two GPUs share a bridge, pairs meet on PCIe

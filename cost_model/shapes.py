@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ridgeline.cost_model.law_attention import pairs
+from ridgeline.cost_model.law_collective import DIRECT_BYTES
 from ridgeline.ir.errors import RidgelineError
 
 GEMM_BITS = {
@@ -79,7 +80,7 @@ def group_of(op: str, dtype: str) -> Group:
         return Group(law, law)
     if op in STREAMS and op not in _OWN:
         return Group(law, f"elementwise.{dtype}")
-    if op == "quant_fp8":
+    if op in ("quant_fp8", "all_reduce"):
         return Group(law, op)
     return Group(law, f"{op}.{dtype}")
 
@@ -92,8 +93,7 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         m, n, k = s["m"], s["n"], s["k"]
         out = 16 if dtype != "fp32" else 32
         s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
-        # 16 bits are read and 8 written before the product
-        s["quantized"] = 3.0 * m * k * s["batch"] if dtype == "fp8" else 0.0 * m
+        s["quantized"] = float(dtype == "fp8")
     elif op in ("attn_prefill", "attn_decode"):
         read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
         s["bytes"] = 2.0 * ITEMSIZE[dtype] * s["batch"] * s["head_dim"] * read
@@ -104,6 +104,9 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
     elif op in COLLECTIVES:
         wire, phases = COLLECTIVES[op]
         s["wire"], s["phases"] = wire * (s["world"] - 1.0) / s["world"], phases
+        # bf16 is measured in a serving engine's graph, fp16 in NCCL's own benchmark.
+        engine = op == "all_reduce" and dtype == "bf16"
+        s["direct"] = engine * 1.0 * (s["bytes"] < DIRECT_BYTES) * (s["per_node"] == s["world"])
     return s
 
 
@@ -139,4 +142,4 @@ def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tupl
     if law == "stream":
         return log(s["rows"]), log(s["width"])
     across = 4.0 * (s["per_node"] < s["world"])
-    return log(s["bytes"]), 2 * log(s["world"]), across, log(s["per_node"])
+    return log(s["bytes"]), 2 * log(s["world"]), across, log(s["per_node"]), 4.0 * s["direct"]

@@ -27,9 +27,12 @@ FEW = 24  # rows below which a machine has no constants of its own
 CENTRES = 160
 # How far constants are expected to lie from where a fit begins, and a machine's from all, on the
 # fit's scale; target files measure what "power" corrects, and physics gives "vector".
-PRIOR, OWN_PRIOR = 1.5, 0.5
-TIGHT = {"power": 0.02, "vector": 0.04}
-PULL = 0.003  # of the mean error that moving a constant that far must save
+PRIOR, OWN_PRIOR = 1.5, 3.0
+TIGHT = {
+    "power": 0.03, "vector": 0.03, "half": 0.1, "fill": 0.2, "quantized_row_ns": 0.1,
+    "quantized": 0.1,
+}  # fmt: skip
+PULL = 0.01  # of the mean error that moving a constant that far must save
 LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
 RIDGE = 0.5
 UNKNOWN = (-0.5, 0.5)  # the interval where only one machine was measured
@@ -53,7 +56,7 @@ def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
     weight = np.sqrt(weight / weight.mean())
     name, start = t.group.law, laws.free(t.group.law, begin)
     law = laws.LAWS[name]
-    width = np.array([min(prior, TIGHT.get(c, prior)) for c in laws.CONSTANTS[name]])
+    width = np.array([TIGHT.get(c, 1.0) for c in laws.CONSTANTS[name]]) * prior
 
     def loss(x: np.ndarray) -> np.ndarray:
         error = t.log_s - np.log(laws.total(law(laws.natural(name, x), t.machine, t.s)))
