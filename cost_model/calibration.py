@@ -3,7 +3,8 @@
     ln seconds = ln total(law(constants, machine, shape)) + Σ wᵢ exp(-|x - cᵢ|² / 2) + w₀
 
 groups: key -> {law, constants, interval, machines: name -> {constants, interval, residual}}, where
-the group's own constants and interval hold for a machine that was not measured.
+the group's own constants and interval hold for a machine that was not measured. An interval is one
+pair of logarithms for each of the parts that may be the largest.
 """
 
 import functools
@@ -57,7 +58,9 @@ class Model:
         residual = self.residuals[self.nearest(group)].get(name)
         if residual is None:
             return 0.0
-        return smooth(residual, shapes.features(group.law, _flat(s), _flat(machine)))
+        if any(isinstance(v, np.ndarray) for v in s.values()):
+            s, machine = _flat(s), _flat(machine)
+        return smooth(residual, shapes.features(group.law, s, machine))
 
     def log_seconds(
         self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
@@ -66,10 +69,10 @@ class Model:
         parts = self.parts(group, name, machine, s)
         return np.log(laws.total(parts)) + self.residual(group, name, machine, s)
 
-    def interval(self, group: shapes.Group, name: str) -> tuple[float, float]:
-        """(5 %, 95 %) quantiles of ln(measured / predicted)."""
+    def interval(self, group: shapes.Group, name: str, bound: int) -> tuple[float, float]:
+        """(5 %, 95 %) quantiles of ln(measured / predicted); bound: the largest of the parts."""
         fitted = self.groups[self.nearest(group)]
-        below, above = fitted["machines"].get(name, fitted)["interval"]
+        below, above = fitted["machines"].get(name, fitted)["interval"][bound]
         return below, above
 
 
@@ -79,11 +82,14 @@ def _flat(s: Mapping[str, Any]) -> dict[str, Any]:
 
 def smooth(residual: Mapping[str, np.ndarray], at: tuple[Any, ...]) -> Any:
     """Σ wᵢ exp(-|x - cᵢ|² / 2) + w₀, with x in units of `scale`: ridge regression on Gaussians."""
-    numbers = all(np.ndim(a) == 0 for a in at)  # the general way takes 30 us
-    x = (np.array(at) if numbers else np.stack(np.broadcast_arrays(*at), -1)) / residual["scale"]
-    c = residual["centres"]
-    square = (x * x).sum(-1)[..., None] + residual["norms"] - 2 * (x @ c.T)
-    return np.exp(-0.5 * square) @ residual["weights"] + residual["offset"]
+    c, norms = residual["centres"], residual["norms"]
+    if all(isinstance(a, float | int) for a in at):
+        x = np.array(at) / residual["scale"]
+        near = np.exp(c @ x - 0.5 * (norms + x @ x))
+    else:
+        x = np.stack(np.broadcast_arrays(*at), -1) / residual["scale"]
+        near = np.exp(x @ c.T - 0.5 * (norms + (x * x).sum(-1)[..., None]))
+    return near @ residual["weights"] + residual["offset"]
 
 
 @functools.cache

@@ -19,11 +19,16 @@ which copies the queries of grouped heads when there are several sequences and s
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
-
-Numbers = Any  # float or an array that broadcasts with the others
+from ridgeline.cost_model.elementwise import (
+    Numbers,
+    ceil,
+    choose,
+    floor,
+    largest,
+    least,
+    root4,
+)
 
 PREFILL = {
     "floor_us": 10.0, "compute": 1.0, "power": 1.0, "memory": 1.0, "block_us": 3.0,
@@ -41,14 +46,10 @@ _TILE = 128
 def pairs(q: Numbers, kv: Numbers, window: Numbers) -> Numbers:
     """(query, key) pairs of causal attention; each query sees at most `window` keys (0: all)."""
     past = kv - q
-    w = np.where(np.asarray(window) > 0, window, kv)
+    w = choose(window > 0, window, kv)
     # sum over i < q of min(past + i + 1, w): a ramp up to w, then a plateau
-    ramp = np.clip(w - past, 0, q)
-    return ramp * past + ramp * (ramp + 1) / 2 + (q - ramp) * np.minimum(w, kv)
-
-
-def _root4(a: Numbers, b: Numbers) -> Numbers:
-    return np.sqrt(np.sqrt(np.square(a * a) + np.square(b * b)))
+    ramp = least(largest(w - past, 0), q)
+    return ramp * past + ramp * (ramp + 1) / 2 + (q - ramp) * least(w, kv)
 
 
 def _streamed(
@@ -56,7 +57,7 @@ def _streamed(
 ) -> Numbers:
     hit = 1 / (1 + (moved / (machine["l2"] * resident)) ** 8)
     slow, fast = machine["bandwidth"] * e_m, machine["l2_bandwidth"] * cache
-    return moved * ((1 - hit) / slow + hit / np.maximum(fast, slow))
+    return moved * ((1 - hit) / slow + hit / largest(fast, slow))
 
 
 def _copied(machine: Mapping[str, Numbers], s: Mapping[str, Numbers]) -> Numbers:
@@ -72,31 +73,31 @@ def prefill(
 
     c: PREFILL in order; s: batch, heads, kv_heads, head_dim, q_len, kv_len, window.
     """
-    floor, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, alone = c
+    empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, alone = c
     b, h, d, q, kv = s["batch"], s["heads"], s["head_dim"], s["q_len"], s["kv_len"]
     cores, kh = machine["cores"], s["kv_heads"]
-    rows = np.ceil(q / _TILE)
-    blocks = b * np.where(np.asarray(q) > 1, h, kh) * rows
+    rows = ceil(q / _TILE)
+    blocks = b * choose(q > 1, h, kh) * rows
     share = blocks / cores
-    windowed = (np.asarray(s["window"]) > 0) * 1.0
-    wide = np.where(windowed > 0, np.minimum(s["window"] + 2 * _TILE, kv), kv)
+    windowed = (s["window"] > 0) * 1.0
+    wide = choose(windowed > 0, least(s["window"] + 2 * _TILE, kv), kv)
     seen = pairs(q, kv, s["window"])
     # Tiles on the diagonal, and on the window's edge, are computed whole and then masked.
     mean = seen / q + 32.0 + 128.0 * windowed
     narrow = 128.0 / d
     u = 4.0 * _TILE * d * cores * (1 + v * machine["vector"] * narrow) / (machine["boost"] * e_c)
-    busy = wave * np.ceil(share) + (1 - wave) * np.maximum(share, 1.0)
+    busy = wave * ceil(share) + (1 - wave) * largest(share, 1.0)
     start = block * 1e-6
-    clocked = _root4(busy * (start + mean * u), start + wide * u * alone)
+    clocked = root4(busy * (start + mean * u), start + wide * u * alone)
     x = machine["attention"]
     sustained = machine["attention_peak"] * e_p / (x + (1 - x) * narrow)
-    compute = _root4(clocked, 4.0 * b * h * d * seen / sustained)
-    kept = np.where(windowed > 0, np.minimum(kv, q + s["window"]), kv)
+    compute = root4(clocked, 4.0 * b * h * d * seen / sustained)
+    kept = choose(windowed > 0, least(kv, q + s["window"]), kv)
     moved = 4.0 * b * d * (h * q + kh * kept)
     memory = _streamed(moved, machine, e_m, resident, cache)
     written = _streamed(8.0 * b * d * kh * q, machine, write, resident, cache)
-    single = _copied(machine, s) * (np.asarray(q) == 1)
-    fixed = (floor + copy * single) * machine["slow"] + per_batch * b
+    single = _copied(machine, s) * (q == 1)
+    fixed = (empty + copy * single) * machine["slow"] + per_batch * b
     return fixed * 1e-6, compute + written, memory + written
 
 
@@ -104,22 +105,21 @@ def decode(
     c: Sequence[float], machine: Mapping[str, Numbers], s: Mapping[str, Numbers]
 ) -> tuple[Numbers, Numbers, Numbers]:
     """(fixed, compute, memory) seconds; s: batch, heads, kv_heads, head_dim, kv_len, window."""
-    floor, e_m, block, key, merge, part, copy, grouped, resident, cache, per_batch = c
+    empty, e_m, block, key, merge, part, copy, grouped, resident, cache, per_batch = c
     b, h, d, kv, kh = s["batch"], s["heads"], s["head_dim"], s["kv_len"], s["kv_heads"]
-    kv = np.where(np.asarray(s["window"]) > 0, np.minimum(kv, s["window"]), kv)
-    kv = np.ceil(kv / 16) * 16
+    kv = choose(s["window"] > 0, least(kv, s["window"]), kv)
+    kv = ceil(kv / 16) * 16
     cores = machine["cores"]
     blocks = b * kh
     share = blocks / cores
     shared = (kh < h) * 1.0
-    most = np.maximum(np.minimum(np.ceil(kv / 128), np.floor(2 * cores / blocks)), 1.0)
-    splits = np.where(shared > 0, np.minimum(most, 128.0), 1.0)
+    most = largest(least(ceil(kv / 128), floor(2 * cores / blocks)), 1.0)
+    splits = choose(shared > 0, least(most, 128.0), 1.0)
     serial = kv / splits * (d / 128.0) * machine["key"] * key
     moved = 4.0 * b * d * (kh * kv + h)
-    memory = np.hypot(
-        _streamed(moved, machine, e_m, resident, cache), (np.ceil(share) - 1) * block * 1e-6
-    )
+    later = (ceil(share) - 1) * block * 1e-6
+    memory = (_streamed(moved, machine, e_m, resident, cache) ** 2 + later * later) ** 0.5
     several = (splits > 1) * 1.0
-    fixed = floor + shared * grouped + several * (merge + part * splits)
+    fixed = empty + shared * grouped + several * (merge + part * splits)
     fixed = (fixed + copy * _copied(machine, s)) * machine["slow"] + per_batch * b
     return fixed * 1e-6, serial * 1e-6, memory

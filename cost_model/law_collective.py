@@ -14,11 +14,8 @@ custom all-reduce of vLLM and TensorRT-LLM.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
-
-Numbers = Any  # float or an array that broadcasts with the others
+from ridgeline.cost_model.elementwise import Numbers, least
 
 CONSTANTS = {
     "floor_us": 8.0, "step_us": 1.0, "link": 0.7, "half": 0.7, "ranks_power": 0.1,
@@ -39,12 +36,12 @@ def collective(
     p, size = s["world"], s["bytes"]
     latency = (floor * machine["slow"] + step * s["phases"] * (p - 1)) * 1e-6
     wire = size * s["wire"] / (machine["link"] * link * (p / 2.0) ** ranks)
-    wire = wire + np.sqrt(wire * half * latency)
+    wire = wire + (wire * half * latency) ** 0.5
     start = (direct * machine["slow"] + per_rank * (p - 1)) * 1e-6
     speed = machine["link"] * e_direct
     once = size * (p - 1) / speed
     twice = second * 1e-6 + 2 * size * (p - 1) / p / speed
     chosen = s["direct"] * machine["meshed"]
     latency = chosen * start + (1 - chosen) * latency
-    wire = chosen * np.minimum(once, twice) + (1 - chosen) * wire
+    wire = chosen * least(once, twice) + (1 - chosen) * wire
     return latency, 0.0 * wire, wire

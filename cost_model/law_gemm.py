@@ -16,11 +16,10 @@ al., ISCA 2024); the set of tiles is cuBLAS's and CUTLASS's.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-Numbers = Any  # float or an array that broadcasts with the others
+from ridgeline.cost_model.elementwise import Numbers, log2
 
 _TILES = np.array(
     [
@@ -56,7 +55,25 @@ def gemm(
     c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on
     the way, 0: not); arrays need a last axis of one, over which the candidates are laid.
     """
-    floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, row_q, rate_q, again = c
+    (
+        floor,
+        e_c,
+        loss,
+        fill,
+        step,
+        q,
+        e_m,
+        g,
+        split,
+        partial,
+        row,
+        resident,
+        cache,
+        e_p,
+        row_q,
+        rate_q,
+        again,
+    ) = c
     m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
     cores, bandwidth = machine["cores"], machine["bandwidth"]
     moved = s["bytes"]
@@ -80,7 +97,7 @@ def gemm(
     twice = twice + (_SPLITS * _SPLIT) * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
     total = np.sqrt(np.sqrt(square_c * square_c + square_m * square_m)) + twice
-    fixed = (floor + row * np.log2(1 + m)) * (machine["floor"] * 1e-6)
+    fixed = (floor + row * log2(1 + m)) * (machine["floor"] * 1e-6)
     busy = cores * machine["clock"] * rate_q
     later = machine["unfused"] * n * again / (bandwidth * e_m)
     fixed = fixed + s["quantized"] * b * m * (row_q * 1e-9 + k / busy + later)

@@ -9,11 +9,8 @@ in flight, whatever the memory could deliver. Source: Little's law; fitted forms
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
-
-Numbers = Any  # float or an array that broadcasts with the others
+from ridgeline.cost_model.elementwise import Numbers, largest, least
 
 CONSTANTS = {
     "floor_us": 2.0, "memory": 1.0, "half": 20.0, "l2": 1.0, "width_power": 0.0, "narrow": 100.0,
@@ -27,11 +24,11 @@ def stream(
     """(fixed, compute, memory) seconds; s: rows, width, bytes, scalar (1: element by element)."""
     floor, e_m, half, l2, width, narrow, resident, core = c
     moved, bandwidth = s["bytes"], machine["bandwidth"] * e_m
-    hits = np.clip((1.0 - moved / machine["l2"]) / resident, 0, 1)
+    hits = least(largest((1.0 - moved / machine["l2"]) / resident, 0.0), 1.0)
     speed = bandwidth * (1 + hits * l2)
     ramp = 1 + 0.1 * half * 1024 * machine["cores"] / moved
     # Rows shorter than a block's reach leave lanes idle; longer ones are read again.
     shape = (1 + narrow / 10 / s["width"]) * (1 + s["width"] / 16384) ** width * ramp
     cores = s["scalar"] * moved / (core * machine["cores"] * machine["clock"])
-    start = floor * np.maximum(machine["slow"], 1.0) * 1e-6
+    start = floor * largest(machine["slow"], 1.0) * 1e-6
     return start, cores * shape, moved / speed * shape

@@ -9,13 +9,12 @@ Every argument of a law may be a number or an array; nothing here knows of graph
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from ridgeline.cost_model import law_attention, law_collective, law_gemm, law_stream
+from ridgeline.cost_model.elementwise import Numbers, root4
 
-Numbers = Any  # float or an array that broadcasts with the others
 Law = Callable[
     [Sequence[float], Mapping[str, Numbers], Mapping[str, Numbers]],
     tuple[Numbers, Numbers, Numbers],
@@ -42,7 +41,7 @@ EMPTY_US = 1.5  # of an A100: traces with a step of 1 us would let fits find les
 def total(parts: tuple[Numbers, Numbers, Numbers]) -> Numbers:
     """Seconds of (fixed, compute, memory)."""
     fixed, compute, memory = parts
-    return fixed + ((compute * compute) ** 2 + (memory * memory) ** 2) ** 0.25
+    return fixed + root4(compute, memory)
 
 
 def natural(law: str, free: Sequence[float]) -> tuple[float, ...]:

@@ -55,7 +55,8 @@ def _predict(target: str | Target, op: str, dtype: str, given: Mapping[str, Any]
     model = calibration()
     parts = model.parts(group, name, machine, s)
     log_s = math.log(laws.total(parts)) + model.residual(group, name, machine, s)
-    below, above = model.interval(group, name)
+    largest = max(range(3), key=parts.__getitem__)
+    below, above = model.interval(group, name, largest)
     flops, moved = shapes.flops(op, shape), s["bytes"]
     network = op in shapes.COLLECTIVES
     eflops = 0.0 if network else flops + machine["unit_peak"] / machine["bandwidth"] * moved
@@ -69,7 +70,7 @@ def _predict(target: str | Target, op: str, dtype: str, given: Mapping[str, Any]
         flops,
         eflops,
         energy,
-        bound[max(range(3), key=parts.__getitem__)],
+        bound[largest],
     )
 
 

@@ -5,13 +5,12 @@ law, one dtype, one kind of kernel library. bf16 kernels are measured in CUDA gr
 traces of a serving engine, fp32 ones through torch's eager mode, so a dtype also says the harness.
 """
 
-import math
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from ridgeline.cost_model.elementwise import ceil, log2
 from ridgeline.cost_model.law_attention import pairs
 from ridgeline.cost_model.law_collective import DIRECT_BYTES
 from ridgeline.ir.errors import RidgelineError
@@ -72,6 +71,7 @@ def dtypes_of(op: str) -> tuple[str, ...]:
     return tuple(GEMM_BITS) if op in ("gemm", "bmm") else tuple(ITEMSIZE)
 
 
+@functools.cache
 def group_of(op: str, dtype: str) -> Group:
     law = _LAW.get(op) or ("stream" if op in STREAMS else "collective")
     if law == "gemm":
@@ -122,24 +122,22 @@ def flops(op: str, shape: Mapping[str, int]) -> float:
 
 def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[Any, ...]:
     """Where a shape lies, for the smooth residual: log2 sizes and what is left of a last wave."""
-    arrays = isinstance(next(iter(s.values())), np.ndarray)
-    log, ceil = (np.log2, np.ceil) if arrays else (math.log2, math.ceil)
     if law == "gemm":
         share = ceil(s["m"] / 128) * ceil(s["n"] / 128) * s["batch"] / machine["cores"]
         idle = (share <= 8) * (ceil(share) - share)
         odd = 1.0 - (s["n"] % 64 == 0) * (s["m"] % 16 == 0)
-        return log(s["m"]), log(s["n"]), log(s["k"]), log(s["batch"]), 2 * idle, odd
+        return log2(s["m"]), log2(s["n"]), log2(s["k"]), log2(s["batch"]), 2 * idle, odd
     if law in ("prefill", "decode"):
-        group, windowed = log(s["heads"] / s["kv_heads"]), 3.0 * (s["window"] > 0)
+        group, windowed = log2(s["heads"] / s["kv_heads"]), 3.0 * (s["window"] > 0)
         return (
-            log(s["batch"]),
-            log(s["heads"]),
+            log2(s["batch"]),
+            log2(s["heads"]),
             group,
-            log(s["kv_len"]),
-            log(s["head_dim"]),
+            log2(s["kv_len"]),
+            log2(s["head_dim"]),
             windowed,
         )
     if law == "stream":
-        return log(s["rows"]), log(s["width"])
+        return log2(s["rows"]), log2(s["width"])
     across = 4.0 * (s["per_node"] < s["world"])
-    return log(s["bytes"]), 2 * log(s["world"]), across, log(s["per_node"]), 4.0 * s["direct"]
+    return log2(s["bytes"]), 2 * log2(s["world"]), across, log2(s["per_node"]), 4.0 * s["direct"]

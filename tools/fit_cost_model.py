@@ -5,11 +5,12 @@ For each group of operators:
        equal weight;
     2. each machine's own: the same loss plus a ridge towards 1;
     3. a machine's residual: ridge regression on Gaussians around shapes that were measured;
-    4. intervals: quantiles of the errors, for machines left out of 1 and for held-out shapes in 3.
+    4. intervals: quantiles of the errors by what bounds the kernel, of machines left out of 1 for a
+       machine that wasn't measured, of shapes held out of 2 and 3 for one that was.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,10 @@ TIGHT = {
 PULL = 0.01  # of the mean error that moving a constant that far must save
 LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
 RIDGE = 0.5
-UNKNOWN = (-0.5, 0.5)  # the interval where only one machine was measured
+UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
+FEWEST = 20  # errors that quantiles are taken of
+
+Errors = tuple[np.ndarray, np.ndarray]  # ln(measured / predicted), the largest of the parts
 
 
 def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
@@ -68,7 +72,7 @@ def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
 
 def residual(t: Times, model: Model) -> dict[str, Any]:
     """Gaussians around some of the shapes of `t`, ridge-fitted to what the law leaves."""
-    left = t.log_s - model.log_seconds(t.group, t.name[0], _first(t), t.s)
+    left = t.log_s - model.log_seconds(t.group, t.name[0], t.machine, t.s)
     machine = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.machine.items()}
     flat = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.s.items()}
     at = np.stack(np.broadcast_arrays(*shapes.features(t.group.law, flat, machine)), -1)
@@ -93,12 +97,8 @@ def residual(t: Times, model: Model) -> dict[str, Any]:
     return {"scale": scale, "offset": round(offset, 4), **rounded}
 
 
-def _first(t: Times) -> dict[str, np.ndarray]:
-    return dict(t.machine)
-
-
 def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
-    """One group's entry of the calibration, without intervals."""
+    """One group's entry of the calibration, with assumed intervals."""
     shared = constants(t, list(laws.CONSTANTS[t.group.law].values()), PRIOR)
     entry: dict[str, Any] = {
         "law": t.group.law,
@@ -108,66 +108,104 @@ def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
     }
     for name in np.unique(t.name) if machines else ():
         own = t.where(t.name == name)
-        if len(own) < FEW:
-            continue
-        c = constants(own, shared, OWN_PRIOR)
-        entry["machines"][str(name)] = {"constants": c, "interval": UNKNOWN}
-        model = Model({"groups": {t.group.key: entry}})
-        entry["machines"][str(name)]["residual"] = residual(own, model)
+        if len(own) >= FEW:
+            calibrate(entry, own)
     return entry
 
 
-def errors(entry: dict[str, Any], t: Times) -> np.ndarray:
-    """ln(measured / predicted) of each row."""
+def calibrate(entry: dict[str, Any], own: Times, smooth: bool = True) -> None:
+    """Gives `entry` constants for the one machine of `own`, and a residual unless `smooth` is
+    false."""
+    name = str(own.name[0])
+    c = constants(own, entry["constants"], OWN_PRIOR)
+    entry["machines"][name] = {"constants": c, "interval": entry["interval"]}
+    if smooth:
+        model = Model({"groups": {own.group.key: entry}})
+        entry["machines"][name]["residual"] = residual(own, model)
+
+
+def errors(entry: dict[str, Any], t: Times) -> Errors:
+    """ln(measured / predicted) of each row, and which of the law's parts is the largest."""
     model = Model({"groups": {t.group.key: entry}})
-    out = np.empty(len(t))
+    out, bound = np.empty(len(t)), np.empty(len(t), int)
     for name in np.unique(t.name):
         rows = t.name == name
         own = t.where(rows)
         out[rows] = own.log_s - model.log_seconds(t.group, str(name), own.machine, own.s)
-    return out
+        bound[rows] = np.argmax(model.parts(t.group, str(name), own.machine, own.s), 0)
+    return out, bound
 
 
-def left_out_machines(t: Times) -> np.ndarray:
-    """Errors on each machine with constants fitted on the others; NaN if there are none."""
-    out = np.full(len(t), np.nan)
-    boards = np.array([n.rpartition("_")[0] or n for n in t.name]) if _topological(t) else t.name
-    for name in np.unique(boards):
-        rows = boards == name
-        if not rows.all():
-            entry = fit_group(t.where(~rows), machines=False)
-            out[rows] = errors(entry, t.where(rows))
-    return out
+def boards(t: Times) -> np.ndarray:
+    """The machine of each row; of a collective without its topology."""
+    if t.group.law != "collective":
+        return t.name
+    return np.array([n.rpartition("_")[0] or n for n in t.name])
 
 
-def _topological(t: Times) -> bool:
-    return t.group.law == "collective"
+def fits_without(t: Times) -> dict[str, dict[str, Any]]:
+    """Machine -> an entry fitted on all others; empty if there is only one."""
+    names = np.unique(boards(t))
+    if len(names) < 2:
+        return {}
+    return {str(n): fit_group(t.where(boards(t) != n), machines=False) for n in names}
 
 
-def held_out_shapes(t: Times) -> np.ndarray:
-    """Errors on the held-out shapes with everything fitted on the others; NaN elsewhere."""
-    out = np.full(len(t), np.nan)
-    if t.held_out.any() and not t.held_out.all():
-        out[t.held_out] = errors(fit_group(t.where(~t.held_out)), t.where(t.held_out))
-    return out
+def fit_unseen(t: Times) -> dict[str, Any] | None:
+    """An entry fitted without the held-out shapes; None if all or none are."""
+    if not t.held_out.any() or t.held_out.all():
+        return None
+    return fit_group(t.where(~t.held_out))
 
 
 def fit(folder: Path) -> dict[str, Any]:
     """The whole calibration."""
-    groups = {}
+    groups, apart = {}, {}
     for key, t in read(folder).items():
-        entry = fit_group(t)
-        apart, shape_errors = left_out_machines(t), held_out_shapes(t)
-        if np.isfinite(apart).any():
-            entry["interval"] = _interval(apart[np.isfinite(apart)])
+        entry = groups[key] = fit_group(t)
+        apart[key] = [errors(e, t.where(boards(t) == name)) for name, e in fits_without(t).items()]
+        unseen = fit_unseen(t)
         for name, own in entry["machines"].items():
-            seen = shape_errors[(t.name == name) & np.isfinite(shape_errors)]
-            own["interval"] = _interval(seen) if len(seen) >= 10 else entry["interval"]
-        groups[key] = entry
+            rows = t.where(t.held_out & (t.name == name))
+            own["interval"] = None
+            if unseen is not None and len(rows) >= FEWEST:
+                own["interval"] = interval([errors(unseen, rows)])
+    for key, entry in groups.items():
+        entry["interval"] = interval_apart(apart[key], pooled(apart, key))
+        for own in entry["machines"].values():
+            own["interval"] = own["interval"] or entry["interval"]
     return {"groups": groups}
 
 
-def _interval(e: np.ndarray) -> tuple[float, float]:
+def pooled(apart: Mapping[str, Sequence[Errors]], but: str) -> Errors:
+    """The errors of all groups but one on machines left out."""
+    parts = [e for key, found in apart.items() if key != but for e in found]
+    if not parts:
+        return np.empty(0), np.empty(0, int)
+    return np.concatenate([e for e, _ in parts]), np.concatenate([b for _, b in parts])
+
+
+def interval_apart(found: Sequence[Errors], others: Errors) -> list[tuple[float, float]]:
+    """For a machine that wasn't measured. Two machines say little of a third: with fewer than
+    three, the errors of all other groups count as one more."""
+    return interval([*found, others] if len(found) < 3 else found)
+
+
+def interval(found: Sequence[Errors]) -> list[tuple[float, float]]:
+    """For each bound the widest of the machines' (5 %, 95 %) quantiles of their errors."""
+    found = [(e, b) for e, b in found if len(e) >= FEWEST]
+    if not found:
+        return UNKNOWN
+    whole = [_quantiles(e) for e, _ in found]
+    out = []
+    for bound in range(3):
+        parts = [e[b == bound] for e, b in found]
+        ranges = [_quantiles(e) for e in parts if len(e) >= FEWEST] or whole
+        out.append((min(r[0] for r in ranges), max(r[1] for r in ranges)))
+    return out
+
+
+def _quantiles(e: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(e, (0.05, 0.95))
     return round(min(float(low), -0.02), 4), round(max(float(high), 0.02), 4)
 

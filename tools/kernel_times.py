@@ -57,7 +57,11 @@ def read(folder: Path) -> dict[str, Times]:
     for file in FILES:
         with (folder / f"{file}.csv").open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
-                if {row["source"], row["variant"]} & HOST_BOUND or _slow_fp8(row) or _unbridged(row):
+                if (
+                    {row["source"], row["variant"]} & HOST_BOUND
+                    or _slow_fp8(row)
+                    or _unbridged(row)
+                ):
                     continue
                 rows[shapes.group_of(row["op"], row["dtype"])].append(row)
     return {group.key: _times(group, found) for group, found in sorted(rows.items(), key=str)}
