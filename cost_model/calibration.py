@@ -27,7 +27,7 @@ class Model:
         self.groups = calibration["groups"]
         self.residuals = {
             key: {
-                name: {k: np.asarray(v) for k, v in own["residual"].items()}
+                name: _arrays(own["residual"])
                 for name, own in group["machines"].items()
                 if own.get("residual")
             }
@@ -74,6 +74,11 @@ class Model:
         fitted = self.groups[self.nearest(group)]
         below, above = fitted["machines"].get(name, fitted)["interval"][bound]
         return below, above
+
+
+def _arrays(residual: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found = {k: np.asarray(v) for k, v in residual.items()}
+    return {**found, "norms": (found["centres"] ** 2).sum(-1)}
 
 
 def _flat(s: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ridgeline.cost_model.elementwise import (
 )
 
 PREFILL = {
-    "floor_us": 10.0, "compute": 1.0, "power": 1.0, "memory": 1.0, "block_us": 3.0,
+    "floor_us": 10.0, "compute": 1.0, "power": 1.1, "memory": 1.0, "block_us": 3.0,
     "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 0.5,
     "cache": 0.7, "write": 1.0, "alone": 0.7,
 }  # fmt: skip

@@ -67,6 +67,7 @@ class Bench(StrEnum):
     rotary = "rotary"
     decode = "decode"
     perplexity = "perplexity"
+    predict = "predict"
     shift_add = "shift-add"
     shift_add_decode = "shift-add-decode"
 

@@ -25,7 +25,7 @@ from ridgeline.tools.kernel_times import Times, read
 SEED = 0
 ROWS = 1200  # of a machine that a fit of constants reads
 FEW = 24  # rows below which a machine has no constants of its own
-CENTRES = 160
+CENTRES = 256
 # How far constants are expected to lie from where a fit begins, and a machine's from all, on the
 # fit's scale; target files measure what "power" corrects, and physics gives "vector".
 PRIOR, OWN_PRIOR = 1.5, 3.0
@@ -35,7 +35,7 @@ TIGHT = {
 }  # fmt: skip
 PULL = 0.01  # of the mean error that moving a constant that far must save
 LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
-RIDGE = 0.5
+RIDGE = 0.2
 UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
 FEWEST = 20  # errors that quantiles are taken of
 
@@ -79,7 +79,7 @@ def residual(t: Times, model: Model) -> dict[str, Any]:
     scale = LENGTHS[t.group.law]
     x = at / scale
     rng = np.random.default_rng(SEED)
-    c = np.unique(np.round(x[rng.permutation(len(x))[: 4 * CENTRES]], 3), axis=0)
+    c = np.unique(np.round(x[rng.permutation(len(x))[: 4 * CENTRES]], 2), axis=0)
     c = c[rng.permutation(len(c))[:CENTRES]]
     basis = np.exp(-0.5 * ((x[:, None] - c) ** 2).sum(-1))
     offset = float(np.median(left))
@@ -89,11 +89,7 @@ def residual(t: Times, model: Model) -> dict[str, Any]:
         w = np.linalg.solve(a.T @ basis + RIDGE * np.eye(len(c)), a.T @ (left - offset))
         error = np.abs(left - offset - basis @ w)
         weight = 1 / np.maximum(error / 0.05, 1.0)
-    rounded = {
-        "centres": np.round(c, 3).tolist(),
-        "norms": np.round((c * c).sum(-1), 6).tolist(),
-        "weights": np.round(w, 4).tolist(),
-    }
+    rounded = {"centres": np.round(c, 2).tolist(), "weights": np.round(w, 3).tolist()}
     return {"scale": scale, "offset": round(offset, 4), **rounded}
 
 
