@@ -36,6 +36,8 @@ _LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
 # FLOPs of a core in a cycle, 16-bit operands and float32 sums; the published peaks of Hopper and
 # Blackwell are for a lower clock than the boards keep under light load.
 _TENSOR = {"sm_90": 4096, "sm_100": 8192}
+# Matrix units that multiply float32 at twice the vectors' rate, and libraries that use them.
+_MATRIX_FP32 = {"gfx908", "gfx90a"}
 # Kernels for int8 still issue the older instructions, which reach this much of Hopper's peak.
 OLDER_INSTRUCTIONS = 0.63
 _PCIE_5 = {"sm_90", "sm_100", "sm_120", "gfx942"}
@@ -68,20 +70,13 @@ def machine_of(
     t = load_target(target)
     if t.kind == "cpu":
         raise InvalidShape(f"target: expected a GPU, found {t.name!r}: use `estimate` for CPUs")
-    peak = _unit_peak(t, dtype)
-    sustained = t.gemm_efficiency if dtype != "fp32" else 1.0
-    if dtype == "int8" and t.arch in _TENSOR:
-        peak *= OLDER_INSTRUCTIONS
     slow = t.launch_s / REFERENCE_LAUNCH_S
-    allowed = min(1.0, SUSTAINED * sustained)
-    if dtype == "fp32":
-        joules = _JOULES_PER_FLOP.get(t.arch, _JOULES_PER_FLOP_4_NM)
-        allowed = min(1.0, t.tdp_watts / (peak * joules))
     clock = t.peaks["float32"] / (2 * t.cores * _LANES.get(t.arch, 128))
     modern = t.arch.startswith("sm_") and int(t.arch.removeprefix("sm_")) >= 90
+    peak, sustained, boost = _rates(t, op, dtype, clock)
     machine = {
-        "peak": peak * allowed,
-        "boost": peak * _above(t, clock) * max(1.1 * sustained, UNTHROTTLED),
+        "peak": sustained,
+        "boost": boost,
         "unit_peak": peak,
         "cores": float(t.cores),
         "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
@@ -121,10 +116,23 @@ def _floor(dtype: str, slow: float, cycle: float) -> float:
     return slow * cycle**0.5 if dtype in ("int8", "w8a16", "w4a16") else slow
 
 
-def _above(t: Target, clock: float) -> float:
-    """The boards' clock over that of the published peak of the tensor cores."""
+def _rates(t: Target, op: str, dtype: str, clock: float) -> tuple[float, float, float]:
+    """(published, sustained, unthrottled) FLOP/s of the unit that runs it."""
+    peak = _unit_peak(t, dtype)
+    matrix = dtype != "fp32"
+    if dtype == "fp32" and op in ("gemm", "bmm") and t.arch in _MATRIX_FP32:
+        peak, matrix = 2 * peak, True
+    if not matrix:
+        joules = _JOULES_PER_FLOP.get(t.arch, _JOULES_PER_FLOP_4_NM)
+        return peak, min(peak, t.tdp_watts / joules), peak
+    if dtype == "int8" and t.arch in _TENSOR:
+        peak *= OLDER_INSTRUCTIONS
     rate = _TENSOR.get(t.arch)
-    return min(1.1, clock * rate * t.cores / t.peaks["float16"]) if rate else 1.0
+    # The boards' clock over that of the published peak.
+    above = min(1.1, clock * rate * t.cores / t.peaks["float16"]) if rate else 1.0
+    good = t.gemm_efficiency
+    sustained = peak * min(1.0, SUSTAINED * good)
+    return peak, sustained, peak * above * max(1.1 * good, UNTHROTTLED)
 
 
 def _unit_peak(t: Target, dtype: str) -> float:

@@ -20,7 +20,11 @@ from ridgeline.ir.errors import RidgelineError
 FOLDER = Path(__file__).parent / "targets"
 HOST = ("native", "cpu")
 # The names under which published measurements know machines that are described under another.
-ALIASES = {"a100_80g": "a100", "a100_40g": "a100-40gb", "h100_sxm": "h100", "b200_sxm": "b200"}
+ALIASES = {
+    "a100_80g": "a100", "a100_sxm": "a100", "a100_80g_sxm": "a100", "a100_40g": "a100-40gb",
+    "a100_40g_sxm": "a100-40gb", "h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200",
+    "v100_sxm": "v100",
+}  # fmt: skip
 _KINDS = ("cuda", "hip", "cpu")
 _TEXTS = ("name", "kind", "arch")
 _NUMBERS = (
