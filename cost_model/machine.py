@@ -1,8 +1,8 @@
 """What the laws read of a GPU: numbers of its target file, and of how its GPUs are linked.
 
-peak       dense FLOP/s that large products sustain within the board's power: the published
-           peak times the product's measured fraction
-boost      dense FLOP/s at the published clock, which short or half-idle kernels keep
+peak       dense FLOP/s that large products sustain within the board's power: the published peak
+           times the product's measured fraction; of vectors, the board's power / energy a FLOP
+boost      dense FLOP/s at the board's clock, which short or half-idle kernels keep
 clock      peak float32 / (2 · cores · lanes); cycle: an A100's clock over it
 link       bytes/s, one direction, of the slowest link that a ring over the ranks crosses
 """
@@ -32,7 +32,6 @@ UNTHROTTLED = 0.9  # of the boost, by products that no power limit slows
 _HALVED_L2 = {"sm_80", "sm_90", "sm_100"}
 # float32 multiply-adds of a core in a cycle, where they aren't 128
 _LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
-# PCI Express of 16 lanes, one direction: generation 5 since Hopper, 4 before
 # FLOPs of a core in a cycle, 16-bit operands and float32 sums; the published peaks of Hopper and
 # Blackwell are for a lower clock than the boards keep under light load.
 _TENSOR = {"sm_90": 4096, "sm_100": 8192}
@@ -40,6 +39,7 @@ _TENSOR = {"sm_90": 4096, "sm_100": 8192}
 _MATRIX_FP32 = {"gfx908", "gfx90a"}
 # Kernels for int8 still issue the older instructions, which reach this much of Hopper's peak.
 OLDER_INSTRUCTIONS = 0.63
+# PCI Express of 16 lanes, one direction: generation 5 since Hopper, 4 before
 _PCIE_5 = {"sm_90", "sm_100", "sm_120", "gfx942"}
 PCIE_BYTES_PER_S = {True: 64e9, False: 32e9}
 BRIDGE_BYTES_PER_S = 300e9  # of one direction: the widest NVLink bridge between two cards
@@ -101,8 +101,8 @@ def machine_of(
     name = t.name
     if world is not None and per_node is not None:
         machine["link"] = _link(t, topology, world, per_node)
-        if modern and topology == "nvswitch" and op == "all_reduce" and per_node == world >= 4:
-            machine["link"] *= IN_SWITCH
+        whole = topology == "nvswitch" and op == "all_reduce" and per_node == world >= 4
+        machine["link"] *= IN_SWITCH if modern and whole else 1.0
         machine["meshed"] = float(topology == "nvswitch" or world == 2)
         name = f"{t.name}_{topology}"
     return machine, name
