@@ -9,7 +9,8 @@ prefill, with b h ⌈q/128⌉ thread blocks on C cores, share = blocks/C:
     t_write   = the new keys and values into their pages: 8 b h_kv q d bytes
     t_power   = 4 b h d pairs / (sustained attention FLOP/s e_p)
 decode, with b h_kv (1 if heads are packed) blocks, each over kv/splits keys:
-    splits    = min(⌈kv/128⌉, 2 C/blocks), 1 where every head has keys of its own
+    splits    = min(⌈kv/128⌉, 2 C/blocks, √(kv key/part)), the last where a chain of loads and the
+                merging take the least; 1 where every head has keys of its own
     t_compute = kv/splits · key: a core's chain of loads
     t_memory  = root of squares of (⌈share⌉ - 1) block and of K and V once, by whole pages of 16
                 keys, from DRAM or, where they fit, from L2
@@ -32,12 +33,12 @@ from ridgeline.cost_model.elementwise import (
 
 PREFILL = {
     "floor_us": 10.0, "compute": 1.0, "power": 1.1, "memory": 1.0, "block_us": 3.0,
-    "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 0.5,
-    "cache": 0.7, "write": 1.0, "alone": 0.7,
+    "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 1.0,
+    "cache": 1.0, "write": 1.0, "alone": 0.7,
 }  # fmt: skip
 DECODE = {
     "floor_us": 11.0, "memory": 1.0, "block_us": 3.5, "key_us": 0.02, "merge_us": 4.0,
-    "part_us": 0.1, "copy_us": 5.0, "grouped_us": 1.5, "resident": 0.7, "cache": 0.6,
+    "part_us": 0.15, "copy_us": 5.0, "grouped_us": 1.5, "resident": 1.0, "cache": 1.0,
     "batch_us": 0.005,
 }  # fmt: skip
 _TILE = 128
@@ -114,8 +115,10 @@ def decode(
     share = blocks / cores
     shared = (kh < h) * 1.0
     most = largest(least(ceil(kv / 128), floor(2 * cores / blocks)), 1.0)
-    splits = choose(shared > 0, least(most, 128.0), 1.0)
-    serial = kv / splits * (d / 128.0) * machine["key"] * key
+    chain = kv * (d / 128.0) * machine["key"] * key
+    best = (chain / (part * machine["slow"])) ** 0.5
+    splits = choose(shared > 0, largest(least(most, best), 1.0), 1.0)
+    serial = chain / splits
     moved = 4.0 * b * d * (kh * kv + h)
     later = (ceil(share) - 1) * block * 1e-6
     memory = (_streamed(moved, machine, e_m, resident, cache) ** 2 + later * later) ** 0.5

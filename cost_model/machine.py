@@ -74,6 +74,8 @@ def machine_of(
     clock = t.peaks["float32"] / (2 * t.cores * _LANES.get(t.arch, 128))
     modern = t.arch.startswith("sm_") and int(t.arch.removeprefix("sm_")) >= 90
     peak, sustained, boost = _rates(t, op, dtype, clock)
+    # Below, the board's power is taken to limit what the file's fractions say.
+    throttled = SUSTAINED * t.gemm_efficiency < UNTHROTTLED
     machine = {
         "peak": sustained,
         "boost": boost,
@@ -83,7 +85,7 @@ def machine_of(
         "l2": t.l2_bytes * (0.5 if t.arch in _HALVED_L2 else 1.0),
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
         "attention": t.attention_efficiency / t.gemm_efficiency,
-        "attention_peak": peak * t.attention_efficiency,
+        "attention_peak": peak * (t.attention_efficiency if throttled else 1.0),
         "vector": t.peaks["float16"] / t.peaks["float32"] / REFERENCE_RATIO,
         "slow": slow,
         "floor": _floor(dtype, slow, REFERENCE_CLOCK_HZ / clock),
