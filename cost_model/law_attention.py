@@ -6,7 +6,7 @@ prefill, with b h ⌈q/128⌉ thread blocks on C cores, share = blocks/C:
                 r: the tensor cores' peak over the vector units', an A100's being 1
     t_clock   = largest of  share' (block + mean keys · u)  and  block + most keys · u · alone
     share'    = w ⌈share⌉ + (1 - w) max(share, 1); keys: those of the mask, by whole tiles
-    t_write   = the new keys and values into their pages: 8 b h_kv q d bytes
+    t_write   = the new keys and values into their pages, read and written
     t_power   = 4 b h d pairs / (sustained attention FLOP/s e_p)
 decode, with b h_kv (1 if heads are packed) blocks, each over kv/splits keys:
     splits    = min(⌈kv/128⌉, 2 C/blocks, √(kv key/part)), the last where a chain of loads and the
@@ -72,7 +72,7 @@ def prefill(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """(fixed, compute, memory) seconds.
 
-    c: PREFILL in order; s: batch, heads, kv_heads, head_dim, q_len, kv_len, window.
+    c: PREFILL in order; s: batch, heads, kv_heads, head_dim, q_len, kv_len, window, itemsize.
     """
     empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, alone = c
     b, h, d, q, kv = s["batch"], s["heads"], s["head_dim"], s["q_len"], s["kv_len"]
@@ -94,9 +94,9 @@ def prefill(
     sustained = machine["attention_peak"] * e_p / (x + (1 - x) * narrow)
     compute = root4(clocked, 4.0 * b * h * d * seen / sustained)
     kept = choose(windowed > 0, least(kv, q + s["window"]), kv)
-    moved = 4.0 * b * d * (h * q + kh * kept)
+    moved = 2.0 * s["itemsize"] * b * d * (h * q + kh * kept)
     memory = _streamed(moved, machine, e_m, resident, cache)
-    written = _streamed(8.0 * b * d * kh * q, machine, write, resident, cache)
+    written = _streamed(4.0 * s["itemsize"] * b * d * kh * q, machine, write, resident, cache)
     single = _copied(machine, s) * (q == 1)
     fixed = (empty + copy * single) * machine["slow"] + per_batch * b
     return fixed * 1e-6, compute + written, memory + written
@@ -105,7 +105,10 @@ def prefill(
 def decode(
     c: Sequence[float], machine: Mapping[str, Numbers], s: Mapping[str, Numbers]
 ) -> tuple[Numbers, Numbers, Numbers]:
-    """(fixed, compute, memory) seconds; s: batch, heads, kv_heads, head_dim, kv_len, window."""
+    """(fixed, compute, memory) seconds.
+
+    c: DECODE in order; s: batch, heads, kv_heads, head_dim, kv_len, window, itemsize.
+    """
     empty, e_m, block, key, merge, part, copy, grouped, resident, cache, per_batch = c
     b, h, d, kv, kh = s["batch"], s["heads"], s["head_dim"], s["kv_len"], s["kv_heads"]
     kv = choose(s["window"] > 0, least(kv, s["window"]), kv)
@@ -119,7 +122,7 @@ def decode(
     best = (chain / (part * machine["slow"])) ** 0.5
     splits = choose(shared > 0, largest(least(most, best), 1.0), 1.0)
     serial = chain / splits
-    moved = 4.0 * b * d * (kh * kv + h)
+    moved = 2.0 * s["itemsize"] * b * d * (kh * kv + h)
     later = (ceil(share) - 1) * block * 1e-6
     memory = (_streamed(moved, machine, e_m, resident, cache) ** 2 + later * later) ** 0.5
     several = (splits > 1) * 1.0

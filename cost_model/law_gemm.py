@@ -52,28 +52,11 @@ def gemm(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """(fixed, compute, memory) seconds of the fastest candidate.
 
-    c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on
-    the way, 0: not); arrays need a last axis of one, over which the candidates are laid.
+    c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on the way, 0:
+    not); arrays need a last axis of one, over which the candidates are laid.
     """
-    (
-        floor,
-        e_c,
-        loss,
-        fill,
-        step,
-        q,
-        e_m,
-        g,
-        split,
-        partial,
-        row,
-        resident,
-        cache,
-        e_p,
-        row_q,
-        rate_q,
-        again,
-    ) = c
+    floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, *rest = c
+    row_q, rate_q, again = rest
     m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
     cores, bandwidth = machine["cores"], machine["bandwidth"]
     moved = s["bytes"]

@@ -61,7 +61,7 @@ def machine_of(
     Raises UnknownTarget for a name that isn't described, and InvalidShape for a CPU.
     """
     topology = "nvswitch"
-    if isinstance(target, str) and op in shapes.COLLECTIVES:
+    if isinstance(target, str):
         stem, _, last = target.rpartition("_")
         if last in TOPOLOGIES:
             target, topology = _described(target, stem), last
@@ -79,7 +79,7 @@ def machine_of(
     machine = {
         "peak": sustained,
         "boost": boost,
-        "unit_peak": peak,
+        "intensity": _unit_peak(t, dtype) / t.bandwidth_bytes_per_s,
         "cores": float(t.cores),
         "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
         "l2": t.l2_bytes * (0.5 if t.arch in _HALVED_L2 else 1.0),
@@ -150,10 +150,10 @@ def _unit_peak(t: Target, dtype: str) -> float:
 def _described(whole: str, stem: str) -> str:
     """`h100_pcie` is a card, `l40s_pcie` a topology of one."""
     try:
-        load_target(stem)
+        load_target(whole)
     except UnknownTarget:
-        return whole
-    return stem
+        return stem
+    return whole
 
 
 def _link(t: Target, topology: str, world: int, per_node: int) -> float:

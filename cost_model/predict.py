@@ -34,20 +34,13 @@ def predict(target: str | Target, op: str, dtype: str, **shape: int) -> Cost:
     w8a16, w4a16: y[m, n] = x[m, k] w[n, k]ᵀ); `attn_prefill`, `attn_decode` (batch, heads,
     kv_heads, head_dim, q_len, kv_len, window=0); memory-bound operators (rows, width); collectives
     (world, per_node, bytes of payload per rank; the target's name may end in `_nvswitch`,
-    `_pairwise` or `_pcie`). Raises UnknownTarget for a name that isn't described, InvalidShape for
-    the rest.
+    `_pairwise` or `_pcie`). target: a name of `target_names`, the path of a .toml file, or a
+    Target. Raises UnknownTarget for a name that isn't described, InvalidShape for the rest.
     """
-    try:
-        return _predict(target, op, dtype, shape)
-    except TypeError as error:  # an unhashable argument
-        if "unhashable" not in str(error):
-            raise
-        raise InvalidShape(f"{op}: expected integers, found {shape}") from error
-
-
-def _predict(target: str | Target, op: str, dtype: str, given: Mapping[str, Any]) -> Cost:
-    shape = _checked(op, dtype, given)
-    machine, name = machine_of(target, op, dtype, shape.get("world"), shape.get("per_node"))
+    shape = _checked(op, dtype, shape)
+    # A Target holds dictionaries, which no cache can look up.
+    described = machine_of.__wrapped__ if isinstance(target, Target) else machine_of
+    machine, name = described(target, op, dtype, shape.get("world"), shape.get("per_node"))
     s = shapes.law_inputs(op, dtype, shape)
     if shape.get("world") == 1:
         return Cost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "communication")
@@ -59,7 +52,7 @@ def _predict(target: str | Target, op: str, dtype: str, given: Mapping[str, Any]
     below, above = model.interval(group, name, largest)
     flops, moved = shapes.flops(op, shape), s["bytes"]
     network = op in shapes.COLLECTIVES
-    eflops = 0.0 if network else flops + machine["unit_peak"] / machine["bandwidth"] * moved
+    eflops = 0.0 if network else flops + machine["intensity"] * moved
     energy = 0.0 if network else flops / 2 * _pair_joules(dtype) + movement_joules(moved)
     bound = _NETWORK_BOUNDS if network else _BOUNDS
     return Cost(
@@ -71,6 +64,7 @@ def _predict(target: str | Target, op: str, dtype: str, given: Mapping[str, Any]
         eflops,
         energy,
         bound[largest],
+        shapes.weight_bytes(op, dtype, shape),
     )
 
 

@@ -96,7 +96,8 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         s["quantized"] = float(dtype == "fp8")
     elif op in ("attn_prefill", "attn_decode"):
         read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
-        s["bytes"] = 2.0 * ITEMSIZE[dtype] * s["batch"] * s["head_dim"] * read
+        s["itemsize"] = float(ITEMSIZE[dtype])
+        s["bytes"] = 2.0 * s["itemsize"] * s["batch"] * s["head_dim"] * read
     elif op in STREAMS:
         s["bytes"] = s["rows"] * s["width"] * float(ITEMSIZE[dtype] * sum(STREAMS[op]))
         # Serving engines' own 16-bit kernels load element by element; torch's load 16 bytes.
@@ -118,6 +119,13 @@ def flops(op: str, shape: Mapping[str, int]) -> float:
         seen = float(pairs(shape["q_len"], shape["kv_len"], shape["window"]))
         return 4.0 * shape["batch"] * shape["heads"] * shape["head_dim"] * seen
     return float(shape["rows"] * shape["width"]) if op in STREAMS else 0.0
+
+
+def weight_bytes(op: str, dtype: str, shape: Mapping[str, int]) -> float:
+    """Of a linear layer's weights among the bytes; `bmm` multiplies activations."""
+    if op != "gemm":
+        return 0.0
+    return shape["batch"] * shape["n"] * shape["k"] * GEMM_BITS[dtype][1] / 8
 
 
 def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[Any, ...]:

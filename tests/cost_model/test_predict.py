@@ -9,6 +9,7 @@ from ridgeline.cost_model import (
     InvalidShape,
     UnknownTarget,
     laws,
+    load_target,
     predict,
     shapes,
     target_names,
@@ -16,6 +17,7 @@ from ridgeline.cost_model import (
 from ridgeline.cost_model.energy import movement_joules, unit_joules
 from ridgeline.cost_model.law_attention import pairs
 from ridgeline.cost_model.machine import machine_of
+from ridgeline.cost_model.target import FOLDER
 
 GPUS = [n for n in target_names() if n != "cpu"]
 # As public measurements spell them, and the cards that a cost model is asked for most.
@@ -49,6 +51,21 @@ def test_an_alias_is_the_same_machine():
     assert predict("a100", "gemm", "bf16", **LAYER) == predict("a100_80g", "gemm", "bf16", **LAYER)
 
 
+def test_a_file_and_a_description_are_as_good_as_a_name(tmp_path):
+    named = predict("h100", "gemm", "bf16", **LAYER)
+    assert predict(load_target("h100"), "gemm", "bf16", **LAYER) == named
+    text = (
+        (FOLDER / "h100.toml")
+        .read_text()
+        .replace("bandwidth_gb_per_s = 3350", "bandwidth_gb_per_s = 6700")
+    )
+    file = tmp_path / "faster.toml"
+    file.write_text(text)
+    assert predict(str(file), "gemm", "bf16", m=1, n=65536, k=8192).seconds < (
+        predict("h100", "gemm", "bf16", m=1, n=65536, k=8192).seconds * 0.6
+    )
+
+
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_topologies(name):
     for op in shapes.COLLECTIVES:
@@ -61,6 +78,12 @@ def test_topologies(name):
 def test_a_card_that_is_named_like_a_topology():
     nvlink = predict("h100_nvswitch", "all_reduce", "fp16", **RING)
     assert predict("h100_pcie", "all_reduce", "fp16", **RING).seconds > nvlink.seconds
+    slower = predict("h100_pcie", "gemm", "bf16", m=8192, n=8192, k=8192)
+    assert slower.seconds > predict("h100", "gemm", "bf16", m=8192, n=8192, k=8192).seconds
+
+
+def test_a_topology_does_not_matter_to_one_card():
+    assert predict("l40s_pcie", "gemm", "bf16", **LAYER) == predict("l40s", "gemm", "bf16", **LAYER)
 
 
 @pytest.mark.parametrize("name", ["h100", "rtx4090", "a100"])
@@ -198,7 +221,9 @@ def test_what_bounds_a_kernel():
 def test_work_is_counted_with_the_time():
     cost = predict("h100", "gemm", "bf16", m=64, n=128, k=256)
     assert cost.bytes == 2 * (64 * 256 + 128 * 256 + 64 * 128)
-    assert cost.eflops > cost.flops
+    assert cost.weight_bytes == 2 * 128 * 256
+    intensity = load_target("h100").peaks["bfloat16"] / load_target("h100").bandwidth_bytes_per_s
+    assert cost.eflops == pytest.approx(cost.flops + intensity * cost.bytes)
     product = 64 * 128 * 256 * (unit_joules("multiply", "bfloat16") + unit_joules("add", "float32"))
     assert cost.energy_joules == pytest.approx(product + movement_joules(cost.bytes))
 
