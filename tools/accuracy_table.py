@@ -18,9 +18,8 @@ def grids(found: Mapping[str, Any]) -> list[Grid]:
     rows = []
     for name, (unseen, apart) in found["classes"].items():
         _, goal_unseen, goal_apart = CLASSES[name]
-        count = str((unseen or apart).rows) if unseen or apart else "0"
-        rows.append([name, count, _text(unseen), _goal(goal_unseen), _text(apart)])
-        rows[-1].append(_goal(goal_apart))
+        scored = [_text(unseen), _goal(goal_unseen), _text(apart), _goal(goal_apart)]
+        rows.append([name, " / ".join(str(s.rows if s else 0) for s in (unseen, apart)), *scored])
     out: list[Grid] = [(f"By class: {_SCORED}", columns, rows)]
     rows = [[key, _text(unseen), _text(apart)] for key, (unseen, apart) in found["groups"].items()]
     by_group = ("group", "held-out shapes", "machines left out")

@@ -43,7 +43,9 @@ LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collectiv
 RIDGE = 0.2
 UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
 FEWEST = 20  # errors that quantiles are taken of
+WIDER = 1.25  # intervals of machines that were not measured
 
+Interval = list[tuple[float, float]]  # (5 %, 95 %) quantiles by the largest of the parts
 Errors = tuple[np.ndarray, np.ndarray]  # ln(measured / predicted), the largest of the parts
 
 
@@ -173,11 +175,21 @@ def fit(folder: Path) -> dict[str, Any]:
             own["interval"] = None
             if unseen is not None and len(rows) >= FEWEST:
                 own["interval"] = interval([errors(unseen, rows)])
+    known = {k: interval_apart(v, pooled(apart, k)) for k, v in apart.items() if v}
     for key, entry in groups.items():
-        entry["interval"] = interval_apart(apart[key], pooled(apart, key))
+        alike = [i for k, i in known.items() if groups[k]["law"] == entry["law"]]
+        entry["interval"] = known.get(key) or _widest(alike)
         for own in entry["machines"].values():
             own["interval"] = own["interval"] or entry["interval"]
     return {"groups": groups}
+
+
+def _widest(intervals: Sequence[Interval]) -> Interval:
+    """Of groups with the same law, for one that a single machine was measured for."""
+    if not intervals:
+        return UNKNOWN
+    lows, highs = np.array(intervals).min(0)[:, 0], np.array(intervals).max(0)[:, 1]
+    return [(float(low), float(high)) for low, high in zip(lows, highs, strict=True)]
 
 
 def pooled(apart: Mapping[str, Sequence[Errors]], but: str) -> Errors:
@@ -188,13 +200,15 @@ def pooled(apart: Mapping[str, Sequence[Errors]], but: str) -> Errors:
     return np.concatenate([e for e, _ in parts]), np.concatenate([b for _, b in parts])
 
 
-def interval_apart(found: Sequence[Errors], others: Errors) -> list[tuple[float, float]]:
+def interval_apart(found: Sequence[Errors], others: Errors) -> Interval:
     """For a machine that wasn't measured. Two machines say little of a third: with fewer than
-    three, the errors of all other groups count as one more."""
-    return interval([*found, others] if len(found) < 3 else found)
+    three, the errors of all other groups count as one more. A machine to come may differ more from
+    those measured than these among themselves: WIDER."""
+    limits = interval([*found, others] if len(found) < 3 else found)
+    return [(round(WIDER * low, 4), round(WIDER * high, 4)) for low, high in limits]
 
 
-def interval(found: Sequence[Errors]) -> list[tuple[float, float]]:
+def interval(found: Sequence[Errors]) -> Interval:
     """For each bound the widest of the machines' (5 %, 95 %) quantiles of their errors."""
     found = [(e, b) for e, b in found if len(e) >= FEWEST]
     if not found:
