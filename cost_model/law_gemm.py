@@ -65,11 +65,10 @@ def gemm(
     q = q * machine["uneven"]
     waves = q * np.ceil(share) + (1 - q) * np.maximum(share, 1.0)
     depth = np.ceil(k * _PER_DEPTH)
-    cycle = machine["cycle"]
     work = _AREA * ((1 + loss * _EDGES) * (64 / (1 + loss * _LARGEST_EDGES)))
     rate = cores / (machine["boost"] * e_c)
-    clocked = waves * work * (depth + fill * cycle / 64) * rate
-    clocked = clocked + depth * (step * 1e-6 * cycle**0.5)
+    clocked = waves * work * (depth + fill * machine["prologue"] / 64) * rate
+    clocked = clocked + depth * (step * 1e-6 * machine["cycle"] ** 0.5)
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
     square = clocked * clocked
     compute = np.sqrt(np.sqrt(square * square + power**4))

@@ -91,6 +91,8 @@ def machine_of(
         "floor": _floor(dtype, slow, REFERENCE_CLOCK_HZ / clock),
         "cycle": REFERENCE_CLOCK_HZ / clock,
         "clock": clock,
+        # Warp-specialized kernels begin a tile's loads while the last one is written.
+        "prologue": REFERENCE_CLOCK_HZ / clock * (0.5 if modern else 1.0),
         # Tiles of any multiple of 8 columns even out the last wave.
         "uneven": 0.5 if modern else 1.0,
         # Hopper's tensor memory accelerator keeps about twice as many bytes in flight a core.
