@@ -134,9 +134,9 @@ def _rates(t: Target, op: str, dtype: str, clock: float) -> tuple[float, float, 
     rate = _TENSOR.get(t.arch)
     # The boards' clock over that of the published peak.
     above = min(1.1, clock * rate * t.cores / t.peaks["float16"]) if rate else 1.0
-    good = t.gemm_efficiency
-    sustained = peak * min(1.0, SUSTAINED * good)
-    return peak, sustained, peak * above * max(1.1 * good, UNTHROTTLED)
+    # More than the published peak, where boards' clocks exceed it: GeForce.
+    sustained = SUSTAINED * t.gemm_efficiency
+    return peak, peak * sustained, peak * above * max(sustained, UNTHROTTLED)
 
 
 def _unit_peak(t: Target, dtype: str) -> float:

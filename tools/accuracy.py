@@ -157,9 +157,14 @@ def _ordered(t: Times, e: np.ndarray) -> tuple[int, int]:
     return right, close
 
 
-def few_shot(dev: Mapping[str, Times], few: Mapping[str, Times]) -> dict[str, tuple[Any, Any]]:
+def few_shot(
+    dev: Mapping[str, Times], few: Mapping[str, Times], intervals: Mapping[str, fits.Interval]
+) -> dict[str, tuple[Any, Any]]:
     """Class -> scores of machines that `dev` hasn't: by its constants, and after each machine gave
-    half of its few rows to constants of its own."""
+    half of its few rows to constants of its own.
+
+    intervals: group -> that of a machine which wasn't measured.
+    """
     before, after = defaultdict(list), defaultdict(list)
     for key, t in few.items():
         name = next((c for c, (keys, *_) in CLASSES.items() if key in keys), None)
@@ -167,7 +172,8 @@ def few_shot(dev: Mapping[str, Times], few: Mapping[str, Times]) -> dict[str, tu
             continue
         entry = fits.fit_group(dev[key], machines=False)
         unknown = np.full(len(t), np.nan)
-        before[name].append((t, fits.errors(entry, t)[0], unknown))
+        e, bound = fits.errors(entry, t)
+        before[name].append((t, e, _inside(e, bound, intervals[key])))
         e = np.full(len(t), np.nan)
         half = np.random.default_rng(0).permutation(len(t)) % 2 == 0
         for board in np.unique(t.name):
@@ -247,5 +253,6 @@ def run(folder: Path, few: Path | None) -> dict[str, Any]:
     if file.is_file():
         out["choice"] = tuple(choice(file, found, whole) for whole in (False, True))
     if few is not None:
-        out["few"] = few_shot(dev, read(few))
+        laws = {key: t.group.law for key, t in dev.items()}
+        out["few"] = few_shot(dev, read(few), fits.intervals_apart(apart, laws))
     return out

@@ -175,21 +175,30 @@ def fit(folder: Path) -> dict[str, Any]:
             own["interval"] = None
             if unseen is not None and len(rows) >= FEWEST:
                 own["interval"] = interval([errors(unseen, rows)])
-    known = {k: interval_apart(v, pooled(apart, k)) for k, v in apart.items() if v}
+    unmeasured = intervals_apart(apart, {k: entry["law"] for k, entry in groups.items()})
     for key, entry in groups.items():
-        alike = [i for k, i in known.items() if groups[k]["law"] == entry["law"]]
-        entry["interval"] = known.get(key) or _widest(alike)
+        entry["interval"] = unmeasured[key]
         for own in entry["machines"].values():
             own["interval"] = own["interval"] or entry["interval"]
     return {"groups": groups}
 
 
-def _widest(intervals: Sequence[Interval]) -> Interval:
-    """Of groups with the same law, for one that a single machine was measured for."""
-    if not intervals:
-        return UNKNOWN
-    lows, highs = np.array(intervals).min(0)[:, 0], np.array(intervals).max(0)[:, 1]
-    return [(float(low), float(high)) for low, high in zip(lows, highs, strict=True)]
+def intervals_apart(
+    apart: Mapping[str, Sequence[Errors]], law: Mapping[str, str]
+) -> dict[str, Interval]:
+    """Group -> the interval of a machine that wasn't measured, from errors on machines left out.
+
+    A group that a single machine was measured for takes the widest limits of those of its law.
+    """
+    out = {k: interval_apart(found, pooled(apart, k)) for k, found in apart.items() if found}
+    for key in apart:
+        alike = [out[k] for k in out if law[k] == law[key] and apart[k]]
+        if key not in out:
+            out[key] = UNKNOWN
+            if alike:
+                lows, highs = np.array(alike).min(0)[:, 0], np.array(alike).max(0)[:, 1]
+                out[key] = [(float(x), float(y)) for x, y in zip(lows, highs, strict=True)]
+    return out
 
 
 def pooled(apart: Mapping[str, Sequence[Errors]], but: str) -> Errors:
