@@ -128,7 +128,7 @@ def _rates(t: Target, op: str, dtype: str, clock: float) -> tuple[float, float, 
         peak, matrix = 2 * peak, True
     if not matrix:
         joules = _JOULES_PER_FLOP.get(t.arch, _JOULES_PER_FLOP_4_NM)
-        return peak, min(peak, t.tdp_watts / joules), peak
+        return peak, min(peak, t.tdp_w / joules), peak
     if dtype == "int8" and t.arch in _TENSOR:
         peak *= OLDER_INSTRUCTIONS
     rate = _TENSOR.get(t.arch)
