@@ -25,7 +25,7 @@ from ridgeline.tools.kernel_times import Times, read
 SEED = 0
 ROWS = 1200  # of a machine that a fit of constants reads
 FEW = 24  # rows below which a machine has no constants of its own
-CENTRES = 256
+CENTRES = 400
 # How far constants are expected to lie from where a fit begins, and a machine's from all, on the
 # fit's scale; target files measure what "power" corrects, and physics gives "vector".
 PRIOR, OWN_PRIOR = 1.5, 3.0
@@ -39,8 +39,8 @@ PULL = 0.01  # of the mean error that moving a constant that far must save
 BARE = "llmservingsim flash_attn2"
 # Batched products were timed from the host, one by one: none took less.
 BEGIN = {"bmm.fp32": {"floor_us": 40.0}}
-LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
-RIDGE = 0.2
+LENGTHS = {"gemm": 2.0, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
+RIDGE = 0.1
 UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
 FEWEST = 20  # errors that quantiles are taken of
 WIDER = 1.25  # intervals of machines that were not measured
