@@ -4,7 +4,8 @@ from ridgeline.cost_model.all_reduce import InvalidSite, SiteChoice, Way, choose
 from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
 from ridgeline.cost_model.estimate import Cost, estimate
-from ridgeline.cost_model.predict import InvalidShape, Prediction, predict
+from ridgeline.cost_model.predict import predict
+from ridgeline.cost_model.shapes import InvalidShape
 from ridgeline.cost_model.target import (
     InvalidTarget,
     Target,
@@ -45,7 +46,6 @@ __all__ = [
     "InvalidTarget",
     "Norm",
     "Option",
-    "Prediction",
     "Schedule",
     "ScheduleChoice",
     "SiteChoice",

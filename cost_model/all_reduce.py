@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from ridgeline.cost_model.predict import TOPOLOGIES, ring_bytes_per_s
+from ridgeline.cost_model.machine import TOPOLOGIES, ring_bytes_per_s
 from ridgeline.cost_model.target import InvalidTarget, Target, load_target
 from ridgeline.ir.errors import RidgelineError
 

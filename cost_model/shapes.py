@@ -5,11 +5,15 @@ law, one dtype, one kind of kernel library. bf16 kernels are measured in CUDA gr
 traces of a serving engine, fp32 ones through torch's eager mode, so a dtype also says the harness.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from ridgeline.cost_model.elementwise import ceil, log2
+from ridgeline.cost_model.law_attention import pairs
+from ridgeline.cost_model.law_collective import DIRECT_BYTES
+from ridgeline.ir.errors import RidgelineError
 
 GEMM_BITS = {
     "bf16": (16, 16), "fp16": (16, 16), "fp32": (32, 32), "fp8": (8, 8), "int8": (8, 8),
@@ -50,6 +54,10 @@ PARAMETERS: Mapping[str, Mapping[str, int | None]] = {
 _LAW = {"gemm": "gemm", "bmm": "gemm", "attn_prefill": "prefill", "attn_decode": "decode"}
 
 
+class InvalidShape(RidgelineError):
+    """An operator, dtype, shape or kind of machine that `predict` has no law for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Operators with shared constants: `law` of `laws.LAWS`, `key` in the calibration file."""
@@ -63,6 +71,7 @@ def dtypes_of(op: str) -> tuple[str, ...]:
     return tuple(GEMM_BITS) if op in ("gemm", "bmm") else tuple(ITEMSIZE)
 
 
+@functools.cache
 def group_of(op: str, dtype: str) -> Group:
     law = _LAW.get(op) or ("stream" if op in STREAMS else "collective")
     if law == "gemm":
@@ -71,7 +80,7 @@ def group_of(op: str, dtype: str) -> Group:
         return Group(law, law)
     if op in STREAMS and op not in _OWN:
         return Group(law, f"elementwise.{dtype}")
-    if op == "quant_fp8":
+    if op in ("quant_fp8", "all_reduce"):
         return Group(law, op)
     return Group(law, f"{op}.{dtype}")
 
@@ -84,6 +93,11 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         m, n, k = s["m"], s["n"], s["k"]
         out = 16 if dtype != "fp32" else 32
         s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
+        s["quantized"] = float(dtype == "fp8")
+    elif op in ("attn_prefill", "attn_decode"):
+        read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
+        s["itemsize"] = float(ITEMSIZE[dtype])
+        s["bytes"] = 2.0 * s["itemsize"] * s["batch"] * s["head_dim"] * read
     elif op in STREAMS:
         s["bytes"] = s["rows"] * s["width"] * float(ITEMSIZE[dtype] * sum(STREAMS[op]))
         # Serving engines' own 16-bit kernels load element by element; torch's load 16 bytes.
@@ -91,25 +105,47 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
     elif op in COLLECTIVES:
         wire, phases = COLLECTIVES[op]
         s["wire"], s["phases"] = wire * (s["world"] - 1.0) / s["world"], phases
+        # bf16 is measured in a serving engine's graph, fp16 in NCCL's own benchmark.
+        engine = op == "all_reduce" and dtype == "bf16"
+        s["direct"] = engine * 1.0 * (s["bytes"] < DIRECT_BYTES) * (s["per_node"] == s["world"])
     return s
+
+
+def flops(op: str, shape: Mapping[str, int]) -> float:
+    """Of products of matrices; one an element for memory-bound operators, none on the network."""
+    if op in ("gemm", "bmm"):
+        return 2.0 * shape["batch"] * shape["m"] * shape["n"] * shape["k"]
+    if op in ("attn_prefill", "attn_decode"):
+        seen = float(pairs(shape["q_len"], shape["kv_len"], shape["window"]))
+        return 4.0 * shape["batch"] * shape["heads"] * shape["head_dim"] * seen
+    return float(shape["rows"] * shape["width"]) if op in STREAMS else 0.0
+
+
+def weight_bytes(op: str, dtype: str, shape: Mapping[str, int]) -> float:
+    """Of a linear layer's weights among the bytes; `bmm` multiplies activations."""
+    if op != "gemm":
+        return 0.0
+    return shape["batch"] * shape["n"] * shape["k"] * GEMM_BITS[dtype][1] / 8
 
 
 def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[Any, ...]:
     """Where a shape lies, for the smooth residual: log2 sizes and what is left of a last wave."""
-    log = np.log2
     if law == "gemm":
-        blocks = np.ceil(s["m"] / 128) * np.ceil(s["n"] / 128) * s["batch"]
-        share = blocks / machine["cores"]
-        idle = np.where(share > 8, 0.0, np.ceil(share) - share)
-        aligned = np.where(
-            (np.asarray(s["n"]) % 64 == 0) & (np.asarray(s["m"]) % 16 == 0), 0.0, 1.0
-        )
-        return log(s["m"]), log(s["n"]), log(s["k"]), log(s["batch"]), 2 * idle, aligned
+        share = ceil(s["m"] / 128) * ceil(s["n"] / 128) * s["batch"] / machine["cores"]
+        idle = (share <= 8) * (ceil(share) - share)
+        odd = 1.0 - (s["n"] % 64 == 0) * (s["m"] % 16 == 0)
+        return log2(s["m"]), log2(s["n"]), log2(s["k"]), log2(s["batch"]), 2 * idle, odd
     if law in ("prefill", "decode"):
-        w = np.where(np.asarray(s["window"]) > 0, 1.0, 0.0)
-        group = log(s["heads"] / s["kv_heads"])
-        return log(s["batch"]), log(s["heads"]), group, log(s["kv_len"]), log(s["head_dim"]), 3 * w
+        group, windowed = log2(s["heads"] / s["kv_heads"]), 3.0 * (s["window"] > 0)
+        return (
+            log2(s["batch"]),
+            log2(s["heads"]),
+            group,
+            log2(s["kv_len"]),
+            log2(s["head_dim"]),
+            windowed,
+        )
     if law == "stream":
-        return log(s["rows"]), log(s["width"])
-    across = np.where(np.asarray(s["per_node"]) < s["world"], 4.0, 0.0)
-    return log(s["bytes"]), 2 * log(s["world"]), across, log(s["per_node"])
+        return log2(s["rows"]), log2(s["width"])
+    across = 4.0 * (s["per_node"] < s["world"])
+    return log2(s["bytes"]), 2 * log2(s["world"]), across, log2(s["per_node"]), 4.0 * s["direct"]

@@ -20,7 +20,11 @@ from ridgeline.ir.errors import RidgelineError
 FOLDER = Path(__file__).parent / "targets"
 HOST = ("native", "cpu")
 # The names under which published measurements know machines that are described under another.
-ALIASES = {"a100_80g": "a100", "a100_40g": "a100-40gb", "h100_sxm": "h100", "b200_sxm": "b200"}
+ALIASES = {
+    "a100_80g": "a100", "a100_sxm": "a100", "a100_80g_sxm": "a100", "a100_40g": "a100-40gb",
+    "a100_40g_sxm": "a100-40gb", "h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200",
+    "v100_sxm": "v100",
+}  # fmt: skip
 _KINDS = ("cuda", "hip", "cpu")
 _TEXTS = ("name", "kind", "arch")
 _NUMBERS = (
@@ -38,6 +42,7 @@ _GPU_NUMBERS = (
     "shared_kib_per_core",
     "eager_launch_us",
     "link_gb_per_s",
+    "tdp_w",
 )
 _CPU_NUMBERS = ("threads", "fork_us", "spread")
 _CPU_LISTS = ("cache_kib", "cache_bandwidth_gb_per_s")
@@ -64,6 +69,7 @@ class Target:
     launch_s: the floor of one kernel inside a CUDA graph, or of one dispatched op on a CPU;
     eager_launch_s: host time per kernel launched one by one. fork_s: one parallel region of a CPU.
     link_bytes_per_s: to other devices, one direction; 0 where there is none.
+    tdp_w: watts, the board's power limit; 0 for a CPU.
     *_efficiency: the fraction of the peak that good kernels reach on this product.
     spread: relative spread of a probe's repeats; 0 for published figures.
     sources: field as in the file -> where its number comes from.
@@ -84,6 +90,7 @@ class Target:
     fork_s: float
     threads: int
     link_bytes_per_s: float
+    tdp_w: float
     gemm_efficiency: float
     bandwidth_efficiency: float
     attention_efficiency: float
@@ -174,6 +181,7 @@ def parse_target(described: Mapping[str, Any], origin: str) -> Target:
         fork_s=n["fork_us"] * 1e-6 if cpu else 0.0,
         threads=int(n["threads"]) if cpu else 0,
         link_bytes_per_s=0.0 if cpu else n["link_gb_per_s"] * 1e9,
+        tdp_w=0.0 if cpu else n["tdp_w"],
         gemm_efficiency=n["gemm_efficiency"],
         bandwidth_efficiency=n["bandwidth_efficiency"],
         attention_efficiency=n["attention_efficiency"],

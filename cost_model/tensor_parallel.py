@@ -79,11 +79,11 @@ class Constants:
 
 
 FITTED = Constants(
-    gemm=1.17,
-    expert=1.55,
-    attention=0.957,
-    wire=0.855,
-    interference=0.0969,
+    gemm=1.23,
+    expert=1.61,
+    attention=0.792,
+    wire=0.856,
+    interference=0.14,
     moe_host_us=624.0,
 )
 

@@ -130,3 +130,10 @@ def print_rates(rates, what: str, console: Console) -> None:
     for name, rate in rates.items():
         spread = f"[{rate.lower:.1f}, {rate.upper:.1f}]"
         console.print(Text(f"{what:8s} {name:16s} {rate.median:8.1f} {spread} tokens/s"))
+
+
+def predict(rounds: int, console: Console) -> None:
+    """The cost model's prediction of one kernel, by kind of kernel."""
+    from ridgeline.tools import bench_predict
+
+    console.print(bench_predict.table(rounds))

@@ -1,5 +1,5 @@
 """The command line: optimize, verify, dump, explain, targets, bench, sweep,
-demo.
+accuracy, demo.
 
 MODEL is ``file.py:function``, which returns (module, args) or (module, args, kwargs), a ``.pt2``
 exported program, or ``smollm2``. Heavy imports happen inside the commands, so that --help is quick.
@@ -67,6 +67,7 @@ class Bench(StrEnum):
     rotary = "rotary"
     decode = "decode"
     perplexity = "perplexity"
+    predict = "predict"
     shift_add = "shift-add"
     shift_add_decode = "shift-add-decode"
 
@@ -254,6 +255,28 @@ def sweep(
         rows = run(families or (), dtypes, out)
         if output is not None:
             _write(output, json.dumps([r.to_dict() for r in rows], indent=2))
+
+
+@app.command()
+def accuracy(
+    folder: Annotated[Path, typer.Argument(help="Measured kernel times: gemm.csv and so on.")],
+    few_shot: Annotated[
+        Path | None, typer.Option(help="A few rows of other machines, in the same form.")
+    ] = None,
+    output: Output = None,
+    traceback: Trace = False,
+) -> None:
+    """The cost model's own error on kernels and machines it has not seen, beside the goals."""
+    with _clear_errors(traceback):
+        from ridgeline.tools.accuracy import run
+        from ridgeline.tools.accuracy_table import markdown, tables
+
+        with _status("fitting without what is scored"):
+            found = run(folder, few_shot)
+        for table in tables(found):
+            out.print(table)
+        if output is not None:
+            _write(output, markdown(found))
 
 
 @app.command()

@@ -5,10 +5,12 @@ For each group of operators:
        equal weight;
     2. each machine's own: the same loss plus a ridge towards 1;
     3. a machine's residual: ridge regression on Gaussians around shapes that were measured;
-    4. intervals: quantiles of the errors, for machines left out of 1 and for held-out shapes in 3.
+    4. intervals: quantiles of the errors by what bounds the kernel, of machines left out of 1 for a
+       machine that wasn't measured, of shapes held out of 2 and 3 for one that was.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,50 +19,74 @@ import typer
 from scipy.optimize import least_squares
 
 from ridgeline.cost_model import laws, shapes
-from ridgeline.cost_model.predict import CALIBRATION, Model
+from ridgeline.cost_model.calibration import CALIBRATION, Model
 from ridgeline.tools.kernel_times import Times, read
 
 SEED = 0
 ROWS = 1200  # of a machine that a fit of constants reads
 FEW = 24  # rows below which a machine has no constants of its own
-CENTRES = 160
-# ln units: how far constants are expected to lie from where a fit begins, and a machine's from all
-PRIOR, OWN_PRIOR = 1.5, 0.5
-LENGTHS = {"gemm": 1.6, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
-RIDGE = 0.5
-UNKNOWN = (-0.5, 0.5)  # the interval where only one machine was measured
+CENTRES = 400
+# How far constants are expected to lie from where a fit begins, and a machine's from all, on the
+# fit's scale; target files measure what "power" corrects, and physics gives "vector".
+PRIOR, OWN_PRIOR = 1.5, 3.0
+TIGHT = {
+    "power": 0.03, "vector": 0.03, "half": 0.1, "fill": 0.2, "quantized_row_ns": 0.1,
+    "quantized": 0.1,
+}  # fmt: skip
+PULL = 0.01  # of the mean error that moving a constant that far must save
+# It times attention's kernel alone, others with what an engine runs around it: left out of what
+# holds for all machines.
+BARE = "llmservingsim flash_attn2"
+# Batched products were timed from the host, one by one: none took less.
+BEGIN = {"bmm.fp32": {"floor_us": 40.0}}
+LENGTHS = {"gemm": 2.0, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
+RIDGE = 0.1
+UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
+FEWEST = 20  # errors that quantiles are taken of
+WIDER = 1.25  # intervals of machines that were not measured
+
+Interval = list[tuple[float, float]]  # (5 %, 95 %) quantiles by the largest of the parts
+Errors = tuple[np.ndarray, np.ndarray]  # ln(measured / predicted), the largest of the parts
 
 
-def constants(t: Times, begin: np.ndarray, prior: float) -> np.ndarray:
+def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
     """The law's constants with the least loss on `t`, near `begin`."""
     rng = np.random.default_rng(SEED)
     chosen = np.zeros(len(t), bool)
-    for name in np.unique(t.name):
-        rows = np.flatnonzero(t.name == name)
+    for name in np.unique(t.harness):
+        rows = np.flatnonzero(t.harness == name)
         chosen[rng.permutation(rows)[:ROWS]] = True
     t = t.where(chosen)
-    _, index, count = np.unique(t.name, return_inverse=True, return_counts=True)
-    weight = np.sqrt(len(t) / len(count) / count[index])
-    law = laws.LAWS[t.group.law]
+    # A machine weighs as the root of its rows, and on it every harness the same.
+    weight = np.zeros(len(t))
+    for name in np.unique(t.name):
+        harnesses = np.unique(t.harness[t.name == name])
+        for harness in harnesses:
+            rows = (t.name == name) & (t.harness == harness)
+            weight[rows] = np.sqrt((t.name == name).sum()) / (rows.sum() * len(harnesses))
+    weight = np.sqrt(weight / weight.mean())
+    name, start = t.group.law, laws.free(t.group.law, begin)
+    law = laws.LAWS[name]
+    width = np.array([TIGHT.get(c, 1.0) for c in laws.CONSTANTS[name]]) * prior
 
-    def loss(c: np.ndarray) -> np.ndarray:
-        error = (t.log_s - np.log(law(c, t.machine, t.s))) * weight
-        # soft L1 on the errors alone: the prior's terms stay quadratic in effect, being small
-        return np.concatenate([error, (c - begin) / prior])
+    def loss(x: np.ndarray) -> np.ndarray:
+        error = t.log_s - np.log(laws.total(law(laws.natural(name, x), t.machine, t.s)))
+        return np.concatenate([error * weight, PULL * len(t) * (x - start) / width])
 
-    return least_squares(loss, begin, loss="soft_l1", f_scale=0.05, max_nfev=25).x
+    found = least_squares(loss, start, loss="soft_l1", f_scale=0.05, max_nfev=40, diff_step=1e-4).x
+    return [float(f"{c:.4g}") for c in laws.natural(name, found)]
 
 
 def residual(t: Times, model: Model) -> dict[str, Any]:
     """Gaussians around some of the shapes of `t`, ridge-fitted to what the law leaves."""
-    left = t.log_s - model.log_seconds(t.group, t.name[0], _first(t), t.s)
+    left = t.log_s - model.log_seconds(t.group, t.name[0], t.machine, t.s)
     machine = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.machine.items()}
     flat = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.s.items()}
     at = np.stack(np.broadcast_arrays(*shapes.features(t.group.law, flat, machine)), -1)
     scale = LENGTHS[t.group.law]
     x = at / scale
     rng = np.random.default_rng(SEED)
-    c = np.unique(np.round(x[rng.permutation(len(x))[: 4 * CENTRES]], 3), axis=0)
+    c = np.unique(np.round(x[rng.permutation(len(x))[: 4 * CENTRES]], 2), axis=0)
     c = c[rng.permutation(len(c))[:CENTRES]]
     basis = np.exp(-0.5 * ((x[:, None] - c) ** 2).sum(-1))
     offset = float(np.median(left))
@@ -70,90 +96,142 @@ def residual(t: Times, model: Model) -> dict[str, Any]:
         w = np.linalg.solve(a.T @ basis + RIDGE * np.eye(len(c)), a.T @ (left - offset))
         error = np.abs(left - offset - basis @ w)
         weight = 1 / np.maximum(error / 0.05, 1.0)
-    rounded = {
-        "centres": np.round(c, 3).tolist(),
-        "norms": np.round((c * c).sum(-1), 6).tolist(),
-        "weights": np.round(w, 4).tolist(),
-    }
+    rounded = {"centres": np.round(c, 2).tolist(), "weights": np.round(w, 3).tolist()}
     return {"scale": scale, "offset": round(offset, 4), **rounded}
 
 
-def _first(t: Times) -> dict[str, np.ndarray]:
-    return dict(t.machine)
-
-
 def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
-    """One group's entry of the calibration, without intervals."""
-    begin = np.array(list(laws.CONSTANTS[t.group.law].values()))
-    shared = constants(t, begin, PRIOR)
+    """One group's entry of the calibration, with assumed intervals."""
+    begin = {**laws.CONSTANTS[t.group.law], **BEGIN.get(t.group.key, {})}
+    bare = np.array([h.startswith(BARE) for h in t.harness])
+    shared = constants(t.where(~bare) if not bare.all() else t, list(begin.values()), PRIOR)
     entry: dict[str, Any] = {
         "law": t.group.law,
-        "constants": np.round(shared, 4).tolist(),
+        "constants": shared,
         "machines": {},
         "interval": UNKNOWN,
     }
     for name in np.unique(t.name) if machines else ():
         own = t.where(t.name == name)
-        if len(own) < FEW:
-            continue
-        c = np.round(constants(own, shared, OWN_PRIOR), 4).tolist()
-        entry["machines"][str(name)] = {"constants": c, "interval": UNKNOWN}
-        model = Model({"groups": {t.group.key: entry}})
-        entry["machines"][str(name)]["residual"] = residual(own, model)
+        if len(own) >= FEW:
+            calibrate(entry, own)
     return entry
 
 
-def errors(entry: dict[str, Any], t: Times) -> np.ndarray:
-    """ln(measured / predicted) of each row."""
+def calibrate(entry: dict[str, Any], own: Times, smooth: bool = True) -> None:
+    """Gives `entry` constants for the one machine of `own`, and a residual unless `smooth` is
+    false."""
+    name = str(own.name[0])
+    c = constants(own, entry["constants"], OWN_PRIOR)
+    entry["machines"][name] = {"constants": c, "interval": entry["interval"]}
+    if smooth:
+        model = Model({"groups": {own.group.key: entry}})
+        entry["machines"][name]["residual"] = residual(own, model)
+
+
+def errors(entry: dict[str, Any], t: Times) -> Errors:
+    """ln(measured / predicted) of each row, and which of the law's parts is the largest."""
     model = Model({"groups": {t.group.key: entry}})
-    out = np.empty(len(t))
+    out, bound = np.empty(len(t)), np.empty(len(t), int)
     for name in np.unique(t.name):
         rows = t.name == name
         own = t.where(rows)
         out[rows] = own.log_s - model.log_seconds(t.group, str(name), own.machine, own.s)
-    return out
+        bound[rows] = np.argmax(model.parts(t.group, str(name), own.machine, own.s), 0)
+    return out, bound
 
 
-def left_out_machines(t: Times) -> np.ndarray:
-    """Errors on each machine with constants fitted on the others; NaN if there are none."""
-    out = np.full(len(t), np.nan)
-    boards = np.array([n.rpartition("_")[0] or n for n in t.name]) if _topological(t) else t.name
-    for name in np.unique(boards):
-        rows = boards == name
-        if not rows.all():
-            entry = fit_group(t.where(~rows), machines=False)
-            out[rows] = errors(entry, t.where(rows))
-    return out
+def boards(t: Times) -> np.ndarray:
+    """The machine of each row; of a collective without its topology."""
+    if t.group.law != "collective":
+        return t.name
+    return np.array([n.rpartition("_")[0] or n for n in t.name])
 
 
-def _topological(t: Times) -> bool:
-    return t.group.law == "collective"
+def fits_without(t: Times) -> dict[str, dict[str, Any]]:
+    """Machine -> an entry fitted on all others; empty if there is only one."""
+    names = np.unique(boards(t))
+    if len(names) < 2:
+        return {}
+    return {str(n): fit_group(t.where(boards(t) != n), machines=False) for n in names}
 
 
-def held_out_shapes(t: Times) -> np.ndarray:
-    """Errors on the held-out shapes with everything fitted on the others; NaN elsewhere."""
-    out = np.full(len(t), np.nan)
-    if t.held_out.any() and not t.held_out.all():
-        out[t.held_out] = errors(fit_group(t.where(~t.held_out)), t.where(t.held_out))
-    return out
+def fit_unseen(t: Times) -> dict[str, Any] | None:
+    """An entry fitted without the held-out shapes; None if all or none are."""
+    if not t.held_out.any() or t.held_out.all():
+        return None
+    return fit_group(t.where(~t.held_out))
 
 
 def fit(folder: Path) -> dict[str, Any]:
     """The whole calibration."""
-    groups = {}
+    groups, apart = {}, {}
     for key, t in read(folder).items():
-        entry = fit_group(t)
-        apart, shape_errors = left_out_machines(t), held_out_shapes(t)
-        if np.isfinite(apart).any():
-            entry["interval"] = _interval(apart[np.isfinite(apart)])
+        entry = groups[key] = fit_group(t)
+        apart[key] = [errors(e, t.where(boards(t) == name)) for name, e in fits_without(t).items()]
+        unseen = fit_unseen(t)
         for name, own in entry["machines"].items():
-            seen = shape_errors[(t.name == name) & np.isfinite(shape_errors)]
-            own["interval"] = _interval(seen) if len(seen) >= 10 else entry["interval"]
-        groups[key] = entry
+            rows = t.where(t.held_out & (t.name == name))
+            own["interval"] = None
+            if unseen is not None and len(rows) >= FEWEST:
+                own["interval"] = interval([errors(unseen, rows)])
+    unmeasured = intervals_apart(apart, {k: entry["law"] for k, entry in groups.items()})
+    for key, entry in groups.items():
+        entry["interval"] = unmeasured[key]
+        for own in entry["machines"].values():
+            own["interval"] = own["interval"] or entry["interval"]
     return {"groups": groups}
 
 
-def _interval(e: np.ndarray) -> tuple[float, float]:
+def intervals_apart(
+    apart: Mapping[str, Sequence[Errors]], law: Mapping[str, str]
+) -> dict[str, Interval]:
+    """Group -> the interval of a machine that wasn't measured, from errors on machines left out.
+
+    A group that a single machine was measured for takes the widest limits of those of its law.
+    """
+    out = {k: interval_apart(found, pooled(apart, k)) for k, found in apart.items() if found}
+    for key in apart:
+        alike = [out[k] for k in out if law[k] == law[key] and apart[k]]
+        if key not in out:
+            out[key] = UNKNOWN
+            if alike:
+                lows, highs = np.array(alike).min(0)[:, 0], np.array(alike).max(0)[:, 1]
+                out[key] = [(float(x), float(y)) for x, y in zip(lows, highs, strict=True)]
+    return out
+
+
+def pooled(apart: Mapping[str, Sequence[Errors]], but: str) -> Errors:
+    """The errors of all groups but one on machines left out."""
+    parts = [e for key, found in apart.items() if key != but for e in found]
+    if not parts:
+        return np.empty(0), np.empty(0, int)
+    return np.concatenate([e for e, _ in parts]), np.concatenate([b for _, b in parts])
+
+
+def interval_apart(found: Sequence[Errors], others: Errors) -> Interval:
+    """For a machine that wasn't measured. Two machines say little of a third: with fewer than
+    three, the errors of all other groups count as one more. A machine to come may differ more from
+    those measured than these among themselves: WIDER."""
+    limits = interval([*found, others] if len(found) < 3 else found)
+    return [(round(WIDER * low, 4), round(WIDER * high, 4)) for low, high in limits]
+
+
+def interval(found: Sequence[Errors]) -> Interval:
+    """For each bound the widest of the machines' (5 %, 95 %) quantiles of their errors."""
+    found = [(e, b) for e, b in found if len(e) >= FEWEST]
+    if not found:
+        return UNKNOWN
+    whole = [_quantiles(e) for e, _ in found]
+    out = []
+    for bound in range(3):
+        parts = [e[b == bound] for e, b in found]
+        ranges = [_quantiles(e) for e in parts if len(e) >= FEWEST] or whole
+        out.append((min(r[0] for r in ranges), max(r[1] for r in ranges)))
+    return out
+
+
+def _quantiles(e: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(e, (0.05, 0.95))
     return round(min(float(low), -0.02), 4), round(max(float(high), 0.02), 4)
 

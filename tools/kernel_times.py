@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ridgeline.cost_model import shapes
-from ridgeline.cost_model.predict import machine_of
+from ridgeline.cost_model.machine import machine_of
 
 FILES = ("gemm", "gemm_quant", "attention", "memory", "collective")
 # Launched one by one: these time the host, of which `predict` knows nothing.
@@ -57,7 +57,11 @@ def read(folder: Path) -> dict[str, Times]:
     for file in FILES:
         with (folder / f"{file}.csv").open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
-                if {row["source"], row["variant"]} & HOST_BOUND or _slow_fp8(row):
+                if (
+                    {row["source"], row["variant"]} & HOST_BOUND
+                    or _slow_fp8(row)
+                    or _unbridged(row)
+                ):
                     continue
                 rows[shapes.group_of(row["op"], row["dtype"])].append(row)
     return {group.key: _times(group, found) for group, found in sorted(rows.items(), key=str)}
@@ -66,6 +70,11 @@ def read(folder: Path) -> dict[str, Times]:
 def _slow_fp8(row: Mapping[str, str]) -> bool:
     """TensorRT-LLM's fp8 path adds 7 us of kernels to what vLLM's takes: one name, two kernels."""
     return row["dtype"] == "fp8" and row["variant"].startswith("trtllm")
+
+
+def _unbridged(row: Mapping[str, str]) -> bool:
+    """A40s that exchange 4 GB/s inside a node: through the host, past the bridge they have."""
+    return row["gpu"] == "a40_pairwise" and row["per_node"] == row["world"]
 
 
 def _times(group: shapes.Group, rows: list[dict[str, str]]) -> Times:

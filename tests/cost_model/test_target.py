@@ -103,3 +103,10 @@ def test_number_without_source(tmp_path):
         load_target(_edited(tmp_path, line, ""))
     with pytest.raises(InvalidTarget, match=r"source.corez.*the key of a number in this file"):
         load_target(_edited(tmp_path, line, line + line.replace("cores", "corez")))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_gpu_has_a_power_limit_with_a_source(name):
+    target = load_target(name)
+    assert 50 < target.tdp_w <= 1200
+    assert target.sources["tdp_w"]

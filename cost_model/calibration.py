@@ -1,0 +1,103 @@
+"""Fitted constants, residuals and intervals by group of operators and machine: `calibration.json`.
+
+    ln seconds = ln total(law(constants, machine, shape)) + Σ wᵢ exp(-|x - cᵢ|² / 2) + w₀
+
+groups: key -> {law, constants, interval, machines: name -> {constants, interval, residual}}, where
+the group's own constants and interval hold for a machine that was not measured. An interval is one
+pair of logarithms for each of the parts that may be the largest.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ridgeline.cost_model import laws, shapes
+
+CALIBRATION = Path(__file__).parent / "calibration.json"
+
+
+class Model:
+    """The laws with the constants of a calibration; see `calibration.json` for its layout."""
+
+    def __init__(self, calibration: Mapping[str, Any]) -> None:
+        self.groups = calibration["groups"]
+        self.residuals = {
+            key: {
+                name: _arrays(own["residual"])
+                for name, own in group["machines"].items()
+                if own.get("residual")
+            }
+            for key, group in self.groups.items()
+        }
+
+    def nearest(self, group: shapes.Group) -> str:
+        """The group's key, or, for a dtype that nobody measured, that of the same operator."""
+        if group.key in self.groups:
+            return group.key
+        stem = group.key.split(".")[0]
+        same = [k for k in self.groups if k.split(".")[0] == stem]
+        return (
+            same[0] if same else next(k for k in self.groups if self.groups[k]["law"] == group.law)
+        )
+
+    def parts(
+        self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any]:
+        """(fixed, compute, memory) seconds of the law; arrays for arrays."""
+        fitted = self.groups[self.nearest(group)]
+        return laws.LAWS[group.law](fitted["machines"].get(name, fitted)["constants"], machine, s)
+
+    def residual(
+        self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
+    ) -> Any:
+        """What a measured machine adds to ln seconds; 0.0 for another."""
+        residual = self.residuals[self.nearest(group)].get(name)
+        if residual is None:
+            return 0.0
+        if any(isinstance(v, np.ndarray) for v in s.values()):
+            s, machine = _flat(s), _flat(machine)
+        return smooth(residual, shapes.features(group.law, s, machine))
+
+    def log_seconds(
+        self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
+    ) -> Any:
+        """ln seconds; arrays for arrays."""
+        parts = self.parts(group, name, machine, s)
+        return np.log(laws.total(parts)) + self.residual(group, name, machine, s)
+
+    def interval(self, group: shapes.Group, name: str, bound: int) -> tuple[float, float]:
+        """(5 %, 95 %) quantiles of ln(measured / predicted); bound: the largest of the parts."""
+        fitted = self.groups[self.nearest(group)]
+        below, above = fitted["machines"].get(name, fitted)["interval"][bound]
+        return below, above
+
+
+def _arrays(residual: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found = {k: np.asarray(v) for k, v in residual.items()}
+    return {**found, "norms": (found["centres"] ** 2).sum(-1)}
+
+
+def _flat(s: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v[..., 0] if np.ndim(v) > 1 else v for k, v in s.items()}
+
+
+def smooth(residual: Mapping[str, np.ndarray], at: tuple[Any, ...]) -> Any:
+    """Σ wᵢ exp(-|x - cᵢ|² / 2) + w₀, with x in units of `scale`: ridge regression on Gaussians."""
+    c, norms = residual["centres"], residual["norms"]
+    if all(isinstance(a, float | int) for a in at):
+        x = np.array(at) / residual["scale"]
+        near = np.exp(c @ x - 0.5 * (norms + x @ x))
+    else:
+        x = np.stack(np.broadcast_arrays(*at), -1) / residual["scale"]
+        near = np.exp(x @ c.T - 0.5 * (norms + (x * x).sum(-1)[..., None]))
+    return near @ residual["weights"] + residual["offset"]
+
+
+@functools.cache
+def calibration() -> Model:
+    """The constants that ridgeline ships."""
+    return Model(json.loads(CALIBRATION.read_text(encoding="utf-8")))

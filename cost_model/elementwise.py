@@ -1,0 +1,48 @@
+"""Functions of numbers or arrays: a law is written once, and one shape costs no array's overhead.
+
+numpy takes about 1 us for a function of one number, `math` a tenth of it.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+Numbers = Any  # a float or an array that broadcasts with the others
+
+
+def ceil(x: Numbers) -> Numbers:
+    return math.ceil(x) if isinstance(x, float | int) else np.ceil(x)
+
+
+def floor(x: Numbers) -> Numbers:
+    return math.floor(x) if isinstance(x, float | int) else np.floor(x)
+
+
+def log2(x: Numbers) -> Numbers:
+    return math.log2(x) if isinstance(x, float | int) else np.log2(x)
+
+
+def largest(a: Numbers, b: Numbers) -> Numbers:
+    if isinstance(a, float | int) and isinstance(b, float | int):
+        return a if a > b else b
+    return np.maximum(a, b)
+
+
+def least(a: Numbers, b: Numbers) -> Numbers:
+    if isinstance(a, float | int) and isinstance(b, float | int):
+        return a if a < b else b
+    return np.minimum(a, b)
+
+
+def choose(condition: Numbers, a: Numbers, b: Numbers) -> Numbers:
+    """`a` where the condition holds, else `b`."""
+    if isinstance(condition, bool | np.bool_):
+        return a if condition else b
+    return np.where(condition, a, b)
+
+
+def root4(a: Numbers, b: Numbers) -> Numbers:
+    """(a⁴ + b⁴)^¼: nearly the larger of the two."""
+    a, b = a * a, b * b
+    return (a * a + b * b) ** 0.25
