@@ -20,6 +20,7 @@ from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.masks import Mask, analyse
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
+from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.attention_spellings import patterns
 from ridgeline.passes.base import Candidate, Pass, Setting
@@ -257,7 +258,7 @@ def _proven(
 
 def _work(call: Call, site: Site) -> Work:
     def hints(node: fx.Node) -> list[int]:
-        sizes = [s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape]
+        sizes = list(numbers(node.meta["val"].shape))
         return [sizes[0], 1, *sizes[1:]] if len(sizes) == 3 else [1] * (4 - len(sizes)) + sizes
 
     (batch, heads, q_len, dim), value = hints(call.query), hints(site.bind["value"])

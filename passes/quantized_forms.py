@@ -6,12 +6,14 @@ A site is one layer, or several that read one input and become one product, thei
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
 from ridgeline.cost_model import Target, Work
 from ridgeline.ir.quantized_linear import MANY_ROWS, fixed_point
+from ridgeline.ir.sizes import numbers
 from ridgeline.passes.base import Setting
 from ridgeline.passes.quantization import Codec
 
@@ -101,16 +103,13 @@ def source_of(layers: Sequence[Layer]) -> fx.Node:
 
 
 def rows_of(layers: Sequence[Layer]) -> int:
-    """Rows of the layers' input, symbolic sizes at their captured value."""
+    """Rows of the layers' input, free sizes as `ridgeline.ir.sizes` has them."""
     return rows_at(source_of(layers))
 
 
 def rows_at(x: fx.Node) -> int:
-    """Rows of a value that a linear layer reads, symbolic sizes at their captured value."""
-    rows = 1
-    for size in x.meta["val"].shape[:-1]:
-        rows *= size if isinstance(size, int) else size.node.hint
-    return rows
+    """Rows of a value that a linear layer reads, free sizes as `ridgeline.ir.sizes` has them."""
+    return prod(numbers(x.meta["val"].shape[:-1]))
 
 
 def floating_products(layers: Sequence[Layer], setting: Setting) -> Products:
