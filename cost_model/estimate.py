@@ -13,7 +13,7 @@ which short attention calls were measured at two to three times the bare kernel 
 a CPU e is the probe's spread plus an assumed error of the form.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,6 +44,7 @@ class Cost:
 
     weight_bytes: of the weights among `bytes`.
     bound: "compute", "memory", "launch" or "communication", whichever takes most of the time.
+    spent: seconds by what bounds each kernel, each of the four; they add up to `seconds`.
     """
 
     seconds: float
@@ -55,6 +56,7 @@ class Cost:
     energy_joules: float
     bound: str
     weight_bytes: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 def estimate(
@@ -99,7 +101,7 @@ def estimate(
         spent["launch"] += host
     bound = max(spent, key=spent.__getitem__)
     times = (seconds + host, low + host, high + host)
-    return Cost(*times, moved, flops, eflops, energy, bound, weights)
+    return Cost(*times, moved, flops, eflops, energy, bound, weights, spent)
 
 
 def _communication(kernel: Collective, target: Target) -> float:

@@ -57,12 +57,16 @@ def choose(
     objective: Objective,
     sensitivity: float,
     weight_bytes: int,
+    state_bytes: int = 0,
 ) -> Choice:
     """Pick the candidates to apply on `target`.
 
-    sensitivity: output error per unit of local error, measured by a probe. weight_bytes: of all
-    weights of the program.
+    sensitivity: output error per unit of local error, measured by a probe; 0 where nothing is known
+    of errors, and cost alone decides. weight_bytes: of all weights of the program; state_bytes: of
+    its caches, which take device memory too. Raises InfeasibleChoice where no choice fits it.
     """
+    held = weight_bytes + state_bytes
+    too_large = held > target.memory_bytes
     costs = {
         c: (
             estimate(c.before, target, resident_bytes=weight_bytes),
@@ -75,7 +79,9 @@ def choose(
     for c in candidates:
         if objective == "latency" and c.memory_bytes > 0:
             price[c] += PRICE_OF_MEMORY * costs[c][0].seconds
-    useful = _undominated([c for c in candidates if worth[c] > price[c]], worth)
+    useful = _undominated(
+        [c for c in candidates if worth[c] > price[c] or (too_large and c.memory_bytes < 0)], worth
+    )
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
@@ -94,7 +100,7 @@ def choose(
         options,
         error_budget=tolerance,
         capacity_bytes=target.memory_bytes,
-        base_memory_bytes=weight_bytes,
+        base_memory_bytes=held,
     ).chosen
     chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
     spent = sum((c.error * sensitivity) ** 2 for c in chosen)

@@ -90,7 +90,8 @@ def error_of(
         known = (source, layer.name, codec, refined)
         total += weights.memo(known, functools.partial(of_weight, layer)) ** 2
         if multiply is not None:
-            rounding = functools.partial(_rounding_error, x, layer.weight, multiply)
+            values = weights.values(layer.weight)
+            rounding = functools.partial(_rounding_error, x, values, multiply)
             total += weights.memo((source, layer.name, multiply), rounding) ** 2
     return total**0.5
 
