@@ -52,8 +52,8 @@ class Firing:
 class Answer:
     """One decision: passes by name, cost before and after, bytes held.
 
-    weights: (before, after) of the program's weights; state: of its caches. before, after are None
-    where no choice fits the machine's memory; nodes: kernels with their part, for a roofline.
+    weights: (before, after) of the program's weights; state: of its caches. before, after, and the
+    kernels of work_before, work_after, are None where no choice fits the machine's memory.
     """
 
     target: Target
@@ -63,8 +63,8 @@ class Answer:
     firing: dict[str, Firing]
     before: Cost | None = None
     after: Cost | None = None
-    work_before: Work = Work()
-    work_after: Work = Work()
+    work_before: Work | None = None
+    work_after: Work | None = None
 
     @property
     def fits(self) -> bool:
@@ -84,6 +84,11 @@ class WhatIf:
         self.weight_bytes = weight_bytes(module)
         self._found = find_sites(passes, module.graph)
         self._weights, self._observed = UnknownWeights(), Unobserved()
+
+    @property
+    def has_context(self) -> bool:
+        """Has the program a length, of its inputs or caches?"""
+        return sizes_of(self.program, None, None).context is not None
 
     def at(self, target: Target, batch: int | None = None, context: int | None = None) -> Answer:
         """The decision for `target` at this batch and context; None: as captured.

@@ -2,9 +2,10 @@
 
 A program has a free symbol for its batch and one for its length where its model allows it. Of
 
-    prefill, forward    the batch is dimension 0 of its first input, the context dimension 1: the
-                        tokens (or rows) of the call
-    decode              the batch likewise; the context is the length of the caches, tokens of before
+    prefill, forward    the batch is dimension 0 of its first input, the context dimension 1:
+                        the tokens (or rows) of the call
+    decode              the batch likewise; the context is the length of the caches: the tokens
+                        of before
 
 What a program has fixed it is chosen for as it is, and `Sizes.fixed` says so.
 """
@@ -77,8 +78,8 @@ class Workload:
 class Sizes:
     """Values of every free symbol of a program, for `ridgeline.ir.sizes.sizes_at`.
 
-    batch, context: what they come to, None where the program has no such dimension. fixed: sentences
-    about what was asked and is fixed otherwise.
+    batch, context: what they come to, None where the program has no such dimension. fixed:
+    sentences about what was asked and is fixed otherwise.
     """
 
     values: dict[sympy.Symbol, int]
