@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import fx
 
-from ridgeline.cost_model import Cost, Option, Target, estimate, solve
+from ridgeline.cost_model import Cost, Option, Target, Work, estimate, solve
 from ridgeline.ir.provenance import source_of
 from ridgeline.passes.base import Candidate, location
 from ridgeline.passes.plan import Certificate, Decision, RefusedBy
@@ -67,13 +67,14 @@ def choose(
     """
     held = weight_bytes + state_bytes
     too_large = held > target.memory_bytes
-    costs = {
-        c: (
-            estimate(c.before, target, resident_bytes=weight_bytes),
-            estimate(c.after, target, resident_bytes=weight_bytes),
-        )
-        for c in candidates
-    }
+    known: dict[Work, Cost] = {}  # a model repeats its layers
+
+    def cost(work: Work) -> Cost:
+        if work not in known:
+            known[work] = estimate(work, target, resident_bytes=weight_bytes)
+        return known[work]
+
+    costs = {c: (cost(c.before), cost(c.after)) for c in candidates}
     worth = {c: _gain(*costs[c], c, objective) for c in candidates}
     price = _price(worth, sensitivity, tolerance)
     for c in candidates:

@@ -1,8 +1,8 @@
-"""`ridgeline whatif MODEL`: what would fire, and what it would cost, on machines that are not here.
+"""`ridgeline whatif MODEL`: what would fire, and what it would cost, on machines not at hand.
 
-For every target, phase, batch and context one decision of `ridgeline.passes.what_if`: the time before
-and after with what bounds it, the bytes of weights and caches, the passes that fire. Then, for each
-pass, the batches at which it starts or ceases to (`ridgeline.tools.whatif_flips`). Nothing is run;
+For every target, phase, batch and context one decision of `ridgeline.passes.what_if`: the time
+before and after with what bounds it, the bytes of weights and caches, the passes that fire. Then,
+for each pass, the batches at which it starts or ceases to (`ridgeline.tools.whatif_flips`). Nothing is run;
 a model that is given by its config has no weights.
 """
 
@@ -141,6 +141,6 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
     if request.plot is not None:
         from ridgeline.tools.whatif_plot import draw
 
-        draw(request, questions, found)
+        draw(request, questions)
         console.print(Text(f"wrote {request.plot}"))
     return found

@@ -9,6 +9,7 @@ so two flips between neighbouring powers of two, back and forth, are not seen. N
 stands behind it: every point is one answer of `ridgeline.passes.what_if`.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def _ranges(name: str, ask: Ask, grid: list[int]) -> tuple[tuple[int, int], ...]
 
     ranges: list[tuple[int, int]] = []
     start = 1 if fires(1) else None
-    for low, high in zip(grid, grid[1:], strict=False):
+    for low, high in itertools.pairwise(grid):
         if fires(low) == fires(high):
             continue
         at = _flip(fires, low, high)
