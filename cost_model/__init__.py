@@ -2,6 +2,7 @@
 
 from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
+from ridgeline.cost_model.doubt import doubt
 from ridgeline.cost_model.estimate import Cost, estimate
 from ridgeline.cost_model.predict import InvalidShape, Prediction, predict
 from ridgeline.cost_model.target import (
@@ -40,6 +41,7 @@ __all__ = [
     "Uncountable",
     "UnknownTarget",
     "Work",
+    "doubt",
     "estimate",
     "load_target",
     "predict",

@@ -71,24 +71,19 @@ def estimate(
     """
     if launch not in ("graph", "eager"):
         raise ValueError(f"launch: expected 'graph' or 'eager', found {launch!r}")
-    parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
     seconds = low = high = moved = flops = eflops = energy = weights = 0.0
     spent = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
     for kernel in work.kernels:
         kernel_bytes = sum(kernel.bytes.values())
-        if isinstance(kernel, Collective):
-            busy, fixed = _communication(kernel, target), 0.0
-            spent["communication"] += busy
-        else:
-            compute, memory, fixed = parts(kernel, target, resident_bytes)
-            busy = gpu_time.smoothmax(compute, memory)
-            spent["compute" if compute > memory else "memory"] += busy
-            spent["launch"] += fixed
+        busy, fixed, bound = kernel_seconds(kernel, target, resident_bytes)
+        spent[bound] += busy
+        spent["launch"] += fixed
+        if not isinstance(kernel, Collective):
             unit = torch.float32 if isinstance(kernel, _VECTOR) else kernel.dtype
             intensity = target.peak(unit) / target.bandwidth_bytes_per_s
             eflops += kernel.flops + intensity * kernel_bytes
             energy += joules(kernel)
-        error = _relative_error(kernel, target)
+        error = relative_error(kernel, target)
         seconds += busy + fixed
         low += (busy + fixed) / (1 + error)
         high += (busy + fixed) * (1 + error)
@@ -104,6 +99,30 @@ def estimate(
     return Cost(*times, moved, flops, eflops, energy, bound, weights, spent)
 
 
+def kernel_seconds(
+    kernel: Kernel, target: Target, resident_bytes: float = 0.0
+) -> tuple[float, float, str]:
+    """(busy, fixed, what bounds the busy part) of one kernel; its time is busy + fixed."""
+    if isinstance(kernel, Collective):
+        return _communication(kernel, target), 0.0, "communication"
+    parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
+    compute, memory, fixed = parts(kernel, target, resident_bytes)
+    busy = gpu_time.smoothmax(compute, memory)
+    return busy, fixed, "compute" if compute > memory else "memory"
+
+
+def kind_of(kernel: Kernel) -> str:
+    """What shares its law, and so its error, with others of the kind."""
+    if isinstance(kernel, Attention):
+        return "prefill attention" if kernel.q > 1 else "decode attention"
+    if isinstance(kernel, Gemm):
+        return "gemm" if kernel.weight_bits is None else "quantized gemm"
+    if isinstance(kernel, Stream):
+        return kernel.access
+    names = {BinaryAttention: "binary attention", Norm: "norm", Collective: "collective"}
+    return names[type(kernel)]
+
+
 def _communication(kernel: Collective, target: Target) -> float:
     if target.link_bytes_per_s <= 0 and kernel.ranks > 1:
         raise InvalidTarget(
@@ -113,7 +132,8 @@ def _communication(kernel: Collective, target: Target) -> float:
     return gpu_time.collective_seconds(kernel, target)
 
 
-def _relative_error(kernel: Kernel, target: Target) -> float:
+def relative_error(kernel: Kernel, target: Target) -> float:
+    """e of a kernel's interval t / (1+e) ... t · (1+e)."""
     if isinstance(kernel, Collective):
         return _COLLECTIVE_ERROR
     if target.kind == "cpu":

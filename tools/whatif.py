@@ -2,8 +2,8 @@
 
 For every target, phase, batch and context one decision of `ridgeline.passes.what_if`: the time
 before and after with what bounds it, the bytes of weights and caches, the passes that fire. Then,
-for each pass, the batches at which it starts or ceases to (`ridgeline.tools.whatif_flips`). Nothing is run;
-a model that is given by its config has no weights.
+for each pass, the batches at which it starts or ceases to (`ridgeline.tools.whatif_flips`).
+Nothing is run; a model that is given by its config has no weights.
 """
 
 import re

@@ -1,9 +1,10 @@
 """The plot of `ridgeline whatif --plot`: a roofline with the model's kernels, and time by batch.
 
 Left, for the first target: every distinct kernel at (FLOPs / bytes, FLOPs / seconds), hollow before
-and filled after the rewrites, as large as its share of the time; the roofs are the bandwidth and the
-dense peaks of the target. Right, for every target: seconds by batch, dashed before and solid after,
-over the batches that the search for flips asked about. One row per phase, at the first context.
+and filled after the rewrites, as large as its share of the time; the roofs are the bandwidth and
+the dense peaks of the target. Right, for every target: seconds by batch, dashed before and solid
+after, over the batches that the search for flips asked about. One row per phase, at the first
+context.
 """
 
 from collections import Counter
