@@ -10,7 +10,8 @@ The interval is t / (1+e) ... t · (1+e); errors of one kind of kernel are share
 GPUs e is the mean relative error, on GPUs left out of the fit, of an earlier fit of this same form
 of model; it doesn't cover the metadata kernels that serving systems run around attention, with
 which short attention calls were measured at two to three times the bare kernel predicted here. On
-a CPU e is the probe's spread plus an assumed error of the form.
+a CPU e is the probe's spread plus an assumed error of the form, or, of kinds of kernels that were
+measured by `ridgeline calibrate`, the error that was measured.
 """
 
 from dataclasses import dataclass, field
@@ -107,6 +108,9 @@ def kernel_seconds(
         return _communication(kernel, target), 0.0, "communication"
     parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
     compute, memory, fixed = parts(kernel, target, resident_bytes)
+    if refined := target.refined.get(kind_of(kernel)):
+        compute, memory = compute * refined.compute, memory * refined.memory
+        fixed *= refined.fixed
     busy = gpu_time.smoothmax(compute, memory)
     return busy, fixed, "compute" if compute > memory else "memory"
 
@@ -137,7 +141,8 @@ def relative_error(kernel: Kernel, target: Target) -> float:
     if isinstance(kernel, Collective):
         return _COLLECTIVE_ERROR
     if target.kind == "cpu":
-        return _CPU_ERROR + target.spread
+        refined = target.refined.get(kind_of(kernel))
+        return (refined.error if refined else _CPU_ERROR) + target.spread
     if isinstance(kernel, Attention):
         return _PREFILL_ERROR if kernel.q > 1 else _DECODE_ERROR
     if isinstance(kernel, Gemm):

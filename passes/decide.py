@@ -244,7 +244,7 @@ def _others(
             reason = f"its {best.memory_bytes} bytes do not fit {target.name} beside the rest"
             refused.append(Loss(best, "budget", reason, "choose a device with more memory"))
         else:
-            smallest = min(c.error for c in forms if worth[c] > 0)
+            smallest = min(c.error for c in forms if worth[c] > doubts[c])
             reason = f"its error ({smallest:.2g} at the least) does not fit beside the others'"
             needed = f"pass tolerance={enough(smallest) * 1.05:.2g}"
             refused.append(Loss(best, "budget", reason, needed))

@@ -35,6 +35,7 @@ def steady_cpu() -> Iterator[None]:
     figures = {
         "cores": 2,
         "threads": 2,
+        "memory_gb": 64,
         "bandwidth_gb_per_s": 40.0,
         "cache_bandwidth_gb_per_s": [350.0, 350.0, 350.0],
         "cache_kib": [64, 2048, 32768],

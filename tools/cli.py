@@ -260,6 +260,22 @@ def whatif(
 
 
 @app.command()
+def calibrate(
+    show: Annotated[bool, typer.Option("--show", help="Only the log of past runs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and store nothing.")] = False,
+    traceback: Trace = False,
+) -> None:
+    """Time ridgeline's kernels on this CPU and refine what is predicted for it."""
+    with _clear_errors(traceback):
+        from ridgeline.tools import calibrate as calibration
+
+        if show:
+            calibration.show(out)
+        else:
+            calibration.run(out, _status, dry=dry_run)
+
+
+@app.command()
 def bench(
     what: Annotated[Bench, typer.Argument(help="What to measure.")],
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 11,

@@ -22,7 +22,7 @@ from ridgeline.passes.decide import Objective
 from ridgeline.passes.what_if import Answer, WhatIf
 from ridgeline.tools.whatif_flips import Ranges, flips
 from ridgeline.tools.whatif_model import QuestionError, programs
-from ridgeline.tools.whatif_table import answers_table, flip_lines
+from ridgeline.tools.whatif_table import answer_tables, flip_lines
 
 LARGEST_BATCH = 1024
 DTYPES = ("bfloat16", "float16", "float32")
@@ -127,7 +127,8 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
                 (phase, target, batch, context, questions.ask(phase, target, batch, context))
                 for batch in request.batches
             ]
-    console.print(answers_table(request.model, rows))
+    for part in answer_tables(request.model, rows):
+        console.print(part)
     found: dict[Key, dict[str, Ranges]] = {}
     for phase, target, context in where:
         with status(f"looking for flips of {phase} on {target}"):
@@ -137,7 +138,7 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
 
             found[phase, target, context] = flips(ask, request.largest)
     for line in flip_lines(found, request.largest):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
     if request.plot is not None:
         from ridgeline.tools.whatif_plot import draw
 

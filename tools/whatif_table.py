@@ -1,62 +1,75 @@
-"""What `ridgeline whatif` prints: a table of decisions, and sentences about where they flip."""
+"""What `ridgeline whatif` prints: tables of decisions, and sentences about where they flip."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from ridgeline.passes.what_if import Answer, Firing
 from ridgeline.tools.whatif_flips import Ranges
 
-BOUNDS = ("compute", "memory", "launch", "communication")
+BOUNDS = {"compute": "c", "memory": "m", "launch": "l", "communication": "x"}
 Row = tuple[str, str, int, int | None, Answer]
 
 
-def answers_table(model: str, rows: Sequence[Row]) -> Table:
-    """A line per decision: time before and after, its split, bytes held, passes with the share of
-    their sites."""
-    table = Table(title=Text(f"what if {model}"), caption=Text(CAPTION), caption_justify="left")
-    headings = ("phase", "target", "batch", "context", "time", "bound by", "weights", "caches")
-    for heading in headings:
-        left = heading in ("phase", "target", "bound by")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    table.add_column("fires", overflow="fold", min_width=24)
-    last = None
-    for phase, target, batch, context, answer in rows:
-        if last not in (None, (phase, target)):
-            table.add_section()
-        last = phase, target
-        cells = [phase, target, str(batch), "" if context is None else length(context)]
-        table.add_row(*(Text(c) for c in (*cells, *_figures(answer))))
-    return table
+def answer_tables(model: str, rows: Sequence[Row]) -> Iterator[Table | Text]:
+    """A table per phase with a line per decision: time before and after, what bounds it, bytes
+    held, and a letter for what fires; then what the letters stand for."""
+    letters: dict[str, str] = {}
+    for phase in dict.fromkeys(phase for phase, *_ in rows):
+        table = Table(
+            title=Text(f"what if {model}: {phase}"),
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for heading in ("target", "batch", "context", "time", "bound by", "weights", "caches", ""):
+            left = heading in ("target", "bound by", "")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        last = None
+        for _, target, batch, context, answer in (row for row in rows if row[0] == phase):
+            if last not in (None, target):
+                table.add_section()
+            last = target
+            cells = [target, str(batch), "" if context is None else length(context)]
+            cells += _figures(answer)
+            if answer.fits:
+                fires = ", ".join(said(n, f) for n, f in answer.firing.items() if f.made)
+                cells.append(letters.setdefault(fires or "nothing", letter(len(letters))))
+            else:
+                cells.append("-")
+            table.add_row(*map(Text, cells))
+        yield table
+    yield Text(CAPTION)
+    for fires, name in letters.items():
+        yield Text(f"  {name}: {fires}")
 
 
 CAPTION = (
-    "time: before -> after, predicted; bound by: shares of the time after, in percent (compute,"
-    " memory, launch, communication); fires: passes, with a share where it is not every site"
+    "time: before -> after, predicted. bound by: percent of the time after (c compute, m memory,"
+    " l launch, x links). weights, caches: after. The last column, what fires, with a share where"
+    " it is not every site:"
 )
 
 
-def _figures(answer: Answer) -> tuple[str, ...]:
+def letter(number: int) -> str:
+    """A, B, ... Z, AA, ..."""
+    return ("" if number < 26 else letter(number // 26 - 1)) + chr(ord("A") + number % 26)
+
+
+def _figures(answer: Answer) -> list[str]:
+    """Time, its split, bytes of weights and caches."""
     before, after = answer.before, answer.after
+    held = [gigabytes(answer.weights[1]), gigabytes(answer.state)]
     if before is None or after is None:
-        need = sum((min(answer.weights), answer.state))
-        return (
-            "does not fit", "", gigabytes(answer.weights[0]), gigabytes(answer.state),
-            f"{gigabytes(need)} of {gigabytes(answer.target.memory_bytes)}",
-        )  # fmt: skip
+        return [f"over {gigabytes(answer.target.memory_bytes)}", "does not fit", *held]
     split = " ".join(
-        f"{name[0]} {after.spent[name] / after.seconds:.0%}"
-        for name in BOUNDS
+        f"{symbol} {100 * after.spent[name] / after.seconds:.0f}"
+        for name, symbol in BOUNDS.items()
         if after.spent[name] >= 0.005 * after.seconds
     )
-    return (
-        f"{seconds(before.seconds)} -> {seconds(after.seconds)}",
-        split,
-        " -> ".join(dict.fromkeys(map(gigabytes, answer.weights))),
-        gigabytes(answer.state),
-        ", ".join(said(n, f) for n, f in answer.firing.items() if f.made) or "nothing",
-    )
+    return [f"{seconds(before.seconds)} -> {seconds(after.seconds)}", split, *held]
 
 
 def said(name: str, firing: Firing) -> str:
