@@ -116,11 +116,12 @@ def kernel_seconds(
 
 
 def kind_of(kernel: Kernel) -> str:
-    """What shares its law, and so its error, with others of the kind."""
-    if isinstance(kernel, Attention):
-        return "prefill attention" if kernel.q > 1 else "decode attention"
-    if isinstance(kernel, Gemm):
-        return "gemm" if kernel.weight_bits is None else "quantized gemm"
+    """What shares its law and its unit, and so its error, with others of the kind."""
+    if isinstance(kernel, Attention | Gemm):
+        dtype = str(kernel.dtype).removeprefix("torch.")
+        if isinstance(kernel, Attention):
+            return f"{'prefill' if kernel.q > 1 else 'decode'} attention {dtype}"
+        return f"{'gemm' if kernel.weight_bits is None else 'quantized gemm'} {dtype}"
     if isinstance(kernel, Stream):
         return kernel.access
     names = {BinaryAttention: "binary attention", Norm: "norm", Collective: "collective"}

@@ -2,8 +2,8 @@
 
 One JSON line per measurement in ``predictions.jsonl``: when, target, kind of kernel, what,
 predicted and measured seconds. `ridgeline calibrate --show` summarises it. It holds at most LARGEST
-bytes: the older half goes when it is full. ``RIDGELINE_PREDICTION_LOG=0`` keeps nothing. A log that cannot be
-written costs the log, not the benchmark.
+bytes: the older half goes when it is full. ``RIDGELINE_PREDICTION_LOG=0`` keeps nothing. A log that
+cannot be written costs the log, not the benchmark.
 """
 
 import json

@@ -4,12 +4,13 @@
 
 minimises sum of huber(ln(measured / t)) + PRIOR (α² + β² + γ²) / 2: few measurements leave the law
 as it stands, many correct it. Each kind is refined as a whole, whoever's kernel it is, so that what
-is known of two kernels' ratio stays known. error: mean |ln(measured / t)| with the measurement at
-hand left out of the fit, at least ERROR_FLOOR.
+is known of two kernels' ratio stays known. error: median |ln(measured / t)| with the measurement
+at hand left out of the fit, at least ERROR_FLOOR.
 """
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from scipy.optimize import least_squares
 
 from ridgeline.cost_model.target import InvalidTarget, Refinement, Target
 
-PRIOR = 0.2
-"""Weight of one measurement's worth of knowing nothing better: residuals are logarithms."""
+PRIOR = 0.1
+"""A factor of e costs as much as a misfit of exp(sqrt(0.1)) of one measurement, 37 %."""
 HUBER = 0.2
 ERROR_FLOOR = 0.05
 FEWEST = 4
@@ -58,11 +59,9 @@ def _with_error(of: Sequence[Measurement]) -> Refinement:
     left_out = [_fitted([m for m in of if m is not out]) for out in of]
     errors = [abs(math.log(m.measured / m.predicted(r))) for m, r in zip(of, left_out, strict=True)]
     fitted = _fitted(of)
-    return Refinement(fitted.compute, fitted.memory, fitted.fixed, max(ERROR_FLOOR, _mean(errors)))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return Refinement(
+        fitted.compute, fitted.memory, fitted.fixed, max(ERROR_FLOOR, statistics.median(errors))
+    )
 
 
 def _fitted(of: Sequence[Measurement]) -> Refinement:

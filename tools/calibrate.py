@@ -79,10 +79,10 @@ def _noise(what: str, spread: float) -> str:
     )
 
 
-def measure(host: Target, rounds: int = ROUNDS, seconds: float = SECONDS) -> Measured:
+def measure(host: Target, rounds: int = ROUNDS, each: float = SECONDS) -> Measured:
     """Time every case; all are timed in turn, round by round."""
     built = [(case.name, *case.build(host)) for case in (*cases(), nothing())]
-    loops = [_loops(call, seconds) for _, call, _ in built]
+    loops = [_loops(call, each) for _, call, _ in built]
     times: list[list[float]] = [[] for _ in built]
     for _ in range(rounds):
         for i, (_, call, _) in enumerate(built):
@@ -119,12 +119,12 @@ def _loops(call: Callable[[], object], seconds: float) -> int:
 
 
 def table(found: Measured, refined: dict[str, refine.Refinement]) -> Table:
-    """Median error by kind, as predicted and refined; the mean where each case is left out."""
+    """Median error by kind: as predicted, refined, and with each case left out of its fit."""
     shown = Table(
         title=Text(f"predicted against measured, {len(found.measurements)} cases"),
         box=box.SIMPLE_HEAD,
     )
-    columns = "kind", "cases", "before", "after", "left out (mean)", "compute", "memory", "fixed"
+    columns = "kind", "cases", "before", "after", "left out", "compute", "memory", "fixed"
     for column in columns:
         shown.add_column(column, justify="left" if column == "kind" else "right")
     before: list[float] = []

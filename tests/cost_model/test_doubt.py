@@ -53,10 +53,10 @@ def test_what_stands_on_both_sides_adds_nothing():
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
-        (PLAIN, "gemm"),
-        (CODED, "quantized gemm"),
-        (Attention(1, 8, 8, 1, 64, 64, 64), "decode attention"),
-        (Attention(1, 8, 8, 2, 64, 64, 64), "prefill attention"),
+        (PLAIN, "gemm bfloat16"),
+        (CODED, "quantized gemm bfloat16"),
+        (Attention(1, 8, 8, 1, 64, 64, 64), "decode attention float32"),
+        (Attention(1, 8, 8, 2, 64, 64, 64), "prefill attention float32"),
         (Norm(1, 64), "norm"),
         (Stream(1, 1, access="gather"), "gather"),
         (Collective("all_reduce", 8, 2), "collective"),

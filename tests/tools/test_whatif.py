@@ -56,7 +56,8 @@ def test_decisions_and_flips_of_a_7b_layer(golden, questions, phase, target):
         for batch in (1, 8, 64):
             answer = questions.ask(phase, target, batch, context)
             fires = "; ".join(said(n, f) for n, f in answer.firing.items() if f.made)
-            lines.append(f"context {context}, batch {batch}: {fires or 'nothing'}")
+            fires = (fires or "nothing") if answer.fits else "does not fit"
+            lines.append(f"context {context}, batch {batch}: {fires}")
     found = flips(lambda batch: questions.ask(phase, target, batch, 1024), 256)
     lines += [f"context 1024: {name}: {ranges}" for name, ranges in found.items()]
     golden(f"whatif_{phase}_{target}", "\n".join(lines) + "\n")
@@ -228,7 +229,7 @@ def test_the_command_prints_tables_and_flips(config):
     result = CliRunner().invoke(app, ["whatif", config, *options])
     assert result.exit_code == 0, result.stderr
     assert "decode, context 1k: quantized_linear: always on a100" in result.stdout
-    assert re.search(r"a100 +8 +1k .*ms -> .*ms", result.stdout)
+    assert re.search(r"a100 +8 +1k .* -> .* GB|a100 +8 +1k .* -> .* MB", result.stdout)
 
 
 def test_the_plot_is_drawn(config, tmp_path):
