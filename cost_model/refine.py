@@ -88,9 +88,8 @@ def read(file: Path, base: Target) -> dict[str, Refinement]:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["base"] != _figures(base):
-            return {}
-        return {kind: Refinement(**r) for kind, r in found["kinds"].items()}
+        refinements = {kind: Refinement(**r) for kind, r in found["kinds"].items()}
+        return refinements if found["base"] == _figures(base) else {}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""The log of predicted against measured: lines come back, it stays small, it can be switched off."""
+"""The log of predicted against measured: lines come back, it stays small, it has a switch."""
 
 import pytest
 
