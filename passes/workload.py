@@ -74,6 +74,10 @@ class Workload:
         return asked(self.batch), asked(self.context)
 
 
+CAPTURED = Workload()
+"""Every program as it was captured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Values of every free symbol of a program, for `ridgeline.ir.sizes.sizes_at`.
