@@ -3,7 +3,7 @@
 from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
 from ridgeline.cost_model.doubt import doubt
-from ridgeline.cost_model.estimate import Cost, estimate
+from ridgeline.cost_model.estimate import Cost, estimate, launch_queue
 from ridgeline.cost_model.predict import InvalidShape, Prediction, predict
 from ridgeline.cost_model.target import (
     InvalidTarget,
@@ -43,6 +43,7 @@ __all__ = [
     "Work",
     "doubt",
     "estimate",
+    "launch_queue",
     "load_target",
     "predict",
     "solve",

@@ -1,7 +1,7 @@
 """estimate(work, target): seconds with an interval, bytes, FLOPs, eFLOPs, energy, what bounds it.
 
     seconds  sum over kernels (`gpu_time`, `cpu_time`, collectives); launched one by one
-             (launch="eager") at least the host's time, plus one launch
+             (launch="eager") with the device's waiting for the host (`launches`)
     eflops   sum of flops + I · bytes, I = peak of the executing unit / bandwidth   (Kinetics)
     energy   operations by kind and dtype, and bytes, times unit energies: `energy`, whose figures
              rank number formats and codecs; they aren't watts of this chip, nor turned into time
@@ -20,6 +20,7 @@ import torch
 
 from ridgeline.cost_model import cpu_time, gpu_time
 from ridgeline.cost_model.energy import joules
+from ridgeline.cost_model.launches import Queue, queue
 from ridgeline.cost_model.target import InvalidTarget, Target
 from ridgeline.cost_model.work import (
     Attention,
@@ -93,7 +94,7 @@ def estimate(
         flops += kernel.flops
     host = 0.0
     if launch == "eager" and target.kind != "cpu" and work.kernels:
-        host = max(0.0, work.launches * target.eager_launch_s - seconds) + target.launch_s
+        host = launch_queue(work, target, resident_bytes).idle
         spent["launch"] += host
     bound = max(spent, key=spent.__getitem__)
     times = (seconds + host, low + host, high + host)
@@ -113,6 +114,12 @@ def kernel_seconds(
         fixed *= refined.fixed
     busy = gpu_time.smoothmax(compute, memory)
     return busy, fixed, "compute" if compute > memory else "memory"
+
+
+def launch_queue(work: Work, target: Target, resident_bytes: float = 0.0) -> Queue:
+    """The kernels of `work` launched one by one on a GPU."""
+    parts = (kernel_seconds(kernel, target, resident_bytes) for kernel in work.kernels)
+    return queue((busy + fixed for busy, fixed, _ in parts), target.eager_launch_s)
 
 
 def kind_of(kernel: Kernel) -> str:

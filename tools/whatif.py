@@ -20,9 +20,9 @@ from ridgeline.cost_model import Target, load_target
 from ridgeline.passes import PASSES
 from ridgeline.passes.decide import Objective
 from ridgeline.passes.what_if import Answer, WhatIf
-from ridgeline.tools.whatif_flips import Ranges, flips
+from ridgeline.tools.whatif_flips import Ranges, flips, host_bound_below
 from ridgeline.tools.whatif_model import QuestionError, programs
-from ridgeline.tools.whatif_table import answer_tables, flip_lines
+from ridgeline.tools.whatif_table import answer_tables, flip_lines, host_lines
 
 LARGEST_BATCH = 1024
 DTYPES = ("bfloat16", "float16", "float32")
@@ -130,6 +130,7 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
     for part in answer_tables(request.model, rows):
         console.print(part)
     found: dict[Key, dict[str, Ranges]] = {}
+    host: dict[Key, int | None] = {}
     for phase, target, context in where:
         with status(f"looking for flips of {phase} on {target}"):
 
@@ -137,7 +138,8 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
                 return questions.ask(at[0], at[1], batch, at[2])
 
             found[phase, target, context] = flips(ask, request.largest)
-    for line in flip_lines(found, request.largest):
+            host[phase, target, context] = host_bound_below(ask, request.largest)
+    for line in (*flip_lines(found, request.largest), *host_lines(host, request.largest)):
         console.print(Text(line), soft_wrap=True)
     if request.plot is not None:
         from ridgeline.tools.whatif_plot import draw

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ridgeline.cost_model import launch_queue
 from ridgeline.passes.what_if import Answer
 
 Ask = Callable[[int], Answer]
@@ -82,6 +83,30 @@ def _ranges(name: str, ask: Ask, grid: list[int]) -> tuple[tuple[int, int], ...]
     if start is not None:
         ranges.append((start, grid[-1]))
     return tuple(ranges)
+
+
+def host_bound_below(ask: Ask, largest: int) -> int | None:
+    """The first batch at which the device, no longer the host, bounds kernels that are launched one
+    by one; `largest` + 1 where there is none up to it, None for a CPU or where batch 1 does not
+    fit."""
+
+    def bound(batch: int) -> bool:
+        answer = ask(batch)
+        work = answer.work_after
+        return work is not None and launch_queue(work, answer.target).host_bound
+
+    first = ask(1)
+    if first.target.kind == "cpu" or not first.fits:
+        return None
+    low = 1
+    if not bound(low):
+        return low
+    while low < largest:
+        high = min(2 * low, largest)
+        if not bound(high):
+            return _flip(bound, low, high)
+        low = high
+    return largest + 1
 
 
 def _flip(state: Callable[[int], bool], low: int, high: int) -> int:

@@ -108,6 +108,23 @@ def flip_lines(
             )
 
 
+def host_lines(
+    found: Mapping[tuple[str, str, int | None], int | None], largest: int
+) -> Iterable[str]:
+    """A sentence per phase and context about where the host bounds kernels launched one by one."""
+    known = {key: batch for key, batch in found.items() if batch is not None}
+    if known:
+        yield "Without CUDA or HIP graphs, launched one by one, what is left is bound by the host:"
+    for phase, context in dict.fromkeys((phase, context) for phase, _, context in known):
+        at = phase if context is None else f"{phase}, context {length(context)}"
+        said = []
+        for (p, target, c), batch in known.items():
+            if (p, c) == (phase, context):
+                where = "always" if batch > largest else f"below batch {batch}"
+                said.append(f"{'never' if batch == 1 else where} on {target}")
+        yield f"  {at}: {'; '.join(said)}"
+
+
 def length(tokens: int) -> str:
     """1024 -> 1k."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

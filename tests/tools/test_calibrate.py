@@ -19,6 +19,7 @@ pytest.importorskip("tvm")
 def host(monkeypatch, tmp_path):
     """The tests' steady CPU in place of a probe, and a cache folder of their own."""
     monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv(record.SWITCH, raising=False)
     target = probe.probe_host()
     monkeypatch.setattr(probe, "unrefined_host", lambda: target)
     monkeypatch.setattr(probe.probe_host, "cache_clear", lambda: None, raising=False)
