@@ -56,6 +56,7 @@ class Objective(StrEnum):
 
 
 class Bench(StrEnum):
+    choose = "choose"
     linear = "linear"
     lookup = "lookup"
     attention = "attention"
