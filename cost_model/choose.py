@@ -164,7 +164,7 @@ def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
             )
 
     if large and (relaxed := solved(0, 0.0)).x is not None:
-        taken = _rounded(relaxed.x, objective, matrix, np.array(limits))
+        taken = _rounded(relaxed.x, objective * allowed, matrix, np.array(limits))
         if taken is not None and objective[taken].sum() >= -relaxed.fun * (1 - LARGE_GAP):
             return taken
     result = solved(1, LARGE_GAP if large else 0.0)

@@ -33,11 +33,11 @@ def doubt(before: Work, after: Work, target: Target, *, resident_bytes: float = 
     errors: dict[str, float] = {}
     fixed = 0.0
     for work, sign in ((before, -1.0), (after, 1.0)):
-        for kernel in work.kernels:
+        for kernel, count in Counter(work.kernels).items():
             spent, floor, _ = kernel_seconds(kernel, target, resident_bytes)
             kind = kind_of(kernel)
-            busy[kind] += sign * spent
-            fixed += sign * floor
+            busy[kind] += sign * count * spent
+            fixed += sign * count * floor
             errors[kind] = relative_error(kernel, target)
     kinds = sum((OWN * errors[kind] * net) ** 2 for kind, net in busy.items())
     return sqrt(kinds + (LAUNCH * fixed) ** 2)

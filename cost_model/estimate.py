@@ -14,6 +14,7 @@ a CPU e is the probe's spread plus an assumed error of the form, or, of kinds of
 measured by `ridgeline calibrate`, the error that was measured.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -75,23 +76,24 @@ def estimate(
         raise ValueError(f"launch: expected 'graph' or 'eager', found {launch!r}")
     seconds = low = high = moved = flops = eflops = energy = weights = 0.0
     spent = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
-    for kernel in work.kernels:
-        kernel_bytes = sum(kernel.bytes.values())
+    for kernel, count in Counter(work.kernels).items():  # a model repeats its layers
+        kernel_bytes = count * sum(kernel.bytes.values())
         busy, fixed, bound = kernel_seconds(kernel, target, resident_bytes)
+        busy, fixed = count * busy, count * fixed
         spent[bound] += busy
         spent["launch"] += fixed
         if not isinstance(kernel, Collective):
             unit = torch.float32 if isinstance(kernel, _VECTOR) else kernel.dtype
             intensity = target.peak(unit) / target.bandwidth_bytes_per_s
-            eflops += kernel.flops + intensity * kernel_bytes
-            energy += joules(kernel)
+            eflops += count * kernel.flops + intensity * kernel_bytes
+            energy += count * joules(kernel)
         error = relative_error(kernel, target)
         seconds += busy + fixed
         low += (busy + fixed) / (1 + error)
         high += (busy + fixed) * (1 + error)
         moved += kernel_bytes
-        weights += kernel.bytes.get("weight", 0.0)
-        flops += kernel.flops
+        weights += count * kernel.bytes.get("weight", 0.0)
+        flops += count * kernel.flops
     host = 0.0
     if launch == "eager" and target.kind != "cpu" and work.kernels:
         host = launch_queue(work, target, resident_bytes).idle

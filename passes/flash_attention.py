@@ -79,7 +79,10 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         return refusal
     if refusal := _mask_refused(site, query) or _sinks_refused(site, query):
         return refusal
-    mask = analyse(site.bind.get("mask"))
+    given = site.bind.get("mask")  # one for all layers
+    if given not in setting.proofs:
+        setting.proofs[given] = analyse(given)
+    mask: Mask = setting.proofs[given]
     if site.pattern.startswith("sdpa_causal"):
         mask = Mask(sympy.Integer(0), None)
     q_len, k_len = _sizes(query)[2], _sizes(site.bind["value"])[2]

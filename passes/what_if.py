@@ -12,6 +12,7 @@ is known then: approximate rewrites are taken to be allowed, and cost alone deci
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -84,6 +85,8 @@ class WhatIf:
         self.weight_bytes = weight_bytes(module)
         self._found = find_sites(passes, module.graph)
         self._weights, self._observed = UnknownWeights(), Unobserved()
+        self._proofs: dict[Any, Any] = {}
+        self._works: dict[tuple[Any, ...], dict[fx.Node, Work]] = {}
 
     @property
     def has_context(self) -> bool:
@@ -100,7 +103,14 @@ class WhatIf:
             raise WorkloadError(
                 f"{sizes.fixed[0]}; give example inputs whose batch and length are at least 2"
             )
-        setting = Setting(target, self.program.training, ALLOWED, self._observed, self._weights)
+        setting = Setting(
+            target,
+            self.program.training,
+            ALLOWED,
+            self._observed,
+            self._weights,
+            self._proofs,
+        )
         with sizes_at(sizes.values):
             candidates, _ = weigh(self._found, self.graph, setting)
             state = state_bytes(self.program)
@@ -127,7 +137,8 @@ class WhatIf:
         choice: Choice,
     ) -> Answer:
         taken = {node for c in choice.chosen for node in c.site.nodes}
-        outside = [k for n in self.graph.nodes if n not in taken for k in work_of(n).kernels]
+        works = self._work_by_node(sizes)
+        outside = [k for n, work in works.items() if n not in taken for k in work.kernels]
         sides = [
             Work((*outside, *(k for c in choice.chosen for k in getattr(c, side).kernels)))
             for side in ("before", "after")
@@ -136,6 +147,13 @@ class WhatIf:
         costs = [estimate(w, target, resident_bytes=self.weight_bytes) for w in sides]
         firing = _firing(candidates, choice.chosen)
         return Answer(target, sizes, (self.weight_bytes, held), state, firing, *costs, *sides)
+
+    def _work_by_node(self, sizes: Sizes) -> dict[fx.Node, Work]:
+        """The same for every target."""
+        key = tuple(sizes.values.values())
+        if key not in self._works:
+            self._works[key] = {node: work_of(node) for node in self.graph.nodes}
+        return self._works[key]
 
 
 def _firing(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> dict[str, Firing]:

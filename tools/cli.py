@@ -236,7 +236,7 @@ def whatif(
     phase: Annotated[str, typer.Option(help="prefill, decode, forward; all if none.")] = "",
     dtype: Annotated[str, typer.Option(help="Of a model built from a config.")] = "bfloat16",
     objective: Goal = Objective.latency,
-    largest_batch: Annotated[int, typer.Option(help="Where the search for flips ends.")] = 1024,
+    largest_batch: Annotated[int, typer.Option(help="Where the search for flips ends.")] = 512,
     plot: Annotated[
         Path | None, typer.Option(callback=_writable, help="Draw rooflines and times here.")
     ] = None,

@@ -24,7 +24,8 @@ from ridgeline.tools.whatif_flips import Ranges, flips, host_bound_below
 from ridgeline.tools.whatif_model import QuestionError, programs
 from ridgeline.tools.whatif_table import answer_tables, flip_lines, host_lines
 
-LARGEST_BATCH = 1024
+LARGEST_BATCH = 512
+PIPE_WIDTH = 100
 DTYPES = ("bfloat16", "float16", "float32")
 Status = Callable[[str], AbstractContextManager[None]]
 Key = tuple[str, str, int | None]
@@ -127,8 +128,9 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
                 (phase, target, batch, context, questions.ask(phase, target, batch, context))
                 for batch in request.batches
             ]
+    width = console.width if console.is_terminal else max(console.width, PIPE_WIDTH)
     for part in answer_tables(request.model, rows):
-        console.print(part)
+        console.print(part, width=width)
     found: dict[Key, dict[str, Ranges]] = {}
     host: dict[Key, int | None] = {}
     for phase, target, context in where:

@@ -132,6 +132,8 @@ def length(tokens: int) -> str:
 
 def seconds(value: float) -> str:
     """Three digits, in the unit that fits."""
+    if value >= 1000:
+        return f"{value:.0f} s"
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
