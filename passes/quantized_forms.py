@@ -21,6 +21,9 @@ Products = tuple[torch.dtype | None, ...]
 """dtypes of products, None for the input's own."""
 
 
+_LINEAR = (torch.ops.aten.linear.default, torch.ops.aten.t.default)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
     """A linear layer: its node, its weight [N,K] and that weight's name, its bias if it has one."""
@@ -57,7 +60,9 @@ def forms(
     the fewest bits per weight to the most."""
     x = setting.observed(source_of(layers))
     for codec, products in offered:
-        memory_bytes = sum(_held(layer, codec, setting) - layer.weight.nbytes for layer in layers)
+        memory_bytes = sum(
+            _held(layer, codec, setting) - _freed(layer, setting) for layer in layers
+        )
         for multiply in products:
             error = error_of(layers, codec, multiply, setting)
             work = _work(layers, codec, multiply, x.dtype)
@@ -133,6 +138,19 @@ def _held(layer: Layer, codec: Codec, setting: Setting) -> int:
         return coded.nbytes
     n, k = layer.weight.shape
     return round(codec.average_bits(k, n) * n * k / 8)
+
+
+def _freed(layer: Layer, setting: Setting) -> int:
+    """Bytes of the layer's weight, unless something else reads it too, as an embedding that the
+    head is tied to."""
+    kept = "weights that are read by more than linear layers"
+    if kept not in setting.proofs:
+        setting.proofs[kept] = {
+            str(node.target)
+            for node in layer.out.graph.find_nodes(op="get_attr")
+            if any(user.target not in _LINEAR for user in node.users)
+        }
+    return 0 if layer.name in setting.proofs[kept] else layer.weight.nbytes
 
 
 def _output_error(x: Tensor, weight: Tensor, other: Tensor) -> float:

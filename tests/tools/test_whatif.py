@@ -111,6 +111,18 @@ def test_a_7b_needs_no_weights(questions):
         assert devices == {"meta"}
 
 
+def test_a_tied_embedding_stays_beside_its_quantised_head(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**LLAMA_7B, "num_hidden_layers": 1, "tie_word_embeddings": True}))
+    question = WhatIf(programs(str(file), ("decode",), torch.bfloat16)["decode"], PASSES)
+    answer = question.at(load_target("a100"), 1, 1024)
+    assert answer.firing["quantized_linear"].made == 8
+    table, layer = 2 * 32000 * 4096, 4 * 4096**2 + 3 * 4096 * 11008
+    bits = 4 + 16 / 128
+    expected = table + bits / 8 * (layer + 32000 * 4096)
+    assert answer.weights[1] == pytest.approx(expected, rel=1e-3)
+
+
 def test_what_does_not_fit_says_so(questions):
     small = dataclasses.replace(load_target("a100"), memory_bytes=10**9)
     answer = questions.by_phase["decode"].at(small, 8, 32768)
