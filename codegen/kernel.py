@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ridgeline.cost_model import Target
+from ridgeline.ir.sizes import numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +121,4 @@ def folded(
 
 def hints(node: fx.Node) -> tuple[int, ...]:
     """The sizes of a node's tensor, symbolic ones at their captured value."""
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)
+    return numbers(node.meta["val"].shape)

@@ -3,7 +3,8 @@
 from ridgeline.cost_model.all_reduce import InvalidSite, SiteChoice, Way, choose_site
 from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
-from ridgeline.cost_model.estimate import Cost, estimate
+from ridgeline.cost_model.doubt import doubt
+from ridgeline.cost_model.estimate import Cost, estimate, launch_queue
 from ridgeline.cost_model.predict import predict
 from ridgeline.cost_model.shapes import InvalidShape
 from ridgeline.cost_model.target import (
@@ -58,7 +59,9 @@ __all__ = [
     "Work",
     "choose_schedule",
     "choose_site",
+    "doubt",
     "estimate",
+    "launch_queue",
     "load_target",
     "predict",
     "solve",

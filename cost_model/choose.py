@@ -6,7 +6,9 @@
                 base_memory_bytes + sum_i memory_i x_i <= capacity_bytes
 
 Ties go to the option listed first. Solved by HiGHS through `scipy.optimize.milp`: to the optimum up
-to EXACT_UP_TO options, within LARGE_GAP of it above.
+to EXACT_UP_TO options, within LARGE_GAP of it above. Above, the linear relaxation comes first: with
+conflicts as cliques, few of its options are fractional; they are rounded down, what still fits is
+added, and the result stands where it is within LARGE_GAP of the relaxation's bound.
 """
 
 from collections.abc import Sequence
@@ -101,7 +103,7 @@ def _checked(options: Sequence[Option], error_budget: float) -> dict[str, int]:
                 f"option {o.key!r}: expected a finite gain and an error >= 0,"
                 f" found gain {o.gain}, error {o.error}"
             )
-        unknown = o.conflicts - index.keys()
+        unknown = [key for key in o.conflicts if key not in index]
         if unknown:
             raise InvalidOption(f"option {o.key!r} conflicts with unknown {sorted(unknown)}")
     return index
@@ -143,23 +145,56 @@ def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
     preference = np.linspace(1.0, 0.0, len(options)) * 1e-5 / len(options)
     objective = gains / scale + np.where(gains > 0, preference, 0.0)
     constraints = []
+    matrix = None
     if rows:
         entries = [(r, i, v) for r, row in enumerate(rows) for i, v in row]
         at_row, at_column, values = zip(*entries, strict=True) if entries else ((), (), ())
         matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), len(options)))
         constraints = [LinearConstraint(matrix, ub=np.array(limits))]
-    with quiet_c():
-        result = milp(
-            -objective,
-            integrality=np.ones(len(options)),
-            bounds=Bounds(0.0, allowed),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0 if len(options) <= EXACT_UP_TO else LARGE_GAP},
-        )
+    large = len(options) > EXACT_UP_TO
+
+    def solved(integrality: int, gap: float):
+        with quiet_c():
+            return milp(
+                -objective,
+                integrality=np.full(len(options), integrality),
+                bounds=Bounds(0.0, allowed),
+                constraints=constraints,
+                options={"mip_rel_gap": gap},
+            )
+
+    if large and (relaxed := solved(0, 0.0)).x is not None:
+        taken = _rounded(relaxed.x, objective * allowed, matrix, np.array(limits))
+        if taken is not None and objective[taken].sum() >= -relaxed.fun * (1 - LARGE_GAP):
+            return taken
+    result = solved(1, LARGE_GAP if large else 0.0)
     if result.x is None:
         freed = -sum(min(o.memory_bytes, 0) for o, ok in zip(options, allowed, strict=True) if ok)
         raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, freed))
     return result.x > 0.5
+
+
+def _rounded(
+    relaxed: np.ndarray, objective: np.ndarray, matrix: csr_array | None, limits: np.ndarray
+) -> np.ndarray | None:
+    """The options that a relaxation takes whole, and of the others those that fit beside them, the
+    most taken and the most gainful first; None where the former alone do not fit."""
+    taken = relaxed > 1 - 1e-6
+    if matrix is None:
+        return taken
+    slack = limits - matrix @ taken
+    if (slack < -1e-9).any():
+        return None
+    columns = matrix.tocsc()
+    for i in np.lexsort((-objective, -relaxed)):
+        if taken[i] or objective[i] <= 0:
+            continue
+        start, stop = columns.indptr[i : i + 2]
+        rows, values = columns.indices[start:stop], columns.data[start:stop]
+        if (values <= slack[rows]).all():
+            taken[i] = True
+            slack[rows] -= values
+    return taken
 
 
 def _does_not_fit(capacity: int | None, base: int, freed: int) -> str:

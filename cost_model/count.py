@@ -4,7 +4,7 @@ Matrix products, convolutions and attention have laws of their own (equal to
 `torch.utils.flop_counter` where it covers the op). Views, shape arithmetic and checks cost nothing.
 Any other op that returns tensors reads its operands and writes its results once; an op that PyTorch
 runs as several passes over memory (layer_norm, softmax) is one kernel here, as in its fused form.
-Symbolic sizes count with their hints; no guard is added.
+Symbolic sizes count as `ridgeline.ir.sizes` has them; no guard is added.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from ridgeline.cost_model.work import Attention, BinaryAttention, Gemm, Kernel, Norm, Stream, Work
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.sizes import number, numbers
 
 aten = torch.ops.aten
 _NOTHING = Work()
@@ -116,12 +117,8 @@ def _bodies(node: fx.Node) -> Work:
     return total
 
 
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in tensor.shape)
+    return numbers(tensor.shape)
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
@@ -147,7 +144,7 @@ def _is_contiguous(tensor: torch.Tensor) -> bool:
     expected = 1
     for size, stride in zip(reversed(_shape(tensor)), reversed(tensor.stride()), strict=True):
         if size > 1:
-            if _hint(stride) != expected:
+            if number(stride) != expected:
                 return False
             expected *= size
     return True
@@ -244,7 +241,7 @@ def _ridgeline_attention(node: fx.Node) -> Kernel:
     if isinstance(diagonal, fx.Node):
         diagonal = diagonal.meta["val"]
     if diagonal is not None:  # keys that the last query keeps
-        kv = max(0, min(kv, _shape(query)[-2] + _hint(diagonal)))
+        kv = max(0, min(kv, _shape(query)[-2] + number(diagonal)))
     return _attention(query, key, value, diagonal is not None, kv, node)
 
 

@@ -1,7 +1,7 @@
 """estimate(work, target): seconds with an interval, bytes, FLOPs, eFLOPs, energy, what bounds it.
 
     seconds  sum over kernels (`gpu_time`, `cpu_time`, collectives); launched one by one
-             (launch="eager") at least the host's time, plus one launch
+             (launch="eager") with the device's waiting for the host (`launches`)
     eflops   sum of flops + I · bytes, I = peak of the executing unit / bandwidth   (Kinetics)
     energy   operations by kind and dtype, and bytes, times unit energies: `energy`, whose figures
              rank number formats and codecs; they aren't watts of this chip, nor turned into time
@@ -10,15 +10,18 @@ The interval is t / (1+e) ... t · (1+e); errors of one kind of kernel are share
 GPUs e is the mean relative error, on GPUs left out of the fit, of an earlier fit of this same form
 of model; it doesn't cover the metadata kernels that serving systems run around attention, with
 which short attention calls were measured at two to three times the bare kernel predicted here. On
-a CPU e is the probe's spread plus an assumed error of the form.
+a CPU e is the probe's spread plus an assumed error of the form, or, of kinds of kernels that were
+measured by `ridgeline calibrate`, the error that was measured.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 
 from ridgeline.cost_model import cpu_time, gpu_time
 from ridgeline.cost_model.energy import joules
+from ridgeline.cost_model.launches import Queue, queue
 from ridgeline.cost_model.target import InvalidTarget, Target
 from ridgeline.cost_model.work import (
     Attention,
@@ -44,6 +47,7 @@ class Cost:
 
     weight_bytes: of the weights among `bytes`.
     bound: "compute", "memory", "launch" or "communication", whichever takes most of the time.
+    spent: seconds by what bounds each kernel, each of the four; they add up to `seconds`.
     """
 
     seconds: float
@@ -55,6 +59,7 @@ class Cost:
     energy_joules: float
     bound: str
     weight_bytes: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 def estimate(
@@ -69,37 +74,67 @@ def estimate(
     """
     if launch not in ("graph", "eager"):
         raise ValueError(f"launch: expected 'graph' or 'eager', found {launch!r}")
-    parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
     seconds = low = high = moved = flops = eflops = energy = weights = 0.0
     spent = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
-    for kernel in work.kernels:
-        kernel_bytes = sum(kernel.bytes.values())
-        if isinstance(kernel, Collective):
-            busy, fixed = _communication(kernel, target), 0.0
-            spent["communication"] += busy
-        else:
-            compute, memory, fixed = parts(kernel, target, resident_bytes)
-            busy = gpu_time.smoothmax(compute, memory)
-            spent["compute" if compute > memory else "memory"] += busy
-            spent["launch"] += fixed
+    for kernel, count in Counter(work.kernels).items():  # a model repeats its layers
+        kernel_bytes = count * sum(kernel.bytes.values())
+        busy, fixed, bound = kernel_seconds(kernel, target, resident_bytes)
+        busy, fixed = count * busy, count * fixed
+        spent[bound] += busy
+        spent["launch"] += fixed
+        if not isinstance(kernel, Collective):
             unit = torch.float32 if isinstance(kernel, _VECTOR) else kernel.dtype
             intensity = target.peak(unit) / target.bandwidth_bytes_per_s
-            eflops += kernel.flops + intensity * kernel_bytes
-            energy += joules(kernel)
-        error = _relative_error(kernel, target)
+            eflops += count * kernel.flops + intensity * kernel_bytes
+            energy += count * joules(kernel)
+        error = relative_error(kernel, target)
         seconds += busy + fixed
         low += (busy + fixed) / (1 + error)
         high += (busy + fixed) * (1 + error)
         moved += kernel_bytes
-        weights += kernel.bytes.get("weight", 0.0)
-        flops += kernel.flops
+        weights += count * kernel.bytes.get("weight", 0.0)
+        flops += count * kernel.flops
     host = 0.0
     if launch == "eager" and target.kind != "cpu" and work.kernels:
-        host = max(0.0, work.launches * target.eager_launch_s - seconds) + target.launch_s
+        host = launch_queue(work, target, resident_bytes).idle
         spent["launch"] += host
     bound = max(spent, key=spent.__getitem__)
     times = (seconds + host, low + host, high + host)
-    return Cost(*times, moved, flops, eflops, energy, bound, weights)
+    return Cost(*times, moved, flops, eflops, energy, bound, weights, spent)
+
+
+def kernel_seconds(
+    kernel: Kernel, target: Target, resident_bytes: float = 0.0
+) -> tuple[float, float, str]:
+    """(busy, fixed, what bounds the busy part) of one kernel; its time is busy + fixed."""
+    if isinstance(kernel, Collective):
+        return _communication(kernel, target), 0.0, "communication"
+    parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
+    compute, memory, fixed = parts(kernel, target, resident_bytes)
+    if refined := target.refined.get(kind_of(kernel)):
+        compute, memory = compute * refined.compute, memory * refined.memory
+        fixed *= refined.fixed
+    busy = gpu_time.smoothmax(compute, memory)
+    return busy, fixed, "compute" if compute > memory else "memory"
+
+
+def launch_queue(work: Work, target: Target, resident_bytes: float = 0.0) -> Queue:
+    """The kernels of `work` launched one by one on a GPU."""
+    parts = (kernel_seconds(kernel, target, resident_bytes) for kernel in work.kernels)
+    return queue((busy + fixed for busy, fixed, _ in parts), target.eager_launch_s)
+
+
+def kind_of(kernel: Kernel) -> str:
+    """What shares its law and its unit, and so its error, with others of the kind."""
+    if isinstance(kernel, Attention | Gemm):
+        dtype = str(kernel.dtype).removeprefix("torch.")
+        if isinstance(kernel, Attention):
+            return f"{'prefill' if kernel.q > 1 else 'decode'} attention {dtype}"
+        return f"{'gemm' if kernel.weight_bits is None else 'quantized gemm'} {dtype}"
+    if isinstance(kernel, Stream):
+        return kernel.access
+    names = {BinaryAttention: "binary attention", Norm: "norm", Collective: "collective"}
+    return names[type(kernel)]
 
 
 def _communication(kernel: Collective, target: Target) -> float:
@@ -111,11 +146,13 @@ def _communication(kernel: Collective, target: Target) -> float:
     return gpu_time.collective_seconds(kernel, target)
 
 
-def _relative_error(kernel: Kernel, target: Target) -> float:
+def relative_error(kernel: Kernel, target: Target) -> float:
+    """e of a kernel's interval t / (1+e) ... t · (1+e)."""
     if isinstance(kernel, Collective):
         return _COLLECTIVE_ERROR
     if target.kind == "cpu":
-        return _CPU_ERROR + target.spread
+        refined = target.refined.get(kind_of(kernel))
+        return (refined.error if refined else _CPU_ERROR) + target.spread
     if isinstance(kernel, Attention):
         return _PREFILL_ERROR if kernel.q > 1 else _DECODE_ERROR
     if isinstance(kernel, Gemm):

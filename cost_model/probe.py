@@ -6,6 +6,7 @@ work kept its threads off the cores for more than that of the time, serves this 
 stored.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from ridgeline.cost_model.host_times import ProbeSizes, host_times
+from ridgeline.cost_model.refine import read
 from ridgeline.cost_model.target import InvalidTarget, Target, parse_target
 from ridgeline.ir.cache_dir import cache_dir
 
@@ -37,7 +39,19 @@ _FLAGS = (
 
 @functools.cache
 def probe_host() -> Target:
-    """The host's Target: from the cache, else probed now (some 2 s) and stored if steady."""
+    """The host's Target: from the cache, else probed now (some 2 s) and stored if steady; refined
+    by what `ridgeline calibrate` has stored for the same probe."""
+    host = unrefined_host()
+    try:
+        return dataclasses.replace(host, refined=read(refinement_path(), host))
+    except InvalidTarget as error:
+        log.warning("estimates for this CPU are not refined: %s", error)
+        return host
+
+
+@functools.cache
+def unrefined_host() -> Target:
+    """The host's Target as probed."""
     path = cache_path()
     try:
         return parse_target(json.loads(path.read_text(encoding="utf-8")), str(path))
@@ -62,6 +76,12 @@ def cache_path() -> Path:
     """Where the probe of this CPU, torch version and number of threads is kept."""
     key = f"{cpu_model()}|{torch.__version__}|{torch.get_num_threads()}|{_METHOD}"
     return cache_dir() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def refinement_path() -> Path:
+    """Where the refinement of that probe is kept."""
+    path = cache_path()
+    return path.with_name(f"refined-{path.name}")
 
 
 def store(described: dict[str, Any], path: Path) -> None:

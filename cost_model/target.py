@@ -59,6 +59,17 @@ class InvalidTarget(RidgelineError):
 
 
 @dataclass(frozen=True, slots=True)
+class Refinement:
+    """How the times of one kind of kernel differ from the law's, as factors; error: relative, of
+    what is refined so (`ridgeline.cost_model.refine`)."""
+
+    compute: float = 1.0
+    memory: float = 1.0
+    fixed: float = 1.0
+    error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """One machine.
 
@@ -73,6 +84,7 @@ class Target:
     *_efficiency: the fraction of the peak that good kernels reach on this product.
     spread: relative spread of a probe's repeats; 0 for published figures.
     sources: field as in the file -> where its number comes from.
+    refined: kind of kernel -> what `ridgeline calibrate` measured of it; empty without.
     """
 
     name: str
@@ -98,6 +110,7 @@ class Target:
     caches: tuple[tuple[int, float], ...]
     features: frozenset[str]
     sources: Mapping[str, str] = field(hash=False)
+    refined: Mapping[str, Refinement] = field(default_factory=dict, hash=False)
 
     def peak(self, dtype: torch.dtype) -> float:
         """Dense FLOP/s for `dtype`; without a unit of its own it runs at float32's rate.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ridgeline.ir.aliases import writes
+from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import strides_of
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ def keep_layout(node: fx.Node, original: fx.Node) -> fx.Node:
     if strides_of(node) == strides_of(original) or not _is_seen(node, node.meta["val"]):
         return node
     value = original.meta["val"]
-    strides = [s if isinstance(s, int) else int(s.node.hint) for s in value.stride()]
+    strides = list(numbers(value.stride()))
     order = sorted(range(len(strides)), key=lambda d: -strides[d])
     users, after = list(node.users), node.next
     back = [order.index(d) for d in range(len(order))]

@@ -24,6 +24,7 @@ class Setting:
     observed: node -> its value on the example inputs (read only by approximate passes), and
         ``observed.values(node)``: what it ranges over; an `observe.Observation`.
     weights: the store of quantised weights, shared by all graphs of one `optimize`.
+    proofs: what was found out about nodes of this graph, for the sites that ask again.
     """
 
     target: Target
@@ -31,6 +32,7 @@ class Setting:
     tolerance: float
     observed: Any
     weights: Any
+    proofs: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from ridgeline.cost_model import Target, estimate, load_target, work_of_graph
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
+from ridgeline.ir.sizes import sizes_at
 from ridgeline.passes.already_quantized import already_quantized
 from ridgeline.passes.apply import apply, copy_graph
 from ridgeline.passes.base import Candidate, Pass, Setting, location
@@ -27,6 +28,7 @@ from ridgeline.passes.propose import propose
 from ridgeline.passes.record import record
 from ridgeline.passes.settle import settle
 from ridgeline.passes.weights import WeightStore
+from ridgeline.passes.workload import CAPTURED, Sizes, Workload, sizes_of, state_bytes
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,10 @@ class Compiler:
         ignore: Sequence[str] = (),
         lowering: Literal["inductor", "eager"] = "inductor",
         hessians: Mapping[str, torch.Tensor] | None = None,
+        workload: Workload = CAPTURED,
     ) -> None:
-        """The arguments are `optimize`'s, checked here; hessians: weight name -> [K,K]."""
+        """The arguments are `optimize`'s, checked here; hessians: weight name -> [K,K]; workload:
+        the sizes to choose for."""
         if not isinstance(tolerance, int | float) or not 0.0 <= tolerance < 1.0:
             raise OptimizeError(f"tolerance is {tolerance!r}; choose 0 <= tolerance < 1, as 0.02")
         if objective not in get_args(Objective):
@@ -76,6 +80,7 @@ class Compiler:
         self.target = load_target(target)
         self.tolerance, self.objective = tolerance, objective
         self.passes, self.ignore, self.lowering = tuple(passes), tuple(ignore or ()), lowering
+        self.workload = workload
         self.plan = Plan(self.target.name, tolerance)
         self._weights = WeightStore(hessians)
         self._certificates: dict[Any, Certificate] = {}
@@ -121,14 +126,15 @@ class Compiler:
             self.plan.note(sentence)
         observed = Observation(module, program)
         setting = Setting(self.target, program.training, self.tolerance, observed, self._weights)
-        with spent("match"):
+        sizes = self._sizes(program, label)
+        with spent("match"), sizes_at(sizes.values):
             candidates, refusals = propose(self.passes, module, setting)
             candidates, left = self._without_ignored(candidates, label)
         sensitivity = 1.0
         if any(c.error > 0 for c in candidates):
             with spent("measure"):
                 sensitivity = observed.sensitivity()
-        with spent("choose"):
+        with spent("choose"), sizes_at(sizes.values):
             choice = choose(
                 candidates,
                 self.target,
@@ -136,6 +142,7 @@ class Compiler:
                 objective=self.objective,
                 sensitivity=sensitivity,
                 weight_bytes=weight_bytes(module),
+                state_bytes=state_bytes(program),
             )
         with spent("certify"):
             evidence, unsound = self._certified(choice.chosen)
@@ -169,13 +176,25 @@ class Compiler:
         ]
         plan.refused += [refusal_decision(r, label) for r in refusals]
         plan.refused += left
-        with spent("choose"):
+        with spent("choose"), sizes_at(sizes.values):
             plan.predicted[label] = {
                 side: graph_figures(m, self.target)
                 for side, m in (("before", module), ("after", rewritten))
             }
         record(plan, label)
         return rewritten
+
+    def _sizes(self, program: Program, label: str) -> Sizes:
+        """The sizes to choose for; the plan says them where they are not those captured."""
+        batch, context = self.workload.of(program.phase)
+        sizes = sizes_of(program, batch, context)
+        for sentence in sizes.fixed:
+            self.plan.note(sentence)
+        if (batch, context) != (None, None) and not sizes.fixed:
+            figures = (("batch", sizes.batch), ("context", sizes.context))
+            said = " and ".join(f"{name} {value}" for name, value in figures if value is not None)
+            self.plan.note(f"{label}: rewrites are chosen, and times predicted, for {said}")
+        return sizes
 
     def _settled(
         self,

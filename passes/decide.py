@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import fx
 
-from ridgeline.cost_model import Cost, Option, Target, estimate, solve
+from ridgeline.cost_model import Cost, Option, Target, Work, doubt, estimate, solve
 from ridgeline.ir.provenance import source_of
 from ridgeline.passes.base import Candidate, location
 from ridgeline.passes.plan import Certificate, Decision, RefusedBy
@@ -30,19 +30,22 @@ class Choice:
     """The chooser's answer.
 
     chosen: to be applied. refused: the sites that got nothing. costs: every candidate's predicted
-    (before, after); worth: what the objective wins by it.
+    (before, after); worth: what the objective wins by it; doubt: by how much that may be wrong.
     """
 
     chosen: list[Candidate]
     refused: list[Loss]
     costs: dict[Candidate, tuple[Cost, Cost]]
     worth: dict[Candidate, float]
+    doubt: dict[Candidate, float]
 
     def safer(self, given_back: Iterable[Candidate]) -> list[Candidate]:
         """For each site given back, its useful form of least error, where that is a safer one."""
         forms = []
         for back in given_back:
-            useful = [c for c in self.worth if c.site is back.site and self.worth[c] > 0]
+            useful = [
+                c for c in self.worth if c.site is back.site and self.worth[c] > self.doubt[c]
+            ]
             best = min(useful, key=lambda c: c.error, default=back)
             if best.error < back.error:
                 forms.append(best)
@@ -57,25 +60,44 @@ def choose(
     objective: Objective,
     sensitivity: float,
     weight_bytes: int,
+    state_bytes: int = 0,
 ) -> Choice:
     """Pick the candidates to apply on `target`.
 
-    sensitivity: output error per unit of local error, measured by a probe. weight_bytes: of all
-    weights of the program.
+    sensitivity: output error per unit of local error, measured by a probe; 0 where nothing is known
+    of errors, and cost alone decides. weight_bytes: of all weights of the program; state_bytes: of
+    its caches, which take device memory too. Raises InfeasibleChoice where no choice fits it.
     """
-    costs = {
-        c: (
-            estimate(c.before, target, resident_bytes=weight_bytes),
-            estimate(c.after, target, resident_bytes=weight_bytes),
-        )
-        for c in candidates
-    }
+    held = weight_bytes + state_bytes
+    too_large = held > target.memory_bytes
+    known: dict[Work, Cost] = {}  # a model repeats its layers
+
+    def cost(work: Work) -> Cost:
+        if work not in known:
+            known[work] = estimate(work, target, resident_bytes=weight_bytes)
+        return known[work]
+
+    costs = {c: (cost(c.before), cost(c.after)) for c in candidates}
     worth = {c: _gain(*costs[c], c, objective) for c in candidates}
+    doubts = dict.fromkeys(candidates, 0.0)  # bytes and operations are counted
+    if objective == "latency":
+        pairs = {
+            pair: doubt(*pair, target, resident_bytes=weight_bytes)
+            for pair in dict.fromkeys((c.before, c.after) for c in candidates)
+        }
+        doubts = {c: pairs[c.before, c.after] for c in candidates}
     price = _price(worth, sensitivity, tolerance)
     for c in candidates:
         if objective == "latency" and c.memory_bytes > 0:
             price[c] += PRICE_OF_MEMORY * costs[c][0].seconds
-    useful = _undominated([c for c in candidates if worth[c] > price[c]], worth)
+    useful = _undominated(
+        [
+            c
+            for c in candidates
+            if worth[c] > max(price[c], doubts[c]) or (too_large and c.memory_bytes < 0)
+        ],
+        worth,
+    )
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
@@ -94,7 +116,7 @@ def choose(
         options,
         error_budget=tolerance,
         capacity_bytes=target.memory_bytes,
-        base_memory_bytes=weight_bytes,
+        base_memory_bytes=held,
     ).chosen
     chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
     spent = sum((c.error * sensitivity) ** 2 for c in chosen)
@@ -103,8 +125,8 @@ def choose(
         """The tolerance under which a further error would fit."""
         return (spent + (error * sensitivity) ** 2) ** 0.5
 
-    refused = _others(candidates, chosen, costs, worth, price, target, enough, objective)
-    return Choice(chosen, refused, costs, worth)
+    refused = _others(candidates, chosen, costs, worth, doubts, price, target, enough, objective)
+    return Choice(chosen, refused, costs, worth, doubts)
 
 
 NEXT_TO_NOTHING = 0.01
@@ -181,6 +203,7 @@ def _others(
     chosen: Sequence[Candidate],
     costs: dict[Candidate, tuple[Cost, Cost]],
     worth: dict[Candidate, float],
+    doubts: dict[Candidate, float],
     price: dict[Candidate, float],
     target: Target,
     enough: Callable[[float], float],
@@ -211,6 +234,8 @@ def _others(
             reason = f"its nodes are part of {owner.rewrite.name} at {owner.at}"
             needed = f"leave {owner.rewrite.name} out of passes= to weigh this one alone"
             refused.append(Loss(best, "overlap", reason, needed))
+        elif all(worth[c] <= doubts[c] for c in forms):
+            refused.append(Loss(best, "cost", _no_clear_gain(best, *costs[best], doubts, target)))
         elif all(worth[c] <= price[c] for c in forms):
             sides = _sides(best, *costs[best], objective)
             spent = "its error" if best.error else f"{best.memory_bytes} bytes more"
@@ -219,7 +244,7 @@ def _others(
             reason = f"its {best.memory_bytes} bytes do not fit {target.name} beside the rest"
             refused.append(Loss(best, "budget", reason, "choose a device with more memory"))
         else:
-            smallest = min(c.error for c in forms if worth[c] > 0)
+            smallest = min(c.error for c in forms if worth[c] > doubts[c])
             reason = f"its error ({smallest:.2g} at the least) does not fit beside the others'"
             needed = f"pass tolerance={enough(smallest) * 1.05:.2g}"
             refused.append(Loss(best, "budget", reason, needed))
@@ -234,6 +259,22 @@ def _no_gain(
         form = candidate.variant or candidate.rewrite.name
         return f"not smaller: {form} holds {candidate.memory_bytes} bytes more"
     return f"not better on {target.name}: {_sides(candidate, before, after, objective)}"
+
+
+def _no_clear_gain(
+    candidate: Candidate,
+    before: Cost,
+    after: Cost,
+    doubts: dict[Candidate, float],
+    target: Target,
+) -> str:
+    """Why the candidate may win nothing."""
+    sides = _sides(candidate, before, after, "latency")
+    gain, within = (before.seconds - after.seconds) * 1e6, doubts[candidate] * 1e6
+    return (
+        f"not surely better on {target.name}: {sides}; the gain of {gain:.1f} µs is within the"
+        f" doubt of {within:.1f} µs about the two"
+    )
 
 
 ABOUT = 1.5

@@ -20,6 +20,7 @@ from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.masks import Mask, analyse
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
+from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.attention_spellings import patterns
 from ridgeline.passes.base import Candidate, Pass, Setting
@@ -78,7 +79,10 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         return refusal
     if refusal := _mask_refused(site, query) or _sinks_refused(site, query):
         return refusal
-    mask = analyse(site.bind.get("mask"))
+    given = site.bind.get("mask")  # one for all layers
+    if given not in setting.proofs:
+        setting.proofs[given] = analyse(given)
+    mask: Mask = setting.proofs[given]
     if site.pattern.startswith("sdpa_causal"):
         mask = Mask(sympy.Integer(0), None)
     q_len, k_len = _sizes(query)[2], _sizes(site.bind["value"])[2]
@@ -257,7 +261,7 @@ def _proven(
 
 def _work(call: Call, site: Site) -> Work:
     def hints(node: fx.Node) -> list[int]:
-        sizes = [s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape]
+        sizes = list(numbers(node.meta["val"].shape))
         return [sizes[0], 1, *sizes[1:]] if len(sizes) == 3 else [1] * (4 - len(sizes)) + sizes
 
     (batch, heads, q_len, dim), value = hints(call.query), hints(site.bind["value"])

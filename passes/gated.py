@@ -18,6 +18,7 @@ from ridgeline.cost_model.pointwise import gated_work
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
+from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.activations import activation
 from ridgeline.passes.base import Candidate, Pass, Setting
@@ -113,7 +114,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
 
 def _work(site: Site, setting: Setting, *, ours: bool) -> Work:
     value = site.outs[0].meta["val"]
-    elements = math.prod(s if isinstance(s, int) else int(s.node.hint) for s in value.shape)
+    elements = math.prod(numbers(value.shape))
     return gated_work(elements, value.dtype, site.pattern, kind=setting.target.kind, ours=ours)
 
 

@@ -22,6 +22,7 @@ from ridgeline.ir.group_rational import GROUP_RATIONAL
 from ridgeline.ir.match import Pattern, Reject, Site, trace
 from ridgeline.ir.provenance import said
 from ridgeline.ir.rational_terms import Rational, read_quotient
+from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.dataflow import VIEWS
@@ -200,7 +201,7 @@ def _only_user(node: fx.Node, targets: tuple[object, ...]) -> fx.Node | None:
 def _work(call: Call) -> Work:
     x = call.x.meta["val"]
     held = [n.meta["val"] for n in (call.numerator, call.denominator)]
-    elements = math.prod(s if isinstance(s, int) else int(s.node.hint) for s in x.shape)
+    elements = math.prod(numbers(x.shape))
     moved = elements * x.dtype.itemsize
     read = moved + sum(t.numel() * t.dtype.itemsize for t in held)
     flops = 2 * (held[0].shape[1] + held[1].shape[1]) * elements

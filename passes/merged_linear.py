@@ -8,6 +8,7 @@ Source: the packed projections of Megatron-LM and vLLM, which models have to be 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx
 from ridgeline.cost_model import Gemm, Work, work_of
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.match import Reject, Site
+from ridgeline.ir.sizes import numbers
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.operands import put
 from ridgeline.passes.side_by_side import constant_biases, constant_weight, search, split, stacked
@@ -64,9 +66,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
 
 
 def _product(call: Call) -> Gemm:
-    x, rows = call.x.meta["val"], 1
-    for size in x.shape[:-1]:
-        rows *= size if isinstance(size, int) else size.node.hint
+    x = call.x.meta["val"]
+    rows = prod(numbers(x.shape[:-1]))
     width = sum(weight.meta["val"].shape[0] for weight in call.weights)
     return Gemm(rows, width, x.shape[-1], dtype=x.dtype, bias=any(call.biases))
 

@@ -10,6 +10,7 @@ from torch import fx
 from ridgeline.cost_model import Norm, Stream, Work
 from ridgeline.ir.match import Site
 from ridgeline.ir.normalize import is_cast
+from ridgeline.ir.sizes import numbers
 
 
 def norm_work(
@@ -40,7 +41,7 @@ def _pointwise(node: fx.Node) -> bool:
 
 
 def _hints(node: fx.Node) -> tuple[int, ...]:
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)
+    return numbers(node.meta["val"].shape)
 
 
 def _bytes(node: fx.Node) -> float:

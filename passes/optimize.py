@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ridgeline.cost_model import Target
+from ridgeline.ir.program import Phase
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
 from ridgeline.passes.compiler import Compiler, Objective, OptimizeError
@@ -17,6 +18,7 @@ from ridgeline.passes.quantizable import is_linear, unfit
 from ridgeline.passes.quantization import HessiansOnDemand
 from ridgeline.passes.quantization.data import calibration_batches
 from ridgeline.passes.shift_add_vit import freeze
+from ridgeline.passes.workload import Number, Workload
 
 
 def optimize(
@@ -31,6 +33,9 @@ def optimize(
     tokenizer: Any = None,
     bits: int | None = None,
     average_bits: float | None = None,
+    phase: Phase | None = None,
+    batch: Number = None,
+    context: Number = None,
     ignore: Sequence[str] = (),
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
@@ -52,6 +57,12 @@ def optimize(
         reparameterised before it is captured (`ridgeline.reparameterize`), in the codec that the
         cost model finds better on the target, and its errors count from there on.
     average_bits: the same with widths of 2 to 4 given to the layers where they count.
+    batch, context: what to choose the rewrites for, where the calls to come differ from those that
+        are captured: sequences at once, and tokens, of a prefill those of the call, of a decode
+        step those of before. A number is for every phase, or for `phase` ("prefill", "decode" or
+        "forward") alone; a dict as ``{"prefill": 1, "decode": 64}`` gives each its own. One result
+        holds the graphs of all phases. A size that a graph has fixed decides as it is, which the
+        plan says; shape and numbers of the example inputs do not change.
     ignore: patterns of module paths to leave alone, as ``["lm_head", "*.k_proj"]``.
     lowering: "inductor" compiles what is left of the graph; "eager" runs it op by op.
     strict: raise where a call cannot be captured, instead of running the original code and
@@ -65,6 +76,7 @@ def optimize(
     theirs only where they require it. Call `train()` to train.
 
     The result's `plan` lists every decision. Raises `OptimizeError` for unusable arguments,
+    `ridgeline.passes.workload.WorkloadError` for a phase, batch or context that makes no sense,
     `ridgeline.cost_model.UnknownTarget`, and with `strict` `ridgeline.ir.capture.CaptureError`.
     """
     if not isinstance(model, nn.Module):
@@ -82,6 +94,7 @@ def optimize(
         ignore=ignore,
         lowering=lowering,
         hessians={} if forced_bits else hessians_of(model, calibration, tokenizer),
+        workload=Workload(batch, context, phase),
     )
     check_ignore(model, compiler.ignore, OptimizeError)
     if forced_bits:

@@ -24,6 +24,29 @@ class Refusal:
     by: Literal["pattern", "precondition", "defect"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """Where a pass might fire, whatever the target and the sizes: its sites and near misses, or
+    the error with which it stopped looking."""
+
+    rewrite: Pass
+    sites: Sequence[Site] = ()
+    misses: Sequence[Reject] = ()
+    error: Exception | None = None
+
+
+def find_sites(passes: Sequence[Pass], graph: fx.Graph) -> list[Found]:
+    """Look for every pass in a normalised graph."""
+    found = []
+    for rewrite in passes:
+        try:
+            found.append(Found(rewrite, *_sites(rewrite, graph)))
+        except Exception as error:
+            log.exception("a defect of ridgeline, please report it: %s stopped", rewrite.name)
+            found.append(Found(rewrite, error=error))
+    return found
+
+
 def propose(
     passes: Sequence[Pass], module: fx.GraphModule, setting: Setting
 ) -> tuple[list[Candidate], list[Refusal]]:
@@ -31,30 +54,43 @@ def propose(
 
     A pass that stops with an error is a defect, which costs that pass and not the user's model.
     """
+    return weigh(find_sites(passes, module.graph), module.graph, setting)
+
+
+def weigh(
+    found: Sequence[Found], graph: fx.Graph, setting: Setting
+) -> tuple[list[Candidate], list[Refusal]]:
+    """What the passes make of the sites found, for this target and at these sizes
+    (`ridgeline.ir.sizes`)."""
     candidates: list[Candidate] = []
     refusals: list[Refusal] = []
-    for rewrite in passes:
-        try:
-            proposed, refused = _proposals(rewrite, module.graph, setting)
-        except Exception as error:
-            log.exception("a defect of ridgeline, please report it: %s stopped", rewrite.name)
-            reason = f"the pass stopped ({type(error).__name__}: {error}); please report it"
-            proposed = []
-            refused = [Refusal(rewrite, Reject(reason, module.graph.output_node()), "defect")]
-        candidates += proposed
-        refusals += refused
+    in_place = mutates(graph)
+    for each in found:
+        error = each.error
+        if error is None:
+            try:
+                proposed, refused = _proposals(each, in_place, setting)
+                candidates += proposed
+                refusals += refused
+                continue
+            except Exception as stopped:
+                log.exception(
+                    "a defect of ridgeline, please report it: %s stopped", each.rewrite.name
+                )
+                error = stopped
+        reason = f"the pass stopped ({type(error).__name__}: {error}); please report it"
+        refusals.append(Refusal(each.rewrite, Reject(reason, graph.output_node()), "defect"))
     return candidates, refusals
 
 
 def _proposals(
-    rewrite: Pass, graph: fx.Graph, setting: Setting
+    found: Found, in_place: bool, setting: Setting
 ) -> tuple[list[Candidate], list[Refusal]]:
-    """`propose` for one pass."""
-    sites, misses = _sites(rewrite, graph)
+    """`weigh` for one pass."""
+    rewrite = found.rewrite
     candidates: list[Candidate] = []
-    refusals = [Refusal(rewrite, miss, "pattern") for miss in misses]
-    in_place = mutates(graph)
-    for site in sites:
+    refusals = [Refusal(rewrite, miss, "pattern") for miss in found.misses]
+    for site in found.sites:
         exact = rewrite.exactness != "approximate"
         answer = (exact and rounds_inside(site)) or rewrite.accepts(site, setting)
         if in_place and not isinstance(answer, Reject) and answer:

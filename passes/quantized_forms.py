@@ -6,17 +6,22 @@ A site is one layer, or several that read one input and become one product, thei
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
 from ridgeline.cost_model import Target, Work
 from ridgeline.ir.quantized_linear import MANY_ROWS, fixed_point
+from ridgeline.ir.sizes import numbers
 from ridgeline.passes.base import Setting
 from ridgeline.passes.quantization import Codec
 
 Products = tuple[torch.dtype | None, ...]
 """dtypes of products, None for the input's own."""
+
+
+_LINEAR = (torch.ops.aten.linear.default, torch.ops.aten.t.default)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +60,9 @@ def forms(
     the fewest bits per weight to the most."""
     x = setting.observed(source_of(layers))
     for codec, products in offered:
-        memory_bytes = sum(_held(layer, codec, setting) - layer.weight.nbytes for layer in layers)
+        memory_bytes = sum(
+            _held(layer, codec, setting) - _freed(layer, setting) for layer in layers
+        )
         for multiply in products:
             error = error_of(layers, codec, multiply, setting)
             work = _work(layers, codec, multiply, x.dtype)
@@ -88,7 +95,8 @@ def error_of(
         known = (source, layer.name, codec, refined)
         total += weights.memo(known, functools.partial(of_weight, layer)) ** 2
         if multiply is not None:
-            rounding = functools.partial(_rounding_error, x, layer.weight, multiply)
+            values = weights.values(layer.weight)
+            rounding = functools.partial(_rounding_error, x, values, multiply)
             total += weights.memo((source, layer.name, multiply), rounding) ** 2
     return total**0.5
 
@@ -101,16 +109,13 @@ def source_of(layers: Sequence[Layer]) -> fx.Node:
 
 
 def rows_of(layers: Sequence[Layer]) -> int:
-    """Rows of the layers' input, symbolic sizes at their captured value."""
+    """Rows of the layers' input, free sizes as `ridgeline.ir.sizes` has them."""
     return rows_at(source_of(layers))
 
 
 def rows_at(x: fx.Node) -> int:
-    """Rows of a value that a linear layer reads, symbolic sizes at their captured value."""
-    rows = 1
-    for size in x.meta["val"].shape[:-1]:
-        rows *= size if isinstance(size, int) else size.node.hint
-    return rows
+    """Rows of a value that a linear layer reads, free sizes as `ridgeline.ir.sizes` has them."""
+    return prod(numbers(x.meta["val"].shape[:-1]))
 
 
 def floating_products(layers: Sequence[Layer], setting: Setting) -> Products:
@@ -133,6 +138,19 @@ def _held(layer: Layer, codec: Codec, setting: Setting) -> int:
         return coded.nbytes
     n, k = layer.weight.shape
     return round(codec.average_bits(k, n) * n * k / 8)
+
+
+def _freed(layer: Layer, setting: Setting) -> int:
+    """Bytes of the layer's weight, unless something else reads it too, as an embedding that the
+    head is tied to."""
+    kept = "weights that are read by more than linear layers"
+    if kept not in setting.proofs:
+        setting.proofs[kept] = {
+            str(node.target)
+            for node in layer.out.graph.find_nodes(op="get_attr")
+            if any(user.target not in _LINEAR for user in node.users)
+        }
+    return 0 if layer.name in setting.proofs[kept] else layer.weight.nbytes
 
 
 def _output_error(x: Tensor, weight: Tensor, other: Tensor) -> float:

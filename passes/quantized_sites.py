@@ -155,7 +155,7 @@ def _layer(out: fx.Node, setting: Setting) -> Layer | Reject:
             f" with fewer than {SMALLEST} inputs or outputs stay as they are",
             out,
         )
-    if broken := int((~torch.isfinite(weight)).sum()):
+    if broken := setting.weights.broken(weight):
         return Reject(
             f"{broken} of the {weight.numel()} weights are infinite or NaN",
             out,

@@ -11,6 +11,7 @@ from ridgeline.ir.aliases import written_between
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.normalize import can_hold, is_cast
 from ridgeline.ir.provenance import operation, said
+from ridgeline.ir.sizes import number
 from ridgeline.passes.base import Candidate
 
 aten = torch.ops.aten
@@ -50,13 +51,13 @@ def region_of(candidate: Candidate, frontier: Iterable[fx.Node]) -> list[fx.Node
 
 def structure_of(region: Sequence[fx.Node]) -> str:
     """What a region computes, up to the names of its nodes and with symbolic sizes by value."""
-    number: dict[fx.Node, str] = {}
+    names: dict[fx.Node, str] = {}
 
     def spelled(node: fx.Node) -> str:
         value = node.meta.get("val")
         if isinstance(value, int | torch.SymInt):
-            return str(value if isinstance(value, int) else value.node.hint)
-        return number.setdefault(node, f"%{len(number)}")
+            return str(number(value))
+        return names.setdefault(node, f"%{len(names)}")
 
     return "\n".join(
         f"{spelled(n)} = {n.op} {n.target if n.op == 'call_function' else ''}"

@@ -20,6 +20,7 @@ from ridgeline.ir.aliases import mutates
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
 from ridgeline.ir.rotary import ROTARY
+from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.dataflow import operand, stranger
@@ -130,8 +131,7 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
 
 def _work(site: Site, setting: Setting, *, ours: bool) -> Work:
     def elements(node: fx.Node) -> int:
-        sizes = node.meta["val"].shape
-        return math.prod(s if isinstance(s, int) else int(s.node.hint) for s in sizes)
+        return math.prod(numbers(node.meta["val"].shape))
 
     tensors = [site.bind[n] for n in ("q", "k") if n in site.bind]
     stored = [

@@ -56,6 +56,14 @@ class WeightStore:
         weight = constant(node).detach()
         return weight.T if transposed else weight
 
+    def values(self, weight: Tensor) -> Tensor:
+        """The numbers of a weight by which its error is told."""
+        return weight
+
+    def broken(self, weight: Tensor) -> int:
+        """How many of its numbers are infinite or NaN."""
+        return int((~torch.isfinite(weight)).sum())
+
     def stale(self) -> bool:
         """Has a weight been changed in place since it was folded?"""
         return list(map(_VERSION, self._sources.values())) != self._versions

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ridgeline.cost_model import probe
+from ridgeline.cost_model import probe, record
 from ridgeline.cost_model.host_times import ProbeSizes
 from ridgeline.cost_model.target import parse_target
 from ridgeline.ir.normalize import normalize
@@ -35,6 +35,7 @@ def steady_cpu() -> Iterator[None]:
     figures = {
         "cores": 2,
         "threads": 2,
+        "memory_gb": 64,
         "bandwidth_gb_per_s": 40.0,
         "cache_bandwidth_gb_per_s": [350.0, 350.0, 350.0],
         "cache_kib": [64, 2048, 32768],
@@ -46,6 +47,7 @@ def steady_cpu() -> Iterator[None]:
     light = ProbeSizes(gemm=64, dram_bytes=2**16, rounds=2, repeats=1, seconds=1e-4)
     host = parse_target(probe.probe(light) | figures, "the tests")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(record.SWITCH, "0")  # the machine's own log is none of theirs
         patch.setattr(probe, "probe_host", functools.wraps(probe.probe_host)(lambda: host))
         yield
 

@@ -7,6 +7,7 @@ from rich.text import Text
 from ridgeline.cost_model import load_target
 from ridgeline.tools import (
     bench_attention,
+    bench_choose,
     bench_group_rational,
     bench_linear,
     bench_lookup,
@@ -81,6 +82,12 @@ def rotary(rounds: int, console: Console) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for title, timings in bench_pointwise.rotations(rounds, load_target("cpu")):
             console.print(timings.table(title))
+
+
+def choose(rounds: int, console: Console) -> None:
+    """The joint choice among 100 to 10,000 options."""
+    for count, seconds, taken in bench_choose.cases(rounds):
+        console.print(Text(f"{count:6d} options: {seconds * 1e3:8.1f} ms, {taken} taken"))
 
 
 def decode(rounds: int, console: Console) -> None:

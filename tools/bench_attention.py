@@ -3,6 +3,7 @@
 Training is forward and backward through autograd on both sides.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ridgeline.codegen.tvm import attention_training
 from ridgeline.codegen.tvm.attention import attention
+from ridgeline.cost_model import Attention, Work, load_target
+from ridgeline.tools.predicted import log_timings
 from ridgeline.tools.timing import Timings, interleave
 
 BASELINE = "torch SDPA"
@@ -41,7 +44,8 @@ def _causal(length: int, dtype: torch.dtype, rounds: int) -> Timings:
         BASELINE: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         "ridgeline": lambda: attention(q, k, v, scale=DIM**-0.5, diagonal=0),
     }
-    return interleave(functions, baseline=BASELINE, rounds=rounds)
+    work = Attention(1, HEADS, HEADS, length, length, DIM, DIM, causal=True, dtype=dtype)
+    return _logged(interleave(functions, baseline=BASELINE, rounds=rounds), work)
 
 
 def _training(length: int, dtype: torch.dtype, rounds: int) -> Timings:
@@ -69,4 +73,15 @@ def _decode(length: int, dtype: torch.dtype, rounds: int) -> Timings:
         BASELINE: lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "ridgeline": lambda: attention(q, k, v, scale=DIM**-0.5),
     }
-    return interleave(functions, baseline=BASELINE, rounds=rounds)
+    work = Attention(1, QUERY_HEADS, KEY_HEADS, 1, length, DIM, DIM, dtype=dtype)
+    return _logged(interleave(functions, baseline=BASELINE, rounds=rounds), work)
+
+
+def _logged(timings: Timings, work: Attention) -> Timings:
+    """The timings, after both contenders stand in the log of predictions."""
+    works = {
+        BASELINE: Work((work,)),
+        "ridgeline": Work((dataclasses.replace(work, library="ridgeline"),)),
+    }
+    log_timings(f"attention, {work.q} on {work.kv}", timings, works, load_target("cpu"))
+    return timings

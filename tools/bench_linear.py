@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ridgeline.codegen.tvm import quantized_linear as cpu
+from ridgeline.cost_model import Gemm, Work, load_target
 from ridgeline.ir.quantized_linear import dequantize, pack_codes
+from ridgeline.tools.predicted import log_timings
 from ridgeline.tools.timing import Timings, interleave
 
 COPIES = 3
@@ -69,4 +71,12 @@ def rounds(
     timings = interleave(
         functions, baseline="torch int4pack bf16", rounds=samples, seconds_per_sample=0.01
     )
+    bf16 = torch.bfloat16
+    plain = {"torch bf16": bf16, "torch fp32": torch.float32}
+    works = {name: Work((Gemm(m, n, k, dtype=dtype),)) for name, dtype in plain.items()}
+    ours_work = Gemm(m, n, k, dtype=bf16, weight_bits=4, group_size=group_size)
+    works[KERNEL] = Work((ours_work,))
+    for name, work in works.items():  # each walks through copies of its own
+        title, cold = f"linear {m} x {k} -> {n}, cold", COPIES * bytes_read[name]
+        log_timings(title, timings, {name: work}, load_target("cpu"), cold)
     return timings, bytes_read

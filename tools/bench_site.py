@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ridgeline.codegen.inductor import compile_graph
 from ridgeline.codegen.lower import lower
-from ridgeline.cost_model import Target
+from ridgeline.cost_model import Target, Work
 from ridgeline.ir.capture import capture
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.apply import apply
@@ -23,6 +23,7 @@ from ridgeline.passes.base import Pass, Setting
 from ridgeline.passes.certify import relative_error
 from ridgeline.passes.propose import propose
 from ridgeline.passes.weights import WeightStore
+from ridgeline.tools.predicted import log_timings
 from ridgeline.tools.timing import TimingError, Timings, interleave
 
 BASELINE = "inductor"
@@ -47,11 +48,13 @@ def compare(
     program = capture(model, inputs).program
     module = normalize(program.module)
     inductor = compile_graph(module, program.inputs, dynamic=False)
+    works: dict[str, Work] = {}
     if isinstance(ours, Pass):
         setting = Setting(target, False, 0.0, _unobserved, WeightStore())
         candidates, _ = propose((ours,), module, setting)
         if not candidates:
             raise TimingError(f"{ours.name} does not fit {type(model).__name__}")
+        works = {BASELINE: candidates[0].before, "ridgeline": candidates[0].after}
         ours = lower(apply(module, candidates[:1]), program.inputs, target, "inductor", False).run
     functions = {"eager": model, BASELINE: inductor, "ridgeline": ours}
     results = {name: _tensors(function(*inputs)) for name, function in functions.items()}
@@ -59,7 +62,10 @@ def compare(
         if (error := relative_error(results[name], results["eager"])) > _ROUNDING:
             raise TimingError(f"{name} differs from eager torch by {error:.1e}")
     calls = {name: functools.partial(f, *inputs) for name, f in functions.items()}
-    return interleave(calls, baseline=BASELINE, rounds=rounds)
+    timings = interleave(calls, baseline=BASELINE, rounds=rounds)
+    title = f"{type(model).__name__}, {', '.join(str(list(x.shape)) for x in inputs)}"
+    log_timings(f"{title}, {inputs[0].dtype}", timings, works, target)
+    return timings
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: optimize, verify, dump, explain, targets, bench, sweep,
+"""The command line: optimize, verify, dump, explain, targets, whatif, calibrate, bench, sweep,
 accuracy, demo.
 
 MODEL is ``file.py:function``, which returns (module, args) or (module, args, kwargs), a ``.pt2``
@@ -57,6 +57,7 @@ class Objective(StrEnum):
 
 
 class Bench(StrEnum):
+    choose = "choose"
     linear = "linear"
     lookup = "lookup"
     attention = "attention"
@@ -223,6 +224,58 @@ def targets(
         from ridgeline.tools.target_table import all_targets, one_target
 
         out.print(all_targets() if name is None else one_target(name))
+
+
+@app.command()
+def whatif(
+    model: Annotated[
+        str,
+        typer.Argument(help="smollm2, file.py:function, program.pt2, a config's .json or name"),
+    ],
+    targets: Annotated[str, typer.Option(help="Names or TOML files, by commas.")] = "native",
+    batch: Annotated[str, typer.Option(help="Batches, as 1,8,64.")] = "1,8,64",
+    context: Annotated[str, typer.Option(help="Tokens, as 1k,32k.")] = "1k",
+    phase: Annotated[str, typer.Option(help="prefill, decode, forward; all if none.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of a model built from a config.")] = "bfloat16",
+    objective: Goal = Objective.latency,
+    largest_batch: Annotated[int, typer.Option(help="Where the search for flips ends.")] = 512,
+    plot: Annotated[
+        Path | None, typer.Option(callback=_writable, help="Draw rooflines and times here.")
+    ] = None,
+    traceback: Trace = False,
+) -> None:
+    """What would fire for MODEL on machines that are not here, at which batch that changes."""
+    with _clear_errors(traceback):
+        from ridgeline.tools import whatif as questions
+
+        request = questions.Request(
+            model,
+            tuple(filter(None, targets.split(","))),
+            questions.whole_numbers(batch, "--batch"),
+            questions.whole_numbers(context, "--context"),
+            tuple(filter(None, phase.split(","))),
+            dtype,
+            objective.value,
+            plot,
+            largest_batch,
+        )
+        questions.run(request, out, _status)
+
+
+@app.command()
+def calibrate(
+    show: Annotated[bool, typer.Option("--show", help="Only the log of past runs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and store nothing.")] = False,
+    traceback: Trace = False,
+) -> None:
+    """Time ridgeline's kernels on this CPU and refine what is predicted for it."""
+    with _clear_errors(traceback):
+        from ridgeline.tools import calibrate as calibration
+
+        if show:
+            calibration.show(out)
+        else:
+            calibration.run(out, _status, dry=dry_run)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import nn
 
 import ridgeline
+from ridgeline.cost_model.record import append
 from ridgeline.ir.capture import capture
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes import PASSES
@@ -33,6 +34,7 @@ from ridgeline.tools.calibration_file import read_calibration, read_tokenizer
 from ridgeline.tools.demo import generate
 from ridgeline.tools.model_file import SMOLLM2, Example, load_model_file
 from ridgeline.tools.progress import stage_bars
+from ridgeline.tools.timing import interleave
 
 Status = Callable[[str], AbstractContextManager[None]]
 """What shows a line while something lasts."""
@@ -40,6 +42,7 @@ Status = Callable[[str], AbstractContextManager[None]]
 TOLERANCE = 0.02
 """Of the lossless 4-bit contender: SmolLM2 is published in 4 bits."""
 PROMPT, NEW, ROUNDS = 64, 32, 3
+LOGGED_ROUNDS = 3
 SAMPLE_TOKENS = 32
 
 
@@ -180,6 +183,19 @@ def _once(example: Example, compiler: Compiler, status: Status) -> None:
         compiled = compiler.lower(rewritten, program)
     with status("running once"), rehearsal(program) as inputs:
         compiled(*inputs)
+        _log(compiled, inputs, compiler, example)
+
+
+def _log(
+    compiled: Callable[..., Any], inputs: list[Any], compiler: Compiler, example: Example
+) -> None:
+    """Predicted against measured, of a program that runs on the machine it was compiled for."""
+    if compiler.target.name != "cpu":
+        return
+    (predicted,) = (sides["after"]["seconds"] for sides in compiler.plan.predicted.values())
+    times = interleave({"this": lambda: compiled(*inputs)}, baseline="this", rounds=LOGGED_ROUNDS)
+    name = type(example.model).__name__
+    append(compiler.target.name, "whole program", name, predicted, times.seconds("this").median)
 
 
 def _with_speed(model: nn.Module, compiler: Compiler, console: Console, status: Status) -> None:

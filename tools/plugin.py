@@ -24,6 +24,7 @@ from ridgeline.codegen.inductor import inductor_decompositions
 from ridgeline.ir import autocast
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
+from ridgeline.ir.sizes import number
 from ridgeline.passes import PASSES
 from ridgeline.passes.apply import copy_graph
 from ridgeline.passes.compiler import Compiler
@@ -203,7 +204,7 @@ def _program(
 
 def _concrete(value: Any) -> Any:
     """A free size as the number it has in this call, so that programs can be run on it."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+    return number(value) if isinstance(value, torch.SymInt) else value
 
 
 def _inductor(

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ridgeline.cost_model import InfeasibleChoice, InvalidOption, Option, solve
+from ridgeline.cost_model import InfeasibleChoice, InvalidOption, Option, choose, solve
+from ridgeline.tools import bench_choose
 
 KEYS = "abcdefg"
 
@@ -107,3 +108,34 @@ def test_nothing_to_choose():
 def test_invalid_options(options, message):
     with pytest.raises(InvalidOption, match=message):
         solve(options)
+
+
+def test_many_options_come_within_the_gap_of_the_bound():
+    """Ten thousand, in sites of four, with both budgets: no bound of theirs is far away."""
+    given = bench_choose.options(10_000)
+    limits = {"error_budget": 0.15, "capacity_bytes": 10**6, "base_memory_bytes": 10**6}
+    choice = solve(given, **limits)
+    taken = [o for o in given if o.key in set(choice.chosen)]
+    assert len({int(o.key) // bench_choose.SITE for o in taken}) == len(taken)
+    assert choice.error <= 0.15 * (1 + 1e-6)
+    assert choice.memory_bytes <= 10**6
+    # A part of it, solved to the optimum, wins no more in proportion than its share of the bound.
+    exact = solve(given[:400], error_budget=0.15 / 5, capacity_bytes=10**6, base_memory_bytes=10**6)
+    assert choice.gain == pytest.approx(25 * exact.gain, rel=0.1)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(instances())
+def test_the_way_for_many_options_equals_brute_force_within_its_gap(instance):
+    options, budget, capacity, base = instance
+    arguments = {"error_budget": budget, "capacity_bytes": capacity, "base_memory_bytes": base}
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            exact = solve(options, **arguments)
+        except InfeasibleChoice:
+            return
+        patch.setattr(choose, "EXACT_UP_TO", 0)
+        choice = solve(options, **arguments)
+    assert choice.gain >= exact.gain - choose.LARGE_GAP * max(1.0, abs(exact.gain))
+    taken = [o for o in options if o.key in choice.chosen]
+    assert feasible(taken, budget, capacity, base)

@@ -26,8 +26,10 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(probe, "probe_host", inspect.unwrap(probe.probe_host, stop=_is_cached))
     probe.probe_host.cache_clear()
+    probe.unrefined_host.cache_clear()
     yield tmp_path / "cache"
     probe.probe_host.cache_clear()
+    probe.unrefined_host.cache_clear()
 
 
 def _probing(monkeypatch, described, spread):
@@ -55,6 +57,7 @@ def test_steady_probe_is_kept(clean, monkeypatch, described):
     runs = _probing(monkeypatch, described, spread=0.05)
     first = load_target("native")
     probe.probe_host.cache_clear()
+    probe.unrefined_host.cache_clear()
     assert load_target("cpu") == first
     assert len(runs) == 1
     assert [p.suffix for p in clean.iterdir()] == [".json"]

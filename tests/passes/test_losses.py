@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ridgeline
-from ridgeline.cost_model import load_target
+from ridgeline.cost_model import InfeasibleChoice, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.base import Setting
@@ -61,3 +61,51 @@ def test_the_tolerance_that_a_budget_refusal_names_is_enough():
         pytest.fail("the tolerance of this test is no budget any more")
     (needed,) = {re.fullmatch(r"pass tolerance=([\d.e-]+)", d.needed)[1] for d in refused}
     assert [d.rewrite for d in planned(float(needed)).applied] == ["quantized_linear"]
+
+
+def _offered(target, model, x, tolerance=0.5):
+    """Candidates for quantising `model`, for `target`."""
+    program = capture(model.eval(), (x,)).program
+    module = normalize(program.module)
+    setting = Setting(target, False, tolerance, Observation(module, program), WeightStore())
+    return propose((QUANTIZED,), module, setting)[0]
+
+
+def _chosen(candidates, target, **options):
+    arguments = {"tolerance": 0.5, "objective": "latency", "sensitivity": 0.0, "weight_bytes": 0}
+    return choose(candidates, target, **(arguments | options))
+
+
+@torch.no_grad()
+def test_a_gain_within_the_doubt_is_refused_with_both_sides_and_the_doubt():
+    target = load_target("a100")
+    model, x = nn.Linear(4096, 4096, bias=False).bfloat16(), torch.randn(2, 4096).bfloat16()
+    candidates = _offered(target, model, x)
+    assert _chosen(candidates, target).chosen
+    # Where memory is faster, bytes count for less.
+    near = dataclasses.replace(target, bandwidth_bytes_per_s=target.bandwidth_bytes_per_s * 2.4)
+    answer = _chosen(candidates, near)
+    best = max(candidates, key=lambda c: answer.worth[c])
+    assert 0 < answer.worth[best] < answer.doubt[best]
+    (loss,) = answer.refused
+    assert loss.by == "cost"
+    figures = r"[\d.]+ µs"
+    assert re.fullmatch(
+        rf"not surely better on a100: {figures} as it is, {figures} as 4-bit symmetric g128;"
+        rf" the gain of {figures} is within the doubt of {figures} about the two",
+        loss.reason,
+    )
+
+
+@torch.no_grad()
+def test_a_form_that_wins_no_time_is_taken_where_only_it_fits():
+    target = load_target("a100")
+    model, x = nn.Linear(512, 512, bias=False).bfloat16(), torch.randn(512, 512).bfloat16()
+    candidates = _offered(target, model, x)
+    held = 512 * 512 * 2
+    assert not _chosen(candidates, target, weight_bytes=held).chosen
+    small = dataclasses.replace(target, memory_bytes=held // 2)
+    (taken,) = _chosen(candidates, small, weight_bytes=held).chosen
+    assert taken.memory_bytes <= -held // 2
+    with pytest.raises(InfeasibleChoice):
+        _chosen(candidates, small, weight_bytes=held, state_bytes=held)

@@ -105,7 +105,7 @@ def test_values_that_overflow_on_the_way_leave_a_plan():
     for layer in model:
         layer.weight.fill_(1e20)
     fast = optimize(model, (torch.ones(1, 256),), target="cpu", tolerance=0.02, lowering="eager")
-    assert "infinite or NaN" in _refused(fast)[0].reason
+    assert any("infinite or NaN" in d.reason for d in _refused(fast))
 
 
 @pytest.mark.parametrize("tolerance", [0.2, 0.02, 0.005, 1e-6])
@@ -192,13 +192,13 @@ def test_training_keeps_the_weights():
 
 def test_four_bits_win_at_one_row_and_lose_at_many():
     torch.manual_seed(0)
-    layer = nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16).eval()
+    layer = nn.Linear(4096, 2048, bias=False, dtype=torch.bfloat16).eval()
     _on_the_q4_1_grid(layer)
     layer.bfloat16()
     decisions = {}
     for rows in (1, 8192):
         with torch.no_grad():
-            captured = capture(layer, (torch.randn(rows, 2048).bfloat16(),))
+            captured = capture(layer, (torch.randn(rows, 4096).bfloat16(),))
             compiler = Compiler("a100", tolerance=0.2, passes=(QUANTIZED,))
             graph = compiler.rewrite(captured.program).graph
         count = len(graph.find_nodes(op="call_function", target=QUANTIZED_LINEAR.overload))

@@ -1,0 +1,107 @@
+"""Measured times of kernels refine a CPU target, kind by kind of kernel.
+
+    t = fixed e^β + smoothmax(compute e^α, memory e^γ)
+
+minimises sum of huber(ln(measured / t)) + PRIOR (α² + β² + γ²) / 2: few measurements leave the law
+as it stands, many correct it. Each kind is refined as a whole, whoever's kernel it is, so that what
+is known of two kernels' ratio stays known. error: median |ln(measured / t)| with the measurement
+at hand left out of the fit, at least ERROR_FLOOR.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from ridgeline.cost_model.target import InvalidTarget, Refinement, Target
+
+PRIOR = 0.1
+"""A factor of e costs as much as a misfit of exp(sqrt(0.1)) of one measurement, 37 %."""
+HUBER = 0.2
+ERROR_FLOOR = 0.05
+FEWEST = 4
+"""Measurements of a kind below which it stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A kernel's parts as the unrefined law has them, and what it took, in seconds."""
+
+    kind: str
+    name: str
+    compute: float
+    memory: float
+    fixed: float
+    measured: float
+
+    def predicted(self, refinement: Refinement | None = None) -> float:
+        """Seconds by the law, refined or not."""
+        r = refinement or Refinement()
+        busy = np.array([self.compute * r.compute, self.memory * r.memory])
+        top = float(busy.max())
+        return self.fixed * r.fixed + (top * float(((busy / top) ** 4).sum() ** 0.25) if top else 0)
+
+
+def refine(measurements: Sequence[Measurement]) -> dict[str, Refinement]:
+    """A refinement for every kind with at least FEWEST measurements."""
+    kinds: dict[str, list[Measurement]] = {}
+    for m in measurements:
+        kinds.setdefault(m.kind, []).append(m)
+    return {kind: _with_error(of) for kind, of in kinds.items() if len(of) >= FEWEST}
+
+
+def _with_error(of: Sequence[Measurement]) -> Refinement:
+    left_out = [_fitted([m for m in of if m is not out]) for out in of]
+    errors = [abs(math.log(m.measured / m.predicted(r))) for m, r in zip(of, left_out, strict=True)]
+    fitted = _fitted(of)
+    return Refinement(
+        fitted.compute, fitted.memory, fitted.fixed, max(ERROR_FLOOR, statistics.median(errors))
+    )
+
+
+def _fitted(of: Sequence[Measurement]) -> Refinement:
+    def residuals(x: np.ndarray) -> np.ndarray:
+        r = Refinement(*(float(v) for v in np.exp(x)))
+        logs = [math.log(m.measured / m.predicted(r)) for m in of]
+        return np.array([*logs, *(math.sqrt(PRIOR) * x)])
+
+    x = least_squares(residuals, np.zeros(3), loss="huber", f_scale=HUBER).x
+    return Refinement(*(float(v) for v in np.exp(x)))
+
+
+def to_json(refinements: Mapping[str, Refinement], base: Target) -> str:
+    """A file's text; `base` is the unrefined target that was measured against."""
+    return json.dumps(
+        {"base": _figures(base), "kinds": {k: asdict(r) for k, r in refinements.items()}}, indent=1
+    )
+
+
+def read(file: Path, base: Target) -> dict[str, Refinement]:
+    """Refinements of `base`; {} where there is no file, or it was made for other figures.
+
+    Raises InvalidTarget for a file that is no such text.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        refinements = {kind: Refinement(**r) for kind, r in found["kinds"].items()}
+        return refinements if found["base"] == _figures(base) else {}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidTarget(
+            f"{file}: expected what `ridgeline calibrate` wrote, found {error!r}; run it again"
+        ) from error
+
+
+def _figures(base: Target) -> list[float]:
+    """What a refinement corrects: it holds for these."""
+    speeds = [speed for _, speed in base.caches]
+    return [
+        *base.peaks.values(), *speeds, base.bandwidth_bytes_per_s, base.launch_s, base.fork_s,
+        float(base.threads),
+    ]  # fmt: skip

@@ -1,0 +1,166 @@
+"""Which sizes a program is to be chosen for: batch and context, as values of its free sizes.
+
+A program has a free symbol for its batch and one for its length where its model allows it. Of
+
+    prefill, forward    the batch is dimension 0 of its first input, the context dimension 1:
+                        the tokens (or rows) of the call
+    decode              the batch likewise; the context is the length of the caches: the tokens
+                        of before
+
+What a program has fixed it is chosen for as it is, and `Sizes.fixed` says so.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ridgeline.ir.aliases import writes
+from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.program import Phase, Program
+from ridgeline.ir.sizes import number, numbers
+from ridgeline.ir.symbolic import shape_of
+
+PHASES = ("prefill", "decode", "forward")
+Number = int | Mapping[str, int] | None
+
+
+class WorkloadError(RidgelineError, ValueError):
+    """A phase, batch or context that no program can be chosen for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """batch, context: of every phase, or by phase; None: as captured. phase: the only one that
+    plain numbers are meant for; None: every one."""
+
+    batch: Number = None
+    context: Number = None
+    phase: Phase | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase is not None and self.phase not in PHASES:
+            raise WorkloadError(f"phase is {self.phase!r}; choose one of {', '.join(PHASES)}")
+        for name in ("batch", "context"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                if self.phase is not None or not value or not value.keys() <= set(PHASES):
+                    raise WorkloadError(
+                        f"{name} is {dict(value)!r}; by phase, name some of {', '.join(PHASES)} and"
+                        " leave phase= out"
+                    )
+                values = list(value.values())
+            else:
+                values = [] if value is None else [value]
+            for v in values:
+                if not isinstance(v, int) or isinstance(v, bool) or v < 1:
+                    raise WorkloadError(f"{name} is {v!r}; pass an integer of at least 1")
+        if self.phase is not None and self.batch is None and self.context is None:
+            raise WorkloadError(
+                f"phase is {self.phase!r} and neither batch nor context is given; pass one of them,"
+                " as batch=8, or leave phase= out"
+            )
+
+    def of(self, phase: str) -> tuple[int | None, int | None]:
+        """(batch, context) asked of a phase."""
+
+        def asked(value: Number) -> int | None:
+            if isinstance(value, Mapping):
+                return value.get(phase)
+            return value if self.phase in (None, phase) else None
+
+        return asked(self.batch), asked(self.context)
+
+
+CAPTURED = Workload()
+"""Every program as it was captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Values of every free symbol of a program, for `ridgeline.ir.sizes.sizes_at`.
+
+    batch, context: what they come to, None where the program has no such dimension. fixed:
+    sentences about what was asked and is fixed otherwise.
+    """
+
+    values: dict[sympy.Symbol, int]
+    batch: int | None = None
+    context: int | None = None
+    fixed: tuple[str, ...] = field(default=())
+
+
+def sizes_of(program: Program, batch: int | None, context: int | None) -> Sizes:
+    """The sizes at which the program is to be chosen; None: as captured."""
+    tensors = [n for n in program.module.graph.find_nodes(op="placeholder") if _is_tensor(n)]
+    values = {
+        size.node.expr: number(size)
+        for node in tensors
+        for size in node.meta["val"].shape
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+    }
+    said: list[str] = []
+    found = []
+    for name, asked, at in (
+        ("batch", batch, _batch(tensors)),
+        ("context", context, _context(tensors, program.phase)),
+    ):
+        if at is None:
+            if asked is not None:
+                said.append(f"the {program.phase} call has no {name}; {name}={asked} says nothing")
+            found.append(None)
+            continue
+        node, dimension = at
+        expression, captured = shape_of(node)[dimension], number(node.meta["val"].shape[dimension])
+        if asked is None or asked == captured:
+            found.append(captured)
+        elif expression.is_Symbol:
+            values[expression] = asked
+            found.append(asked)
+        else:
+            found.append(captured)
+            said.append(
+                f"the {program.phase} call is captured with {name} {captured} fixed, and its"
+                f" rewrites are chosen for that; {name}={asked} was asked"
+            )
+    return Sizes(values, *found, tuple(said))
+
+
+def state_bytes(program: Program) -> int:
+    """Bytes of the caches that a call leaves behind, at the sizes of `ridgeline.ir.sizes`: new
+    tensors beyond its results, and inputs that it updates in place."""
+    graph = program.module.graph
+    outputs = graph.output_node().args[0]
+    new = [] if program.results is None else outputs[program.results :]
+    kept = [n for n in graph.find_nodes(op="placeholder") if _is_tensor(n) and writes(n)]
+    held = {n: n.meta["val"] for n in (*new, *kept) if isinstance(n, fx.Node) and _is_tensor(n)}
+    return sum(_bytes(t) for t in held.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    total = tensor.dtype.itemsize
+    for size in numbers(tensor.shape):
+        total *= size
+    return total
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _batch(tensors: list[fx.Node]) -> tuple[fx.Node, int] | None:
+    return next(((n, 0) for n in tensors if n.meta["val"].dim() >= 2), None)
+
+
+def _context(tensors: list[fx.Node], phase: Phase) -> tuple[fx.Node, int] | None:
+    if phase == "decode":  # caches: [batch, heads, length, head size]; windows have fixed lengths
+        caches = [n for n in tensors if n.meta["val"].dim() == 4]
+        free = [n for n in caches if not shape_of(n)[2].is_Integer]
+        return next(((n, 2) for n in (*free, *caches)), None)
+    for node in tensors:
+        value = node.meta["val"]
+        if value.dim() == (3 if value.is_floating_point() else 2):
+            return node, 1
+    return None

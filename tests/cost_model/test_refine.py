@@ -1,0 +1,83 @@
+"""Refinement: a known distortion of the law is found again; few measurements change little."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from ridgeline.cost_model import Gemm, InvalidTarget, Norm, Work, estimate, probe, refine
+from ridgeline.cost_model.estimate import kind_of, relative_error
+from ridgeline.cost_model.refine import Measurement
+from ridgeline.cost_model.target import Refinement
+
+TRUTH = Refinement(compute=1.8, memory=0.6, fixed=5.0)
+PARTS = [(1e-6, 1e-7), (1e-5, 1e-6), (1e-6, 4e-5), (1e-4, 1e-5), (1e-5, 1e-3), (1e-3, 1e-5),
+         (1e-7, 1e-7), (3e-6, 2e-6)]  # fmt: skip
+
+
+def measured(truth=TRUTH, noise=0.0):
+    found = []
+    for i, (compute, memory) in enumerate(PARTS):
+        m = Measurement("norm", str(i), compute, memory, 2e-6, 0.0)
+        seconds = m.predicted(truth) * (1 + noise * (-1) ** i)
+        found.append(dataclasses.replace(m, measured=seconds))
+    return found
+
+
+def test_a_known_distortion_is_found():
+    found = refine.refine(measured())["norm"]
+    for name in ("compute", "memory", "fixed"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.1)
+    assert found.error < 0.25
+
+
+def test_measurements_as_predicted_change_nothing():
+    found = refine.refine(measured(Refinement()))["norm"]
+    assert (found.compute, found.memory, found.fixed) == pytest.approx((1, 1, 1), rel=1e-3)
+    assert found.error == refine.ERROR_FLOOR
+
+
+def test_noise_is_in_the_error():
+    assert refine.refine(measured(noise=0.4))["norm"].error > 0.2
+
+
+def test_a_kind_of_few_measurements_stays():
+    assert refine.refine(measured()[: refine.FEWEST - 1]) == {}
+
+
+@pytest.fixture
+def host():
+    return probe.probe_host()
+
+
+def test_an_estimate_is_refined_by_kind(host):
+    norm, gemm = Norm(64, 576), Gemm(8, 576, 576)
+    refined = dataclasses.replace(host, refined={"norm": Refinement(2.0, 2.0, 2.0, 0.07)})
+    assert kind_of(norm) == "norm"
+    plain, twice = (estimate(Work((norm,)), t).seconds for t in (host, refined))
+    assert twice == pytest.approx(2 * plain)
+    assert estimate(Work((gemm,)), host) == estimate(Work((gemm,)), refined)
+    assert relative_error(norm, refined) == pytest.approx(0.07 + host.spread)
+    assert relative_error(gemm, refined) == relative_error(gemm, host)
+
+
+def test_a_file_comes_back_for_the_same_probe_only(host, tmp_path):
+    file = tmp_path / "refined.json"
+    assert refine.read(file, host) == {}
+    file.write_text(refine.to_json({"norm": TRUTH}, host))
+    assert refine.read(file, host) == {"norm": TRUTH}
+    other = dataclasses.replace(host, bandwidth_bytes_per_s=1e9)
+    assert refine.read(file, other) == {}
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", json.dumps({"base": []}), "null"])
+def test_a_broken_file_is_named(host, tmp_path, text):
+    file = tmp_path / "refined.json"
+    file.write_text(text)
+    with pytest.raises(InvalidTarget, match=r"refined\.json: expected what `ridgeline calibrate`"):
+        refine.read(file, host)
+
+
+def test_fp32_and_bf16_products_are_different_kinds():
+    assert kind_of(Gemm(1, 8, 8)) != kind_of(Gemm(1, 8, 8, dtype=torch.bfloat16))

@@ -1,0 +1,151 @@
+"""`ridgeline whatif MODEL`: what would fire, and what it would cost, on machines not at hand.
+
+For every target, phase, batch and context one decision of `ridgeline.passes.what_if`: the time
+before and after with what bounds it, the bytes of weights and caches, the passes that fire. Then,
+for each pass, the batches at which it starts or ceases to (`ridgeline.tools.whatif_flips`).
+Nothing is run; a model that is given by its config has no weights.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from ridgeline.cost_model import Target, load_target
+from ridgeline.passes import PASSES
+from ridgeline.passes.decide import Objective
+from ridgeline.passes.what_if import Answer, WhatIf
+from ridgeline.tools.whatif_flips import Ranges, flips, host_bound_below
+from ridgeline.tools.whatif_model import QuestionError, programs
+from ridgeline.tools.whatif_table import answer_tables, flip_lines, host_lines
+
+LARGEST_BATCH = 512
+PIPE_WIDTH = 100
+DTYPES = ("bfloat16", "float16", "float32")
+Status = Callable[[str], AbstractContextManager[None]]
+Key = tuple[str, str, int | None]
+"""Phase, target, context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The command's options; phases: all of the model's where empty; largest: batch up to which
+    flips are looked for."""
+
+    model: str
+    targets: tuple[str, ...]
+    batches: tuple[int, ...] = (1, 8, 64)
+    contexts: tuple[int, ...] = (1024,)
+    phases: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    objective: Objective = "latency"
+    plot: Path | None = None
+    largest: int = LARGEST_BATCH
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise QuestionError(f"--dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if not self.targets or not self.batches or not self.contexts:
+            raise QuestionError("name at least one target, one batch and one context")
+        if self.largest < 1:
+            raise QuestionError(f"--largest-batch is {self.largest}; pass at least 1")
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """``1,8,64`` or ``1k,32k`` (k = 1024). Raises QuestionError."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9]\d*)(k?)", part.strip().lower())
+        if match is None:
+            raise QuestionError(
+                f"{option} is {text!r}; expected positive numbers as 1,8,64 or 1k,32k, found"
+                f" {part!r}"
+            )
+        found.append(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(dict.fromkeys(found))
+
+
+class Questions:
+    """The captured programs of a model, and every answer given so far."""
+
+    def __init__(self, request: Request) -> None:
+        dtype = getattr(torch, request.dtype)
+        captured = programs(request.model, request.phases, dtype)
+        self.by_phase = {
+            phase: WhatIf(program, PASSES, request.objective) for phase, program in captured.items()
+        }
+        self.targets: dict[str, Target] = {name: load_target(name) for name in request.targets}
+        self._answers: dict[tuple[str, str, int, int | None], Answer] = {}
+
+    def ask(self, phase: str, target: str, batch: int, context: int | None) -> Answer:
+        """One decision, made once."""
+        key = phase, target, batch, context
+        if key not in self._answers:
+            self._answers[key] = self.by_phase[phase].at(self.targets[target], batch, context)
+        return self._answers[key]
+
+    def contexts(self, phase: str, asked: Sequence[int]) -> Sequence[int | None]:
+        """Those asked for, or (None,) for a program without a length."""
+        has = self.by_phase[phase].has_context
+        return asked if has else (None,)
+
+    def known(self, phase: str, target: str, context: int | None) -> dict[int, Answer]:
+        """Batch -> answer, in order, of what was asked so far."""
+        found = {
+            b: a
+            for (p, t, b, c), a in self._answers.items()
+            if (p, t, c) == (phase, target, context)
+        }
+        return dict(sorted(found.items()))
+
+
+def run(request: Request, console: Console, status: Status) -> dict[Key, dict[str, Ranges]]:
+    """Answer, print, and draw where asked; returns the flips.
+
+    Raises QuestionError, UnknownTarget, ModelError, WorkloadError, and CaptureError.
+    """
+    if request.plot is not None:
+        from ridgeline.tools.whatif_plot import check_plot
+
+        check_plot(request.plot)
+    with status(f"capturing {request.model}"):
+        questions = Questions(request)
+    where = [
+        (phase, target, context)
+        for phase in questions.by_phase
+        for target in questions.targets
+        for context in questions.contexts(phase, request.contexts)
+    ]
+    rows: list[tuple[str, str, int, int | None, Answer]] = []
+    for phase, target, context in where:
+        with status(f"asking about {phase} on {target}"):
+            rows += [
+                (phase, target, batch, context, questions.ask(phase, target, batch, context))
+                for batch in request.batches
+            ]
+    width = console.width if console.is_terminal else max(console.width, PIPE_WIDTH)
+    for part in answer_tables(request.model, rows):
+        console.print(part, width=width)
+    found: dict[Key, dict[str, Ranges]] = {}
+    host: dict[Key, int | None] = {}
+    for phase, target, context in where:
+        with status(f"looking for flips of {phase} on {target}"):
+
+            def ask(batch: int, at: Key = (phase, target, context)) -> Answer:
+                return questions.ask(at[0], at[1], batch, at[2])
+
+            found[phase, target, context] = flips(ask, request.largest)
+            host[phase, target, context] = host_bound_below(ask, request.largest)
+    for line in (*flip_lines(found, request.largest), *host_lines(host, request.largest)):
+        console.print(Text(line), soft_wrap=True)
+    if request.plot is not None:
+        from ridgeline.tools.whatif_plot import draw
+
+        draw(request, questions)
+        console.print(Text(f"wrote {request.plot}"))
+    return found
