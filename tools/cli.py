@@ -6,16 +6,31 @@ exported program, or ``smollm2``. Heavy imports happen inside the commands, so t
 """
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from ridgeline.tools.cli_options import (
+    Bench,
+    Format,
+    Goal,
+    Ignore,
+    Model,
+    Objective,
+    Output,
+    Stage,
+    Target,
+    Tolerance,
+    Trace,
+    clear_errors,
+    errors,
+    out,
+    status,
+    writable,
+    write,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,68 +47,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-
-
-class Stage(StrEnum):
-    captured = "captured"
-    normalized = "normalized"
-    rewritten = "rewritten"
-    kernels = "kernels"
-
-
-class Format(StrEnum):
-    text = "text"
-    json = "json"
-    dot = "dot"
-
-
-class Objective(StrEnum):
-    latency = "latency"
-    memory = "memory"
-    energy = "energy"
-    eflops = "eflops"
-
-
-class Bench(StrEnum):
-    choose = "choose"
-    linear = "linear"
-    lookup = "lookup"
-    attention = "attention"
-    training = "training"
-    group_rational = "group-rational"
-    norm = "norm"
-    gated = "gated"
-    rotary = "rotary"
-    decode = "decode"
-    perplexity = "perplexity"
-    predict = "predict"
-    shift_add = "shift-add"
-    shift_add_decode = "shift-add-decode"
-
-
-Model = Annotated[str, typer.Argument(help="file.py:function, program.pt2, or smollm2")]
-Target = Annotated[str, typer.Option(help="A name of `ridgeline targets`, or a TOML file.")]
-Tolerance = Annotated[float, typer.Option(help="Output error that approximate rewrites may spend.")]
-Goal = Annotated[Objective, typer.Option(help="What to make small.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Module paths to leave alone, as lm_head.")]
-
-
-def _writable(path: Path | None) -> Path | None:
-    """Before any work: its folder, or the nearest one that is there, takes files."""
-    if path is not None:
-        folder = next(p for p in path.absolute().parents if p.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise typer.BadParameter(f"{folder} is no folder that can be written to")
-    return path
-
-
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", callback=_writable, help="Write here, not to the screen."),
-]
-Trace = Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")]
 
 
 @app.command()
@@ -113,13 +66,13 @@ def optimize(
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(callback=_writable, help="Keep the model of --bits in this folder."),
+        typer.Option(callback=writable, help="Keep the model of --bits in this folder."),
     ] = None,
     output: Output = None,
     traceback: Trace = False,
 ) -> None:
     """Rewrite and compile MODEL, run it once, and print the plan (-o: save it as json)."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools.optimize_command import Request, run
 
         request = Request(
@@ -134,9 +87,9 @@ def optimize(
             tokenizer,
             save,
         )
-        saved = run(request, out, errors, _status)
+        saved = run(request, out, errors, status)
         if output is not None:
-            _write(output, json.dumps(saved, indent=2))
+            write(output, json.dumps(saved, indent=2))
 
 
 @app.command()
@@ -145,10 +98,10 @@ def verify(
     traceback: Trace = False,
 ) -> None:
     """Check a saved PLAN again: each rewrite is found, certified and measured anew."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools.verify import run
 
-        with _status("verifying"):
+        with status("verifying"):
             holds = run(plan, out)
         if not holds:
             raise typer.Exit(1)
@@ -165,9 +118,9 @@ def explain(
     traceback: Trace = False,
 ) -> None:
     """Which rewrites fire for MODEL on a target, which do not, and why. Compiles nothing."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         compiler, program = _capture(model, target, tolerance, objective, ignore)
-        with _status("rewriting and certifying"):
+        with status("rewriting and certifying"):
             compiler.rewrite(program)
         compiler.plan.print(detail=detail)
 
@@ -185,13 +138,13 @@ def dump(
     traceback: Trace = False,
 ) -> None:
     """Print MODEL's graph at a stage; --stage kernels gives the kernels' sources to take away."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools.dump import render_graph
 
         compiler, program = _capture(model, target, tolerance, objective, ignore)
         module: fx.GraphModule = program.module
         if stage in (Stage.rewritten, Stage.kernels):
-            with _status("rewriting and certifying"):
+            with status("rewriting and certifying"):
                 module = compiler.rewrite(program)
         elif stage is Stage.normalized:
             from ridgeline.ir.normalize import normalize
@@ -200,7 +153,7 @@ def dump(
         if stage is Stage.kernels:
             from ridgeline.codegen.lower import compiled
 
-            with _status(f"compiling for {compiler.target.name}"):
+            with status(f"compiling for {compiler.target.name}"):
                 _, reports, notes = compiled(module, compiler.target)
             for note in notes:
                 errors.print(f"note: {note}", markup=False)
@@ -211,7 +164,7 @@ def dump(
         if output is None:
             typer.echo(content)
         else:
-            _write(output, content + "\n")
+            write(output, content + "\n")
 
 
 @app.command()
@@ -220,7 +173,7 @@ def targets(
     traceback: Trace = False,
 ) -> None:
     """The machines that ridgeline knows, as numbers; with NAME, each number's source."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools.target_table import all_targets, one_target
 
         out.print(all_targets() if name is None else one_target(name))
@@ -240,12 +193,12 @@ def whatif(
     objective: Goal = Objective.latency,
     largest_batch: Annotated[int, typer.Option(help="Where the search for flips ends.")] = 512,
     plot: Annotated[
-        Path | None, typer.Option(callback=_writable, help="Draw rooflines and times here.")
+        Path | None, typer.Option(callback=writable, help="Draw rooflines and times here.")
     ] = None,
     traceback: Trace = False,
 ) -> None:
     """What would fire for MODEL on machines that are not here, at which batch that changes."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools import whatif as questions
 
         request = questions.Request(
@@ -259,7 +212,7 @@ def whatif(
             plot,
             largest_batch,
         )
-        questions.run(request, out, _status)
+        questions.run(request, out, status)
 
 
 @app.command()
@@ -269,13 +222,13 @@ def calibrate(
     traceback: Trace = False,
 ) -> None:
     """Time ridgeline's kernels on this CPU and refine what is predicted for it."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools import calibrate as calibration
 
         if show:
             calibration.show(out)
         else:
-            calibration.run(out, _status, dry=dry_run)
+            calibration.run(out, status, dry=dry_run)
 
 
 @app.command()
@@ -285,7 +238,7 @@ def bench(
     traceback: Trace = False,
 ) -> None:
     """Interleaved timings against named baselines on this machine, as ratios with their spread."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools import bench as benches
 
         getattr(benches, what.name)(rounds, out)
@@ -299,7 +252,7 @@ def sweep(
     traceback: Trace = False,
 ) -> None:
     """Tiny models of many families: what is captured and rewritten, refused with which reason."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         import torch
 
         from ridgeline.tools.sweep import run
@@ -307,7 +260,7 @@ def sweep(
         dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
         rows = run(families or (), dtypes, out)
         if output is not None:
-            _write(output, json.dumps([r.to_dict() for r in rows], indent=2))
+            write(output, json.dumps([r.to_dict() for r in rows], indent=2))
 
 
 @app.command()
@@ -320,22 +273,22 @@ def accuracy(
     traceback: Trace = False,
 ) -> None:
     """The cost model's own error on kernels and machines it has not seen, beside the goals."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools.accuracy import run
         from ridgeline.tools.accuracy_table import markdown, tables
 
-        with _status("fitting without what is scored"):
+        with status("fitting without what is scored"):
             found = run(folder, few_shot)
         for table in tables(found):
             out.print(table)
         if output is not None:
-            _write(output, markdown(found))
+            write(output, markdown(found))
 
 
 @app.command()
 def demo(traceback: Trace = False) -> None:
     """SmolLM2-135M from end to end on this CPU, and its plan for an A100."""
-    with _clear_errors(traceback):
+    with clear_errors(traceback):
         from ridgeline.tools.demo import run
 
         run(out)
@@ -349,9 +302,9 @@ def _capture(
     from ridgeline.passes.compiler import Compiler
     from ridgeline.tools.model_file import load_model_file
 
-    with _status(f"loading {model}"):
+    with status(f"loading {model}"):
         example = load_model_file(model)
-    with _status("reading the target"):
+    with status("reading the target"):
         compiler = Compiler(
             target,
             tolerance=tolerance,
@@ -359,17 +312,12 @@ def _capture(
             passes=PASSES,
             ignore=ignore or (),
         )
-    with _status("capturing"):
+    with status("capturing"):
         import torch
 
         with torch.no_grad():
             captured = capture(example.model, example.args, example.kwargs)
     return compiler, captured.program
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
 
 
 def _write_sources(reports: "Sequence[KernelReport]", output: Path | None) -> None:
@@ -383,36 +331,8 @@ def _write_sources(reports: "Sequence[KernelReport]", output: Path | None) -> No
         if output is None:
             typer.echo(f"# ==== {name}: {report.configuration}\n{report.source()}")
             continue
-        _write(output / name, report.source())
+        write(output / name, report.source())
         out.print(f"wrote {output / name}: {report.configuration}")
-
-
-@contextmanager
-def _clear_errors(traceback: bool) -> Iterator[None]:
-    """One line on stderr and exit status 1, unless the whole traceback was asked for."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, typer.BadParameter, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a user's model may raise anything
-        if traceback:
-            raise
-        from ridgeline.ir.errors import RidgelineError
-
-        kind = "" if isinstance(error, RidgelineError) else f"{type(error).__name__}: "
-        message = " ".join(str(error).split())
-        errors.print(f"error: {kind}{message}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def _status(what: str) -> Iterator[None]:
-    """A spinner on a terminal, nothing in a pipe."""
-    if not errors.is_terminal:
-        yield
-        return
-    with errors.status(f"{what} ..."):
-        yield
 
 
 def main() -> None:

@@ -1,0 +1,107 @@
+"""Options that commands share, where they print, and how their errors end."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+class Stage(StrEnum):
+    captured = "captured"
+    normalized = "normalized"
+    rewritten = "rewritten"
+    kernels = "kernels"
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+    dot = "dot"
+
+
+class Objective(StrEnum):
+    latency = "latency"
+    memory = "memory"
+    energy = "energy"
+    eflops = "eflops"
+
+
+class Bench(StrEnum):
+    choose = "choose"
+    linear = "linear"
+    lookup = "lookup"
+    attention = "attention"
+    training = "training"
+    group_rational = "group-rational"
+    norm = "norm"
+    gated = "gated"
+    rotary = "rotary"
+    decode = "decode"
+    perplexity = "perplexity"
+    predict = "predict"
+    shift_add = "shift-add"
+    shift_add_decode = "shift-add-decode"
+
+
+Model = Annotated[str, typer.Argument(help="file.py:function, program.pt2, or smollm2")]
+Target = Annotated[str, typer.Option(help="A name of `ridgeline targets`, or a TOML file.")]
+Tolerance = Annotated[float, typer.Option(help="Output error that approximate rewrites may spend.")]
+Goal = Annotated[Objective, typer.Option(help="What to make small.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Module paths to leave alone, as lm_head.")]
+
+
+def writable(path: Path | None) -> Path | None:
+    """Before any work: its folder, or the nearest one that is there, takes files."""
+    if path is not None:
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise typer.BadParameter(f"{folder} is no folder that can be written to")
+    return path
+
+
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", callback=writable, help="Write here, not to the screen."),
+]
+Trace = Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")]
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+@contextmanager
+def clear_errors(traceback: bool) -> Iterator[None]:
+    """One line on stderr and exit status 1, unless the whole traceback was asked for."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a user's model may raise anything
+        if traceback:
+            raise
+        from ridgeline.ir.errors import RidgelineError
+
+        kind = "" if isinstance(error, RidgelineError) else f"{type(error).__name__}: "
+        message = " ".join(str(error).split())
+        errors.print(f"error: {kind}{message}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing in a pipe."""
+    if not errors.is_terminal:
+        yield
+        return
+    with errors.status(f"{what} ..."):
+        yield
