@@ -128,9 +128,10 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
                 (phase, target, batch, context, questions.ask(phase, target, batch, context))
                 for batch in request.batches
             ]
-    width = console.width if console.is_terminal else max(console.width, PIPE_WIDTH)
+    if not console.is_terminal:  # nothing has to wrap there
+        console = Console(file=console.file, width=max(console.width, PIPE_WIDTH), highlight=False)
     for part in answer_tables(request.model, rows):
-        console.print(part, width=width)
+        console.print(part)
     found: dict[Key, dict[str, Ranges]] = {}
     host: dict[Key, int | None] = {}
     for phase, target, context in where:
