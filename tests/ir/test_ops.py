@@ -22,6 +22,7 @@ from ridgeline.ir.op import Op
 from ridgeline.ir.quantized_linear import MANY_ROWS, QUANTIZED_LINEAR, pack_codes, unpack_codes
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.rotary import ROTARY
+from ridgeline.ir.token_rows import SUM_PARTS, TOKEN_ROWS
 
 ops = torch.ops.ridgeline
 
@@ -139,6 +140,8 @@ CALLS: dict[str, tuple[Op, tuple[Any, ...], dict[str, Any]]] = {
         (_grad(3, 6, seed=3), _grad(3, 6), _grad(2, 4, seed=1), _grad(2, 3, seed=2)),
         {},
     ),
+    "token_rows": (TOKEN_ROWS, (_drawn(6, 4), 2, 9), {}),
+    "sum_parts": (SUM_PARTS, (_drawn(6, 4, dtype=torch.bfloat16), 3), {}),
 }
 
 
