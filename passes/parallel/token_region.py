@@ -11,6 +11,7 @@ norms give to the next projections. A residual stays in it from layer to layer.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import sympy
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 
 from ridgeline.ir.match import Reject
 from ridgeline.ir.provenance import operation, said
+from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.parallel.layouts import Layout
 from ridgeline.passes.parallel.rows import (
@@ -111,18 +113,10 @@ def _unfit(wait: fx.Node, group: str, world: int, tokens: sympy.Expr | None) -> 
             reduce,
             "keep one number of tokens",
         )
-    count = _hint(reduce.meta["val"])
+    count = prod(numbers(reduce.meta["val"].shape[:-1]))
     if count < world:
         return Reject(f"{count} tokens are fewer than {world} ranks", reduce, "use larger batches")
     return None
-
-
-def _hint(value: Tensor) -> int:
-    """The number of rows, free sizes by their hints."""
-    count = 1
-    for size in value.shape[:-1]:
-        count *= size if isinstance(size, int) else size.node.hint
-    return count
 
 
 def _grown(

@@ -25,6 +25,7 @@ from torch.fx.passes.split_module import split_module
 from ridgeline.ir.aliases import mutates
 from ridgeline.ir.match import Reject
 from ridgeline.ir.provenance import said
+from ridgeline.ir.sizes import number
 from ridgeline.ir.symbolic import shape_of, size_expression
 from ridgeline.passes.parallel.rows import argument
 
@@ -61,7 +62,7 @@ def refusal(module: fx.GraphModule) -> Reject | None:
             "the batch is one sequence, whose tokens read one another", end, "use larger batches"
         )
     hint = next(
-        n.meta["val"].shape[0].node.hint
+        number(n.meta["val"].shape[0])
         for n in graph.find_nodes(op="placeholder")
         if isinstance(n.meta.get("val"), Tensor) and batch in shape_of(n)
     )
