@@ -7,7 +7,8 @@ collective: ranks with other numbers of heads may choose other kernels, and stil
 
 No data sheet says what a transport does on a machine, so forms of a graph are compared by running
 them: norms on all tokens or on a shard, whole or woven (`token_weave`), each compiled as it would
-be used. The slowest rank's median counts, on every rank alike.
+be used. The slowest rank's median counts, on every rank alike. For GPUs that are not here the cost
+model answers (`predicted`).
 """
 
 import copy
@@ -15,7 +16,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -32,6 +33,7 @@ from ridgeline.passes.observe import outputs_of, rehearsal
 from ridgeline.passes.parallel import token_weave
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
+from ridgeline.passes.parallel.predicted import predicted
 from ridgeline.passes.parallel.rewrite import (
     ParallelDefect,
     When,
@@ -69,7 +71,7 @@ class ParallelCompiler(Compiler):
         ranks: Ranks,
         splits: dict[str, str],
         fuse: When,
-        weave: When,
+        weave: Literal["measured", "always", "never"],
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
@@ -95,6 +97,8 @@ class ParallelCompiler(Compiler):
 
     def _sharded_or_not(self, program: Program) -> Form:
         """The graph with norms on a shard of the tokens where that is quicker, or asked for."""
+        if self.fuse == "predicted":
+            return self._predicted(program)
         if self.fuse != "measured":
             return self._form(program, fuse=self.fuse == "always")
         whole, shard = (self._form(program, fuse=fuse) for fuse in (False, True))
@@ -111,6 +115,16 @@ class ParallelCompiler(Compiler):
             if d.rewrite == NAME
         ]
         return whole
+
+    def _predicted(self, program: Program) -> Form:
+        """The form that the cost model expects to be quicker; the plan has every way's time."""
+        whole = self._form(program, fuse=False)
+        answer = predicted(whole.module.graph, self.ranks.world, self.target)
+        form = self._form(program, fuse=True) if answer.shard else whole
+        form.plan.note(f"{form.label}: {answer.said}")
+        if answer.kernel is not None:
+            form.plan.kernels.append(answer.kernel)
+        return form
 
     def _woven_or_not(self, form: Form, program: Program) -> Callable[..., Any]:
         """The form's own run, or two halves of it in turn."""

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from ridgeline.cost_model import Target
+from ridgeline.cost_model import Target, load_target
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
@@ -29,8 +30,8 @@ def parallelize(
     *,
     target: str | Target = "native",
     split: bool = True,
-    fuse: When = "measured",
-    weave: When = "measured",
+    fuse: When | None = None,
+    weave: Literal["measured", "always", "never"] = "measured",
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
     timeout: timedelta | None = None,
@@ -44,8 +45,11 @@ def parallelize(
     split: False where the model is this rank's already, and its forward has the collectives
         (functional ones, `dist.all_reduce` in place, `torch.ops._c10d_functional`).
     fuse: whether norms move to a shard of the tokens: where that is quicker on the example inputs,
-        both forms compiled and run ("measured"), wherever they can ("always"), or not ("never").
-    weave: whether two halves of the batch run in turn (`token_weave`), with lowering="eager" only.
+        both forms compiled and run ("measured"), where the cost model expects it of the target, a
+        GPU ("predicted"), wherever they can ("always"), or not ("never"). None: "predicted" for a
+        GPU that is not here, else "measured".
+    weave: whether two halves of the batch run in turn (`token_weave`), with lowering="eager" only;
+        `ridgeline.cost_model.choose_schedule` predicts it for a whole prefill.
     passes, target, lowering, max_graphs: as `ridgeline.optimize` takes them.
     timeout: how long to wait for other ranks to agree; the group's own unless given.
 
@@ -61,10 +65,13 @@ def parallelize(
         RidgelineError: torch.distributed is not initialised, or the mesh cannot be used.
     """
     ranks = Ranks.of(mesh, timeout)
+    machine = load_target(target)
+    absent = machine.kind != "cpu" and not torch.cuda.is_available()
+    fuse = fuse or ("predicted" if absent else "measured")
     with ranks.together():
         plan = plan_parallel(model, ranks.world) if split else None
         compiler = ParallelCompiler(
-            target,
+            machine,
             ranks=ranks,
             splits=split_parameters(plan, model) if plan else {},
             fuse=fuse,

@@ -25,8 +25,9 @@ from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.parallel.token_region import Region, find_region
 from ridgeline.passes.plan import Decision, RefusedBy
 
-When = Literal["measured", "always", "never"]
-"""Whether to rewrite: where it is quicker when run, wherever it can be done, or not."""
+When = Literal["measured", "predicted", "always", "never"]
+"""Whether to rewrite: where it is quicker when run here, where the cost model says so of the
+target, wherever it can be done, or not."""
 
 
 class ParallelDefect(RidgelineError):

@@ -185,3 +185,18 @@ def measured() -> dict[str, Any]:
         },
         "notes": part.plan.notes,
     }
+
+
+def predicted_for(target: str) -> dict[str, Any]:
+    """What the plan says of a target that is not here, and the error of what runs."""
+    model, x = build("gqa"), ids(2, 7)
+    with torch.no_grad():
+        options = {**PLAIN, "target": target, "fuse": None}
+        part = ridgeline.parallelize(model, **options)
+        got, expected = part(x, use_cache=False).logits, model(x, use_cache=False).logits
+    return {
+        "notes": part.plan.notes,
+        "applied": [d.rewrite for d in part.plan.applied],
+        "kernels": [f"{k.op} {k.configuration}" for k in part.plan.kernels],
+        "logits": error(got, expected),
+    }

@@ -4,7 +4,7 @@ import pytest
 
 from gloo import on_ranks
 from gloo.models import LAYERS, build
-from gloo.work import generated, outputs
+from gloo.work import generated, outputs, predicted_for
 from ridgeline.passes.parallel import plan_parallel
 
 CASES = [
@@ -61,3 +61,24 @@ def test_fewer_tokens_than_ranks_are_not_scattered() -> None:
         assert told["got"] == told["expected"]
         reasons = {reason for phase, reason in told["refused"] if phase == "decode"}
         assert reasons == {"2 tokens are fewer than 4 ranks"}
+
+
+def test_the_cost_model_chooses_for_gpus_that_are_not_here() -> None:
+    """14 rows are too few for a shard: every rank sums all of them, by one kernel."""
+    pytest.importorskip("triton", reason="the fused kernel needs triton")
+    for told in on_ranks(2, predicted_for, "h100"):
+        (said,) = [note for note in told["notes"] if "predicted for h100" in note]
+        assert "14 x 64 float32 on 2 ranks, predicted for h100: one_shot (nccl: " in said
+        assert "multimem: " in said
+        assert told["applied"] == []
+        (kernel,) = told["kernels"]
+        assert "ridgeline::all_reduce_norm one_shot_norm one_shot, rows of 64, 2 ranks" in kernel
+        assert told["logits"] <= 1e-6
+
+
+def test_a_gpu_without_links_is_not_predicted() -> None:
+    for told in on_ranks(2, predicted_for, "mi300x"):
+        (said,) = [note for note in told["notes"] if "14 x 64" in note]
+        assert "the fused kernels' signals are PTX" in said
+        assert told["kernels"] == []
+        assert told["logits"] <= 1e-6
