@@ -33,6 +33,8 @@ _DISSOLVED = {
     aten.inner.default: (0, 1),
 }
 """Operations that torch takes apart into products of lower precision: positions of the operands."""
+_KERNELS_CAST = (aten.bilinear.default, aten.linalg_pinv.default, aten.linalg_pinv.atol_rtol_tensor)
+"""Operations whose kernels call products, which autocast casts, and fake values do not show it."""
 
 
 def active() -> Casting:
@@ -72,7 +74,9 @@ def make_explicit(module: fx.GraphModule, casting: Casting) -> None:
     states = _states(module, casting)
     held: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node, state in states.items():
-        if state and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        operation = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        # Autocast has no policy for what writes in place, and a run would change the fake values.
+        if state and operation and not node.target._schema.is_mutable:  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
             _cast_arguments(node, state, held)
     if any(states.values()):
         module.graph.lint()
@@ -174,7 +178,10 @@ def _run(
             stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
         stack.enter_context(fakes[0].fake_mode)
         stack.enter_context(casts)
-        result = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        try:
+            result = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        except Exception as error:  # such as lstm's, which looks into its tensors
+            raise _unwritable(node) from error
     return casts.made, [t.dtype for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
@@ -190,10 +197,15 @@ def _cast_arguments(
     leaves = tree_leaves(values)
     if not any(isinstance(v, Tensor) and v.is_floating_point() for v in leaves):
         return
+    if node.target in _KERNELS_CAST:
+        raise _unwritable(node)
     made, dtypes = _run(node, *values, casting)
+    plain = _unaided(node, values)
+    if plain == ([dtype for _, dtype in made], dtypes):
+        return  # no cast, or the operation's own, such as rms_norm's to float32 and back
     if positions := _DISSOLVED.get(node.target):  # pyright: ignore[reportCallIssue, reportArgumentType]
-        low = casting[0][1]
         operands = tree_leaves([values[0][p] for p in positions])
+        low = dict(casting)[operands[0].device.type]
         made = [(v, low) for v in operands if v.is_floating_point() and v.itemsize < 8]
     wanted: dict[int, torch.dtype] = {}
     for source, dtype in made:
@@ -202,24 +214,37 @@ def _cast_arguments(
         arguments[i] = _cast(node, arguments[i], dtype, held)
     args, kwargs = spec.unflatten(arguments)
     if any(a.name == "dtype" for a in node.target._schema.arguments) and not wanted:  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
-        kwargs = _by_dtype(node, kwargs, values, dtypes)
+        kwargs = _by_dtype(kwargs, plain, dtypes)
     node.args, node.kwargs = args, kwargs
     again = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
     left, found = _run(node, *again, ())
     inner = [dtype for source, dtype in made if not any(v is source for v in leaves)]
     same = node.target in _DISSOLVED or [dtype for _, dtype in left] == inner
     if not same or found != dtypes:
-        raise CaptureError(
-            f"what torch.autocast does inside {node.target} ({node.name}) cannot be written as"
-            " casts of its arguments; convert the model instead, as model.to(torch.bfloat16), or"
-            " leave the autocast block around it"
-        )
+        raise _unwritable(node)
 
 
-def _by_dtype(node: fx.Node, kwargs: Any, values: Any, dtypes: list[torch.dtype]) -> Any:
+def _unwritable(node: fx.Node) -> CaptureError:
+    return CaptureError(
+        f"what torch.autocast does inside {node.target} ({node.name}) cannot be written as casts of"
+        " its arguments; convert the model instead, as model.to(torch.bfloat16), or leave the"
+        " autocast block around it"
+    )
+
+
+def _unaided(node: fx.Node, values: Any) -> tuple[list[torch.dtype], list[torch.dtype]] | None:
+    """The dtypes of the casts and of the results without autocast; None where that fails, as a
+    product of two dtypes does."""
+    try:
+        casts, dtypes = _run(node, *values, ())
+    except CaptureError:
+        return None
+    return [dtype for _, dtype in casts], dtypes
+
+
+def _by_dtype(kwargs: Any, plain: Any, dtypes: list[torch.dtype]) -> Any:
     """The keyword `dtype` where that is how autocast raises the precision of a sum."""
-    _, plain = _run(node, *values, ())
-    if plain == dtypes or len(dtypes) != 1:
+    if plain is None or plain[1] == dtypes or len(dtypes) != 1:
         return kwargs
     return {**kwargs, "dtype": dtypes[0]}
 
