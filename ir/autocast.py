@@ -10,6 +10,7 @@ refused.
 """
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -85,6 +86,7 @@ def make_explicit(module: fx.GraphModule, casting: Casting) -> None:
 
 def _states(module: fx.GraphModule, casting: Casting) -> dict[fx.Node, Casting]:
     """Every node with the casting that holds there; the marks of regions are taken out."""
+    _refuse_split(module.graph)
     for node in list(module.graph.nodes):
         if node.target is torch.ops.higher_order.wrap_with_autocast:
             _inline(node, module)
@@ -103,6 +105,22 @@ def _states(module: fx.GraphModule, casting: Casting) -> dict[fx.Node, Casting]:
     return states
 
 
+def _refuse_split(graph: fx.Graph) -> None:
+    """torch.export splits a region where the model sets grad mode inside it, and forgets the mode:
+    gradients would flow where the model stops them. Two regions in a row may be such a split."""
+    region, before = torch.ops.higher_order.wrap_with_autocast, None
+    for node in graph.nodes if torch.is_grad_enabled() else ():
+        if node.op == "get_attr" or node.target is operator.getitem:
+            continue
+        if node.target is region and before is not None and before.args[:3] == node.args[:3]:
+            raise CaptureError(
+                "the model sets grad mode inside an autocast region, or enters the same region"
+                " twice in a row, which cannot be told apart; set grad mode outside of the region,"
+                " or use detach() in place of torch.no_grad()"
+            )
+        before = node if node.target is region else None
+
+
 def _changed(outer: Casting, device: Any, dtype: Any, enabled: Any) -> Casting:
     """`outer` with autocast turned on or off for one device."""
     rest = tuple(pair for pair in outer if pair[0] != device)
@@ -114,6 +132,7 @@ def _inline(node: fx.Node, module: fx.GraphModule) -> None:
     marks of a region."""
     device, dtype, enabled, cache, body, *operands = node.args
     inner: Any = module.get_submodule(str(body.target))  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    _refuse_split(inner.graph)
     graph = module.graph
     with graph.inserting_before(node):
         mark = graph.call_function(

@@ -150,3 +150,19 @@ def test_the_state_is_the_callers():
         assert active() == (("cpu", torch.float16),)
         with disabled():
             assert active() == ()
+
+
+def test_grad_mode_inside_a_region_is_refused():
+    """Dissolving the region must not lose it: gradients would flow where the model stops them."""
+    linear = nn.Linear(32, 32)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            with torch.no_grad():
+                still = linear(x)
+            return still * linear(x)
+
+    model = Calls(function).train()
+    model.linear = linear
+    with pytest.raises(CaptureError, match="grad mode inside an autocast region"):
+        capture(model, (draw(),))
