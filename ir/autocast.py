@@ -10,6 +10,7 @@ refused.
 """
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ _DISSOLVED = {
     aten.inner.default: (0, 1),
 }
 """Operations that torch takes apart into products of lower precision: positions of the operands."""
+_KERNELS_CAST = (aten.bilinear.default, aten.linalg_pinv.default, aten.linalg_pinv.atol_rtol_tensor)
+"""Operations whose kernels call products, which autocast casts, and fake values do not show it."""
 
 
 def active() -> Casting:
@@ -72,7 +75,9 @@ def make_explicit(module: fx.GraphModule, casting: Casting) -> None:
     states = _states(module, casting)
     held: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node, state in states.items():
-        if state and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        operation = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        # Autocast has no policy for what writes in place, and a run would change the fake values.
+        if state and operation and not node.target._schema.is_mutable:  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
             _cast_arguments(node, state, held)
     if any(states.values()):
         module.graph.lint()
@@ -81,6 +86,7 @@ def make_explicit(module: fx.GraphModule, casting: Casting) -> None:
 
 def _states(module: fx.GraphModule, casting: Casting) -> dict[fx.Node, Casting]:
     """Every node with the casting that holds there; the marks of regions are taken out."""
+    _refuse_split(module.graph)
     for node in list(module.graph.nodes):
         if node.target is torch.ops.higher_order.wrap_with_autocast:
             _inline(node, module)
@@ -99,6 +105,22 @@ def _states(module: fx.GraphModule, casting: Casting) -> dict[fx.Node, Casting]:
     return states
 
 
+def _refuse_split(graph: fx.Graph) -> None:
+    """torch.export splits a region where the model sets grad mode inside it, and forgets the mode:
+    gradients would flow where the model stops them. Two regions in a row may be such a split."""
+    region, before = torch.ops.higher_order.wrap_with_autocast, None
+    for node in graph.nodes if torch.is_grad_enabled() else ():
+        if node.op == "get_attr" or node.target is operator.getitem:
+            continue
+        if node.target is region and before is not None and before.args[:3] == node.args[:3]:
+            raise CaptureError(
+                "the model sets grad mode inside an autocast region, or enters the same region"
+                " twice in a row, which cannot be told apart; set grad mode outside of the region,"
+                " or use detach() in place of torch.no_grad()"
+            )
+        before = node if node.target is region else None
+
+
 def _changed(outer: Casting, device: Any, dtype: Any, enabled: Any) -> Casting:
     """`outer` with autocast turned on or off for one device."""
     rest = tuple(pair for pair in outer if pair[0] != device)
@@ -110,6 +132,7 @@ def _inline(node: fx.Node, module: fx.GraphModule) -> None:
     marks of a region."""
     device, dtype, enabled, cache, body, *operands = node.args
     inner: Any = module.get_submodule(str(body.target))  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    _refuse_split(inner.graph)
     graph = module.graph
     with graph.inserting_before(node):
         mark = graph.call_function(
@@ -174,7 +197,10 @@ def _run(
             stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
         stack.enter_context(fakes[0].fake_mode)
         stack.enter_context(casts)
-        result = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        try:
+            result = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        except Exception as error:  # such as lstm's, which looks into its tensors
+            raise _unwritable(node) from error
     return casts.made, [t.dtype for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
@@ -190,10 +216,15 @@ def _cast_arguments(
     leaves = tree_leaves(values)
     if not any(isinstance(v, Tensor) and v.is_floating_point() for v in leaves):
         return
+    if node.target in _KERNELS_CAST:
+        raise _unwritable(node)
     made, dtypes = _run(node, *values, casting)
+    plain = _unaided(node, values)
+    if plain == ([dtype for _, dtype in made], dtypes):
+        return  # no cast, or the operation's own, such as rms_norm's to float32 and back
     if positions := _DISSOLVED.get(node.target):  # pyright: ignore[reportCallIssue, reportArgumentType]
-        low = casting[0][1]
         operands = tree_leaves([values[0][p] for p in positions])
+        low = dict(casting)[operands[0].device.type]
         made = [(v, low) for v in operands if v.is_floating_point() and v.itemsize < 8]
     wanted: dict[int, torch.dtype] = {}
     for source, dtype in made:
@@ -202,24 +233,37 @@ def _cast_arguments(
         arguments[i] = _cast(node, arguments[i], dtype, held)
     args, kwargs = spec.unflatten(arguments)
     if any(a.name == "dtype" for a in node.target._schema.arguments) and not wanted:  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
-        kwargs = _by_dtype(node, kwargs, values, dtypes)
+        kwargs = _by_dtype(kwargs, plain, dtypes)
     node.args, node.kwargs = args, kwargs
     again = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
     left, found = _run(node, *again, ())
     inner = [dtype for source, dtype in made if not any(v is source for v in leaves)]
     same = node.target in _DISSOLVED or [dtype for _, dtype in left] == inner
     if not same or found != dtypes:
-        raise CaptureError(
-            f"what torch.autocast does inside {node.target} ({node.name}) cannot be written as"
-            " casts of its arguments; convert the model instead, as model.to(torch.bfloat16), or"
-            " leave the autocast block around it"
-        )
+        raise _unwritable(node)
 
 
-def _by_dtype(node: fx.Node, kwargs: Any, values: Any, dtypes: list[torch.dtype]) -> Any:
+def _unwritable(node: fx.Node) -> CaptureError:
+    return CaptureError(
+        f"what torch.autocast does inside {node.target} ({node.name}) cannot be written as casts of"
+        " its arguments; convert the model instead, as model.to(torch.bfloat16), or leave the"
+        " autocast block around it"
+    )
+
+
+def _unaided(node: fx.Node, values: Any) -> tuple[list[torch.dtype], list[torch.dtype]] | None:
+    """The dtypes of the casts and of the results without autocast; None where that fails, as a
+    product of two dtypes does."""
+    try:
+        casts, dtypes = _run(node, *values, ())
+    except CaptureError:
+        return None
+    return [dtype for _, dtype in casts], dtypes
+
+
+def _by_dtype(kwargs: Any, plain: Any, dtypes: list[torch.dtype]) -> Any:
     """The keyword `dtype` where that is how autocast raises the precision of a sum."""
-    _, plain = _run(node, *values, ())
-    if plain == dtypes or len(dtypes) != 1:
+    if plain is None or plain[1] == dtypes or len(dtypes) != 1:
         return kwargs
     return {**kwargs, "dtype": dtypes[0]}
 

@@ -19,6 +19,7 @@ from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.masks import Mask, analyse
 from ridgeline.ir.match import Reject, Site
+from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.provenance import said
 from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
@@ -41,7 +42,8 @@ MAX_HEAD_DIM = 256
 class Call:
     """The arguments of `ridgeline::attention`, as nodes of the program.
 
-    key is [B,Hk,Sk,D], or its transpose [B,Hk,D,Sk] when `transposed`.
+    key is [B,Hk,Sk,D], or its transpose [B,Hk,D,Sk] when `transposed`; key and value are cast to
+    the dtype of query where theirs is another.
     sinks holds a number per head, or one for all of them, in any shape.
     diagonal: None, an integer, or "Sk - Sq" taken from the shapes at run time.
     """
@@ -74,8 +76,9 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     """Check dtypes, ranks and head counts; settle the mask; state the work on both sides."""
     query = site.bind["query"]
     key, transposed = _untransposed(site)
-    key, value = _without_repeat(key, transposed), _without_repeat(site.bind["value"], False)
-    if refusal := _shapes_refused(site, query, key, value, transposed):
+    given = (query, key, site.bind["value"])
+    key, value = _without_repeat(key, transposed), _without_repeat(given[2], False)
+    if refusal := _shapes_refused(site, query, key, value, transposed, given):
         return refusal
     if refusal := _mask_refused(site, query) or _sinks_refused(site, query):
         return refusal
@@ -121,7 +124,12 @@ def _untransposed(site: Site) -> tuple[fx.Node, bool]:
 
 
 def _without_repeat(node: fx.Node, transposed: bool) -> fx.Node:
-    """x behind ``reshape(expand(unsqueeze(x, 2)))``, transformers' `repeat_kv`, or the node."""
+    """x behind ``reshape(expand(unsqueeze(x, 2)))``, transformers' `repeat_kv`, and behind a cast
+    of that, which autocast makes; or the node."""
+    if is_cast(node):
+        repeated = node.args[0]
+        thin = _without_repeat(repeated, transposed)  # pyright: ignore[reportArgumentType]
+        return node if thin is repeated else thin
     if transposed or node.target not in (aten.reshape.default, aten.view.default):
         return node
     wide = node.args[0]
@@ -140,8 +148,14 @@ def _without_repeat(node: fx.Node, transposed: bool) -> fx.Node:
 
 
 def _shapes_refused(
-    site: Site, query: fx.Node, key: fx.Node, value: fx.Node, transposed: bool
+    site: Site,
+    query: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    transposed: bool,
+    given: tuple[fx.Node, ...],
 ) -> Reject | None:
+    """given: query, key and value as the site reads them."""
     operands = {"query": query, "key": key, "value": value}
     ranks = {name: n.meta["val"].dim() for name, n in operands.items()}
     if len(set(ranks.values())) > 1 or not 2 <= ranks["query"] <= 4:
@@ -151,7 +165,7 @@ def _shapes_refused(
             site.outs[0],
             "reshape query, key and value to four dimensions",
         )
-    dtypes = {str(n.meta["val"].dtype).removeprefix("torch.") for n in operands.values()}
+    dtypes = {str(n.meta["val"].dtype).removeprefix("torch.") for n in given}
     if len(dtypes) > 1 or dtypes == {"float64"}:
         return Reject(
             f"operands have dtypes {sorted(dtypes)}; one of float32, bfloat16, float16 is needed",
@@ -293,12 +307,16 @@ def apply(
     out = copied[candidate.site.outs[0]]
     graph, rank = module.graph, call.query.meta["val"].dim()
     with graph.inserting_before(out):
-        key = copied[call.key]
+        dtype = call.query.meta["val"].dtype
+        key, value = (
+            x if x.meta["val"].dtype == dtype else put(graph, aten.to.dtype, x, dtype)
+            for x in (copied[call.key], copied[call.value])
+        )
         if call.transposed:
             key = put(graph, aten.transpose.int, key, rank - 2, rank - 1)
         query, key, value = one_batch(
             graph,
-            [four_dimensions(graph, x) for x in (copied[call.query], key, copied[call.value])],
+            [four_dimensions(graph, x) for x in (copied[call.query], key, value)],
         )
         mask = copied[call.mask] if call.mask is not None else None
         if mask is not None and rank == 3 and mask.meta["val"].dim() == 3:

@@ -100,6 +100,13 @@ class Calls(nn.Module):
         lambda x: x.int() @ x.int().transpose(1, 2),
         lambda x: x.double() @ x.double().transpose(1, 2),
         lambda x: x.bfloat16().cumsum(1),
+        lambda x: torch.nn.functional.rms_norm(x.bfloat16(), (32,), torch.ones(32)),
+        lambda x: torch.einsum("bij,bij->bij", x, x),  # no product of matrices in it
+        lambda x: torch.einsum("bii->bi", x[:, :, :5]),
+        lambda x: torch.inner(x[0, 0], x[0, 0]),
+        lambda x: (x.clone().unsqueeze_(0) @ x.transpose(1, 2)).squeeze_(0),
+        lambda x: (x[0] @ x[0].t()).t_() @ x[0],
+        lambda x: x.clone().baddbmm_(x, torch.ones(2, 32, 32)),
     ],
 )
 def test_every_policy(function):
@@ -111,14 +118,30 @@ def test_every_policy(function):
     assert torch.equal(found, expected)
 
 
-def test_what_cannot_be_written_as_casts_is_named():
-    cell = nn.GRUCell(32, 32)
-    model = Calls(lambda x: cell(x[0], x[1]))
+CELL = nn.GRUCell(32, 32)
+LSTM = [torch.ones(32, 32), torch.ones(32, 8)]
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: CELL(x[0], x[1]), "gru_cell"),
+        (
+            lambda x: torch.lstm(
+                x, [torch.zeros(1, 2, 8)] * 2, LSTM, False, 1, 0.0, False, False, True
+            )[0],
+            "lstm",
+        ),
+        (lambda x: nn.functional.bilinear(x, x, torch.ones(3, 32, 32)), "bilinear"),
+        (torch.linalg.pinv, "linalg_pinv"),
+    ],
+)
+def test_what_cannot_be_written_as_casts_is_named(function, name):
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(CaptureError, match=r"gru_cell.*cannot be written as casts"),
+        pytest.raises(CaptureError, match=rf"{name}.*cannot be written as casts"),
     ):
-        capture(model, (draw(),))
+        capture(Calls(function), (draw(),))
 
 
 def test_the_state_is_the_callers():
@@ -127,3 +150,19 @@ def test_the_state_is_the_callers():
         assert active() == (("cpu", torch.float16),)
         with disabled():
             assert active() == ()
+
+
+def test_grad_mode_inside_a_region_is_refused():
+    """Dissolving the region must not lose it: gradients would flow where the model stops them."""
+    linear = nn.Linear(32, 32)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            with torch.no_grad():
+                still = linear(x)
+            return still * linear(x)
+
+    model = Calls(function).train()
+    model.linear = linear
+    with pytest.raises(CaptureError, match="grad mode inside an autocast region"):
+        capture(model, (draw(),))

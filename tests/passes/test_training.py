@@ -199,3 +199,45 @@ def test_autocast_through_optimize():
             assert error <= 2 * (theirs.double() - value).norm() / value.norm() + 4e-3
     assert (fast.captures, fast.fallbacks) == (1, {})
     assert not any("did not compile" in note for note in fast.plan.notes)
+
+
+class Grouped(nn.Module):
+    """Grouped-query attention as transformers spells it: keys that a rotation made fp32 are cast by
+    autocast after they are repeated, values are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        turn = torch.linspace(-1, 1, 8)  # float32, as the tables of a rotation
+        k, v = (
+            t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(t.shape[0], 4, -1, 8)
+            for t in (k * turn, v)
+        )
+        return nn.functional.scaled_dot_product_attention(q * turn, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_keys_cast_after_their_repetition_are_grouped_query_attention(training):
+    torch.manual_seed(0)
+    model, x = Grouped().train(training), torch.randn(2, 16, 32)
+    fast, exact = (
+        ridgeline.optimize(model, target="cpu", strict=True),
+        copy.deepcopy(model).double(),
+    )
+    results = []
+    for run, owner, low in ((exact, exact, False), (fast, model, True), (model, model, True)):
+        own = x.to(next(owner.parameters()).dtype)
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = run(own)
+        assert y.dtype == (torch.bfloat16 if low else torch.float64)
+        found = [y.double()]
+        if training:
+            found += torch.autograd.grad(y.double().square().sum(), list(owner.parameters()))
+        results.append([t.double() for t in found])
+    for law, own, eager in zip(*results, strict=True):
+        assert (own - law).norm() <= 2 * (eager - law).norm() + 4e-3 * law.norm()
+    assert [d.rewrite for d in fast.plan.applied].count("flash_attention") == 1
+    assert (fast.captures, fast.fallbacks) == (1, {})
