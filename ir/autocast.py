@@ -90,14 +90,19 @@ def _states(module: fx.GraphModule, casting: Casting) -> dict[fx.Node, Casting]:
     for node in list(module.graph.nodes):
         if node.target is torch.ops.higher_order.wrap_with_autocast:
             _inline(node, module)
-    entered: list[tuple[fx.Node, Casting]] = []
+    entered: list[tuple[fx.Node, Casting, dict[Any, torch.dtype]]] = []
     states: dict[fx.Node, Casting] = {}
+    # A region that names no dtype has the one around it, which stays set where autocast is off.
+    dtypes: dict[Any, torch.dtype] = {d: torch.get_autocast_dtype(d) for d in _DEVICES}
     for node in list(module.graph.nodes):
         if node.target is torch.amp.autocast_mode._enter_autocast:
-            entered.append((node, casting))
-            casting = _changed(casting, *node.args[:3])
+            entered.append((node, casting, dtypes))
+            device, dtype, enabled = node.args[:3]
+            dtypes = {**dtypes, device: dtype or dtypes.get(device)}  # pyright: ignore[reportAssignmentType]
+            casting = tuple(pair for pair in casting if pair[0] != device)
+            casting = (*casting, (device, dtypes[device])) if enabled else casting
         elif node.target is torch.amp.autocast_mode._exit_autocast:
-            opened, casting = entered.pop()
+            opened, casting, dtypes = entered.pop()
             module.graph.erase_node(node)
             module.graph.erase_node(opened)
         else:
@@ -119,12 +124,6 @@ def _refuse_split(graph: fx.Graph) -> None:
                 " or use detach() in place of torch.no_grad()"
             )
         before = node if node.target is region else None
-
-
-def _changed(outer: Casting, device: Any, dtype: Any, enabled: Any) -> Casting:
-    """`outer` with autocast turned on or off for one device."""
-    rest = tuple(pair for pair in outer if pair[0] != device)
-    return (*rest, (device, dtype or torch.get_autocast_dtype(device))) if enabled else rest
 
 
 def _inline(node: fx.Node, module: fx.GraphModule) -> None:

@@ -79,6 +79,32 @@ def test_a_weight_is_cast_once_as_autocast_caches_it(model):
     assert [n.target for n in weight.users].count(torch.ops.aten.to.dtype) == 1
 
 
+class Inherited(nn.Module):
+    """Regions that name no dtype, inside ones that do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.float16):
+            y = x @ x.transpose(1, 2)
+            with torch.autocast("cpu"):
+                y = y + x @ x.transpose(1, 2)
+            with torch.autocast("cpu", enabled=False):
+                z = x @ x.transpose(1, 2)
+                with torch.autocast("cpu"):
+                    z = z + x @ x.transpose(1, 2)
+        return y + z
+
+
+def test_a_region_without_a_dtype_has_the_one_around_it():
+    x = draw()
+    with torch.no_grad():
+        captured, expected = capture(Inherited(), (x,)), Inherited()(x)
+        assert torch.equal(captured.program.module(x)[0], expected)
+    assert set(casts(captured.program.module.graph)) == {torch.float16}
+    fast = torch.compile(Inherited(), backend="ridgeline", options={"target": "cpu"})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+
+
 class Calls(nn.Module):
     """One function of x."""
 
