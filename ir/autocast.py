@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from ridgeline.ir.capture_errors import CaptureError
 
@@ -72,26 +72,33 @@ def make_explicit(module: fx.GraphModule, casting: Casting) -> None:
 
     Raises CaptureError naming an operation whose policy cannot be written as casts.
     """
-    states = _states(module, casting)
+    states, regions = _states(module, casting)
+    if not (regions or casting):
+        return
     held: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node, state in states.items():
-        operation = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
         # Autocast has no policy for what writes in place, and a run would change the fake values.
-        if state and operation and not node.target._schema.is_mutable:  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+        writes = node.target._schema.is_mutable
+        if state and not writes:
             _cast_arguments(node, state, held)
-    if any(states.values()):
-        module.graph.lint()
-        module.recompile()
+        if regions:
+            _retype(node, writes)
+    module.graph.lint()
+    module.recompile()
 
 
-def _states(module: fx.GraphModule, casting: Casting) -> dict[fx.Node, Casting]:
-    """Every node with the casting that holds there; the marks of regions are taken out."""
+def _states(module: fx.GraphModule, casting: Casting) -> tuple[dict[fx.Node, Casting], int]:
+    """Every node with the casting that holds there, and the number of regions, whose marks are
+    taken out."""
     _refuse_split(module.graph)
     for node in list(module.graph.nodes):
         if node.target is torch.ops.higher_order.wrap_with_autocast:
             _inline(node, module)
     entered: list[tuple[fx.Node, Casting, dict[Any, torch.dtype]]] = []
     states: dict[fx.Node, Casting] = {}
+    regions = 0
     # A region that names no dtype has the one around it, which stays set where autocast is off.
     dtypes: dict[Any, torch.dtype] = {d: torch.get_autocast_dtype(d) for d in _DEVICES}
     for node in list(module.graph.nodes):
@@ -103,11 +110,12 @@ def _states(module: fx.GraphModule, casting: Casting) -> dict[fx.Node, Casting]:
             casting = (*casting, (device, dtypes[device])) if enabled else casting
         elif node.target is torch.amp.autocast_mode._exit_autocast:
             opened, casting, dtypes = entered.pop()
+            regions += 1
             module.graph.erase_node(node)
             module.graph.erase_node(opened)
         else:
             states[node] = casting
-    return states
+    return states, regions
 
 
 def _refuse_split(graph: fx.Graph) -> None:
@@ -258,6 +266,23 @@ def _unaided(node: fx.Node, values: Any) -> tuple[list[torch.dtype], list[torch.
     except CaptureError:
         return None
     return [dtype for _, dtype in casts], dtypes
+
+
+def _retype(node: fx.Node, writes: bool) -> None:
+    """Give the recorded values the dtypes that the arguments lead to: Dynamo's graph is traced
+    without its regions. What writes in place gives what it wrote to."""
+    values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    recorded = [t for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+    read = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    if not read or not any(t.is_floating_point() for t in recorded):
+        return
+    plain = ([], [read[0].dtype]) if writes else _unaided(node, values)
+    if plain is None or len(plain[1]) != len(recorded):
+        return
+    if plain[1] != [t.dtype for t in recorded]:
+        left = iter(plain[1])
+        with read[0].fake_mode, torch.no_grad(), disabled():  # pyright: ignore[reportAttributeAccessIssue]
+            node.meta["val"] = tree_map_only(Tensor, lambda t: t.to(next(left)), node.meta["val"])
 
 
 def _by_dtype(kwargs: Any, plain: Any, dtypes: list[torch.dtype]) -> Any:

@@ -105,6 +105,16 @@ def test_a_region_without_a_dtype_has_the_one_around_it():
         torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_regions_of_dynamos_graph_have_their_own_dtypes(model):
+    """It is traced without them: what reads their results must be cast all the same."""
+    torch._dynamo.reset()
+    fast, x = torch.compile(model, backend="ridgeline", options={"target": "cpu"}), draw()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        found, expected = fast(x), model(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
 class Calls(nn.Module):
     """One function of x."""
 
