@@ -143,7 +143,8 @@ def attention(
     if not isinstance(dim, int):
         return "the size of a head is not known (no attribute head_dim)"
     norms = [getattr(module, name, None) for name in HEAD_NORMS]
-    if any(norm is not None and norm.weight.numel() != dim for norm in norms):
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    if any(weight is not None and weight.numel() != dim for weight in weights):
         return "a norm reads more than one head at a time"
     if reason := foreign(module, (row, *columns, *HEAD_NORMS)):
         return reason
@@ -151,8 +152,10 @@ def attention(
     inner = out.weight.numel() // out_features(out)
     heads = inner // dim
     if len(columns) == 1:
-        if out_features(getattr(module, columns[0])) != 3 * inner:
-            return f"{columns[0]} does not hold query, key and value of one width"
+        packed = getattr(module, columns[0])
+        # GPT-2's Conv1D holds q | k | v; GPT-BigCode's nn.Linear has q, k, v head by head.
+        if type(packed) is nn.Linear or out_features(packed) != 3 * inner:
+            return f"{columns[0]} is not known to hold all queries, all keys, then all values"
         kv_heads = heads
     else:
         query, key, value = (out_features(getattr(module, name)) for name in columns)

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+)
 
 from ridgeline.passes.parallel import Unparallel, plan_parallel
 from ridgeline.passes.parallel.plan import head_spans
@@ -54,3 +61,25 @@ def test_an_unknown_parameter_keeps_its_layer_whole() -> None:
     )
     with pytest.raises(Unparallel, match="no attention or MLP"):
         plan_parallel(torch.nn.Linear(3, 3), 2)
+
+
+def test_projections_packed_head_by_head_stay_whole() -> None:
+    """GPT-BigCode's c_attn is as wide as GPT-2's, and holds q, k, v of each head in turn."""
+    config = GPTBigCodeConfig(
+        vocab_size=101, n_positions=32, n_embd=16, n_layer=1, n_head=4, multi_query=False,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    plan = plan_parallel(GPTBigCodeForCausalLM(config), 2)
+    ((path, reason),) = plan.refused
+    assert path == "transformer.h.0.attn"
+    assert "all queries, all keys, then all values" in reason
+    assert [split.kind for split in plan.splits] == ["mlp", "embedding", "lm_head"]
+
+
+def test_norms_of_heads_need_no_weight() -> None:
+    config = NanoChatConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    plan = plan_parallel(NanoChatForCausalLM(config), 2)
+    assert "attention" in [split.kind for split in plan.splits]
