@@ -20,8 +20,12 @@ from torch import nn
 
 from ridgeline.ir.errors import RidgelineError
 
-ATTENTION = {"o_proj": ("q_proj", "k_proj", "v_proj"), "c_proj": ("c_attn",)}
-MLP = {"down_proj": ("gate_proj", "up_proj"), "c_proj": ("c_fc",)}
+ATTENTION = (("o_proj", ("q_proj", "k_proj", "v_proj")), ("c_proj", ("c_attn",)))
+MLP = (
+    *(("down_proj", ("gate_proj", "up_proj")), ("down_proj", ("up_proj",))),
+    ("c_proj", ("c_fc",)),
+)
+"""The row-parallel layer and the column-parallel ones before it; the first that is there counts."""
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -120,9 +124,9 @@ def head_spans(
 
 
 def named(
-    module: nn.Module, table: dict[str, tuple[str, ...]]
+    module: nn.Module, table: tuple[tuple[str, tuple[str, ...]], ...]
 ) -> tuple[str, tuple[str, ...]] | None:
-    for row, columns in table.items():
+    for row, columns in table:
         if all(is_linear(getattr(module, name, None)) for name in (row, *columns)):
             return row, columns
     return None
@@ -172,6 +176,8 @@ def attention(
 def mlp(path: str, module: Any, row: str, columns: tuple[str, ...], world: int) -> Split | str:
     if reason := foreign(module, (row, *columns)):
         return reason
+    if getattr(module, "activation_sparsity", 0):  # Gemma 3n: a threshold by mean and deviation
+        return "its activation reads all channels of a row"
     out = getattr(module, row)
     width = out.weight.numel() // out_features(out)
     if width < world or any(out_features(getattr(module, name)) != width for name in columns):

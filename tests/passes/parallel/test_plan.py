@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
+    Gemma3nTextConfig,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
     LlamaConfig,
@@ -10,6 +14,7 @@ from transformers import (
     NanoChatConfig,
     NanoChatForCausalLM,
 )
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
 from ridgeline.passes.parallel import Unparallel, plan_parallel
 from ridgeline.passes.parallel.plan import head_spans
@@ -83,3 +88,24 @@ def test_norms_of_heads_need_no_weight() -> None:
     )  # fmt: skip
     plan = plan_parallel(NanoChatForCausalLM(config), 2)
     assert "attention" in [split.kind for split in plan.splits]
+
+
+def test_an_mlp_needs_no_gate() -> None:
+    config = ArceeConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    (split,) = [s for s in plan_parallel(ArceeForCausalLM(config), 2).splits if s.kind == "mlp"]
+    assert split.columns == ("up_proj",)
+    assert split.spans == ((0, 24), (24, 48))
+
+
+def test_channels_that_are_compared_with_one_another_stay_together() -> None:
+    config = Gemma3nTextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.95, 0.0],
+    )  # fmt: skip
+    mlps = nn.ModuleList(Gemma3nTextMLP(config, layer) for layer in range(2))
+    plan = plan_parallel(mlps, 2)
+    assert plan.refused == (("0", "its activation reads all channels of a row"),)
+    assert [split.path for split in plan.splits] == ["1"]
