@@ -116,7 +116,8 @@ def with_fewer_cores(machine: Mapping[str, float], op: str, reserved: int) -> Ma
     """The machine while another kernel holds `reserved` of its cores. Raises InvalidShape where
     none is left."""
     cores = machine["cores"]
-    if isinstance(reserved, bool) or not 0 <= reserved < cores:
+    whole = isinstance(reserved, int) and not isinstance(reserved, bool)
+    if not whole or not 0 <= reserved < cores:
         raise InvalidShape(
             f"{op}: reserved: expected 0 to {cores - 1:.0f} cores, found {reserved!r}"
         )

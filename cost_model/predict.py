@@ -78,7 +78,7 @@ def _pair_joules(dtype: str) -> float:
 
 
 def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
-    wanted = shapes.PARAMETERS.get(op)
+    wanted = shapes.PARAMETERS.get(op) if isinstance(op, str) else None
     if wanted is None:
         raise InvalidShape(f"op: expected one of {', '.join(shapes.PARAMETERS)}, found {op!r}")
     dtypes = shapes.dtypes_of(op)
@@ -106,4 +106,6 @@ def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
         raise InvalidShape(
             f"{op}: q_len: expected at most kv_len = {shape['kv_len']}, found {shape['q_len']}"
         )
+    if "per_node" in shape:  # a node with room for more ranks holds these
+        shape["per_node"] = min(shape["per_node"], shape["world"])
     return shape
