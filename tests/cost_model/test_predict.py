@@ -1,5 +1,7 @@
 """predict: every name and dtype, monotone laws, exact pairs, bounds, clear errors."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from ridgeline.cost_model import (
     InvalidShape,
+    InvalidTarget,
     UnknownTarget,
     laws,
     load_target,
@@ -260,3 +263,16 @@ def test_ranks_that_do_not_fill_a_node_are_on_one(size):
         predict("h100", "all_reduce", "bf16", world=4, per_node=n, bytes=size) for n in (4, 8)
     )
     assert roomy == exact
+
+
+def test_a_description_of_ones_own_needs_no_16_bit_unit(tmp_path):
+    text = (FOLDER / "t4.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("float16")]
+    file = tmp_path / "own.toml"
+    file.write_text("\n".join(lines))
+    assert "float16" not in load_target(file).peaks
+    assert predict(str(file), "gemm", "fp16", **LAYER).seconds > 0
+    # The same file, written anew.
+    file.write_text(re.sub(r"(?m)^cores = .*", "cores = 0.5", text, count=1))
+    with pytest.raises(InvalidTarget, match=r"cores.*at least 1"):
+        predict(str(file), "gemm", "fp16", **LAYER)
