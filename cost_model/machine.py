@@ -86,7 +86,7 @@ def machine_of(
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
         "attention": t.attention_efficiency / t.gemm_efficiency,
         "attention_peak": peak * (t.attention_efficiency if throttled else 1.0),
-        "vector": t.peaks["float16"] / t.peaks["float32"] / REFERENCE_RATIO,
+        "vector": _unit_peak(t, "fp16") / t.peaks["float32"] / REFERENCE_RATIO,
         "slow": slow,
         "floor": _floor(dtype, slow, REFERENCE_CLOCK_HZ / clock),
         "cycle": REFERENCE_CLOCK_HZ / clock,
@@ -116,7 +116,8 @@ def with_fewer_cores(machine: Mapping[str, float], op: str, reserved: int) -> Ma
     """The machine while another kernel holds `reserved` of its cores. Raises InvalidShape where
     none is left."""
     cores = machine["cores"]
-    if isinstance(reserved, bool) or not 0 <= reserved < cores:
+    whole = isinstance(reserved, int) and not isinstance(reserved, bool)
+    if not whole or not 0 <= reserved < cores:
         raise InvalidShape(
             f"{op}: reserved: expected 0 to {cores - 1:.0f} cores, found {reserved!r}"
         )
@@ -145,7 +146,7 @@ def _rates(t: Target, op: str, dtype: str, clock: float) -> tuple[float, float, 
         peak *= OLDER_INSTRUCTIONS
     rate = _TENSOR.get(t.arch)
     # The boards' clock over that of the published peak.
-    above = min(1.1, clock * rate * t.cores / t.peaks["float16"]) if rate else 1.0
+    above = min(1.1, clock * rate * t.cores / _unit_peak(t, "fp16")) if rate else 1.0
     # More than the published peak, where boards' clocks exceed it: GeForce.
     sustained = SUSTAINED * t.gemm_efficiency
     return peak, peak * sustained, peak * above * max(sustained, UNTHROTTLED)

@@ -11,6 +11,7 @@ fitted over all machines and no residual. [low, high] is meant to hold 90 % of m
 import functools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ridgeline.cost_model.energy import movement_joules, unit_joules
 from ridgeline.cost_model.estimate import Cost
 from ridgeline.cost_model.machine import machine_of, with_fewer_cores
 from ridgeline.cost_model.shapes import InvalidShape
-from ridgeline.cost_model.target import Target
+from ridgeline.cost_model.target import Target, load_target
 
 _BOUNDS = ("launch", "compute", "memory")
 _NETWORK_BOUNDS = ("launch", "compute", "communication")
@@ -39,6 +40,8 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     that isn't described, InvalidShape for the rest.
     """
     shape = _checked(op, dtype, shape)
+    if isinstance(target, str) and target.endswith(".toml") and (file := Path(target)).is_file():
+        target = _own(target, file.stat().st_mtime_ns)
     machine, name = machine_of(target, op, dtype, shape.get("world"), shape.get("per_node"))
     if reserved:
         machine = with_fewer_cores(machine, op, reserved)
@@ -69,6 +72,12 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _own(path: str, modified: int) -> Target:
+    """A description of the user's, read again once its file is written anew."""
+    return load_target(path)
+
+
 @functools.cache
 def _pair_joules(dtype: str) -> float:
     """A multiplication and an addition to its accumulator."""
@@ -78,7 +87,7 @@ def _pair_joules(dtype: str) -> float:
 
 
 def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
-    wanted = shapes.PARAMETERS.get(op)
+    wanted = shapes.PARAMETERS.get(op) if isinstance(op, str) else None
     if wanted is None:
         raise InvalidShape(f"op: expected one of {', '.join(shapes.PARAMETERS)}, found {op!r}")
     dtypes = shapes.dtypes_of(op)
@@ -106,4 +115,6 @@ def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
         raise InvalidShape(
             f"{op}: q_len: expected at most kv_len = {shape['kv_len']}, found {shape['q_len']}"
         )
+    if "per_node" in shape:  # a node with room for more ranks holds these
+        shape["per_node"] = min(shape["per_node"], shape["world"])
     return shape

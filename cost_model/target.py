@@ -168,6 +168,8 @@ def parse_target(described: Mapping[str, Any], origin: str) -> Target:
     lists = _CPU_LISTS if cpu else ()
     check.only({*_TEXTS, *numbers, *lists, "features", "peaks_tflops", "source"})
     n = {key: check.number(key) for key in numbers}
+    if n["cores"] < 1:
+        check.fail("cores", "a number of at least 1", n["cores"])
     peaks = check.peaks()
     sizes, speeds = (check.numbers(key) for key in _CPU_LISTS) if cpu else ((), ())
     if len(sizes) != len(speeds):

@@ -104,20 +104,22 @@ def sizes_of(program: Program, batch: int | None, context: int | None) -> Sizes:
     said: list[str] = []
     found = []
     for name, asked, at in (
-        ("batch", batch, _batch(tensors)),
+        ("batch", batch, _batch(tensors)[:1]),
         ("context", context, _context(tensors, program.phase)),
     ):
-        if at is None:
+        if not at:
             if asked is not None:
                 said.append(f"the {program.phase} call has no {name}; {name}={asked} says nothing")
             found.append(None)
             continue
-        node, dimension = at
+        node, dimension = at[0]
         expression, captured = shape_of(node)[dimension], number(node.meta["val"].shape[dimension])
         if asked is None or asked == captured:
             found.append(captured)
         elif expression.is_Symbol:
-            values[expression] = asked
+            # Caches of one length may have a symbol each, as those of windows that are not full.
+            same = {shape_of(n)[d] for n, d in at if number(n.meta["val"].shape[d]) == captured}
+            values |= dict.fromkeys((e for e in same if e.is_Symbol), asked)
             found.append(asked)
         else:
             found.append(captured)
@@ -150,17 +152,17 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def _batch(tensors: list[fx.Node]) -> tuple[fx.Node, int] | None:
-    return next(((n, 0) for n in tensors if n.meta["val"].dim() >= 2), None)
+def _batch(tensors: list[fx.Node]) -> list[tuple[fx.Node, int]]:
+    return [(n, 0) for n in tensors if n.meta["val"].dim() >= 2]
 
 
-def _context(tensors: list[fx.Node], phase: Phase) -> tuple[fx.Node, int] | None:
-    if phase == "decode":  # caches: [batch, heads, length, head size]; windows have fixed lengths
+def _context(tensors: list[fx.Node], phase: Phase) -> list[tuple[fx.Node, int]]:
+    """Where the context is a size, free ones first."""
+    if phase == "decode":  # caches: [batch, heads, length, head size]; full windows' are fixed
         caches = [n for n in tensors if n.meta["val"].dim() == 4]
-        free = [n for n in caches if not shape_of(n)[2].is_Integer]
-        return next(((n, 2) for n in (*free, *caches)), None)
+        return [(n, 2) for n in sorted(caches, key=lambda n: shape_of(n)[2].is_Integer)]
     for node in tensors:
         value = node.meta["val"]
         if value.dim() == (3 if value.is_floating_point() else 2):
-            return node, 1
-    return None
+            return [(node, 1)]
+    return []

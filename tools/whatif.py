@@ -75,7 +75,7 @@ class Questions:
 
     def __init__(self, request: Request) -> None:
         dtype = getattr(torch, request.dtype)
-        captured = programs(request.model, request.phases, dtype)
+        captured = programs(request.model, request.phases, dtype, max(request.contexts))
         self.by_phase = {
             phase: WhatIf(program, PASSES, request.objective) for phase, program in captured.items()
         }

@@ -8,7 +8,8 @@ shapes and dtypes, no weight. A model that generates is captured twice, as
     decode     ids [batch, 1], the cache that such a prefill leaves
 
 any other once, on the inputs that its function gives. Batch and length of the example are two
-different small numbers, so that both stay free sizes.
+different small numbers, so that both stay free sizes; where a sliding window is shorter than the
+contexts asked about, the example passes it, and its caches are full.
 """
 
 import inspect
@@ -24,7 +25,7 @@ from ridgeline.ir.call import flatten
 from ridgeline.ir.capture import Captured, capture
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
-from ridgeline.ir.sizes import numbers
+from ridgeline.ir.sizes import number, numbers
 from ridgeline.tools.model_file import SMOLLM2, Example, load_model_file
 
 BATCH, LENGTH = 3, 17
@@ -41,10 +42,13 @@ class QuestionError(RidgelineError, ValueError):
     """A MODEL, or a phase of it, that nothing can be asked about."""
 
 
-def programs(spec: str, phases: Sequence[str], dtype: torch.dtype) -> dict[str, Program]:
+def programs(
+    spec: str, phases: Sequence[str], dtype: torch.dtype, context: int = 1
+) -> dict[str, Program]:
     """The programs of MODEL by phase, those of `phases`, or all where it is empty.
 
-    dtype: of a model that is built from a config. Raises QuestionError, ModelError, CaptureError.
+    dtype: of a model that is built from a config. context: the most tokens asked about.
+    Raises QuestionError, ModelError, CaptureError.
     """
     example = None
     if spec.rpartition(":")[0].endswith(".py") or spec.endswith(".pt2"):
@@ -55,7 +59,9 @@ def programs(spec: str, phases: Sequence[str], dtype: torch.dtype) -> dict[str, 
     if generates(model):
         wanted = phases or GENERATING
         _only(wanted, GENERATING, spec)
-        return {phase: p for phase, p in _generating(model, wanted).items() if phase in wanted}
+        length = LENGTH + (window if (window := window_of(model)) < context else 0)
+        found = _generating(model, wanted, length)
+        return {phase: p for phase, p in found.items() if phase in wanted}
     if example is None:
         raise QuestionError(
             f"{spec}: a {type(model).__name__} does not generate; give a file.py:function that"
@@ -71,6 +77,12 @@ def generates(model: nn.Module) -> bool:
     able = getattr(model, "can_generate", None)
     takes = inspect.signature(model.forward).parameters
     return callable(able) and bool(able()) and "input_ids" in takes and _cache_name(takes) != ""
+
+
+def window_of(model: nn.Module) -> int:
+    """Tokens that the sliding windows of a language model hold; 0 without."""
+    config: Any = model.config
+    return getattr(config.get_text_config(decoder=True), "sliding_window", None) or 0
 
 
 def _cache_name(takes: Container[str]) -> str:
@@ -120,7 +132,7 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
         raise QuestionError(f"no language model has this config: {error}") from error
 
 
-def _generating(model: nn.Module, wanted: Sequence[str]) -> dict[str, Program]:
+def _generating(model: nn.Module, wanted: Sequence[str], length: int) -> dict[str, Program]:
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
@@ -130,13 +142,13 @@ def _generating(model: nn.Module, wanted: Sequence[str]) -> dict[str, Program]:
     if "logits_to_keep" in takes:
         options["logits_to_keep"] = 1  # as `generate` asks
 
-    def ids(length: int) -> Tensor:
-        return torch.zeros(BATCH, length, dtype=torch.long, device=device)
+    def ids(tokens: int) -> Tensor:
+        return torch.zeros(BATCH, tokens, dtype=torch.long, device=device)
 
-    prefill = _captured(model, (), {"input_ids": ids(LENGTH), **options})
+    prefill = _captured(model, (), {"input_ids": ids(length), **options})
     found = {"prefill": prefill.program}
     if "decode" in wanted:
-        _run_in_thought(prefill, {"input_ids": ids(LENGTH), **options})
+        _run_in_thought(prefill, {"input_ids": ids(length), **options})
         found["decode"] = _captured(model, (), {"input_ids": ids(1), **options}).program
     for phase, program in found.items():
         if program.phase != phase:
@@ -150,7 +162,13 @@ def _run_in_thought(captured: Captured, kwargs: dict[str, Any]) -> None:
     """Let the caches of a call receive tensors of the shapes that the program gives them."""
     outputs = captured.program.module.graph.output_node().args[0]
     values = [n.meta["val"] for n in outputs]  # pyright: ignore[reportGeneralTypeIssues]
-    made = [torch.empty(numbers(v.shape), dtype=v.dtype, device=v.device) for v in values]
+    # Caches of sliding windows also count their tokens.
+    made = [
+        torch.empty(numbers(v.shape), dtype=v.dtype, device=v.device)
+        if isinstance(v, Tensor)
+        else number(v)
+        for v in values
+    ]
     captured.finish(flatten((), kwargs), made)
 
 

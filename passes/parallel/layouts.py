@@ -10,6 +10,7 @@
     all_reduce, reduce_scatter, all_gather  PARTIAL_SUM -> REPLICATED, -> SHARDED_BY_TOKEN, and back
     row by row (`rows`)                     SHARDED_BY_TOKEN with values that have no tokens
     linear in its operand                   PARTIAL_SUM -> PARTIAL_SUM
+    over the channels of a row (`channels`) nothing, where the ranks share them out
 
 Anything else that reads a partial sum or a token shard would compute with a value that is not
 there: `propagate` raises LayoutError, when the graph is compiled. Source: the same distinction as
@@ -28,6 +29,7 @@ from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.ir.token_rows import SUM_PARTS, TOKEN_ROWS
+from ridgeline.passes.parallel.channels import reads_across
 from ridgeline.passes.parallel.rows import COPIES, VIEWS, is_row_wise, keeps_rows
 
 aten = torch.ops.aten
@@ -81,7 +83,22 @@ def propagate(
             continue
         node.meta["split"] = _split_of(node, splits)
         layouts[node] = node.meta["layout"] = _layout(node, layouts)
+    if across := reads_across(_shared_out(graph, layouts)):
+        raise LayoutError(
+            f"{said(across)} ({across.name}) reads all channels of a row, of which this rank holds"
+            " some; keep the layer whole, or normalise after its row-parallel product"
+        )
     return layouts
+
+
+def _shared_out(graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> list[fx.Node]:
+    """What products with a weight that is split by row read."""
+    found: list[fx.Node] = []
+    for node in graph.nodes:
+        read = node.all_input_nodes if node.target in _PRODUCTS else []
+        if any(n.meta["split"] == ROW for n in read):
+            found += [n for n in read if layouts[n] is Layout.LOCAL and not n.meta["split"]]
+    return found
 
 
 def _split_of(node: fx.Node, splits: Mapping[str, str]) -> str | None:

@@ -21,7 +21,7 @@ from ridgeline.passes.parallel.compiler import ParallelCompiler
 from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
 from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.parallel.shard import shard, split_parameters
-from ridgeline.passes.parallel.signature import model_signature, versions
+from ridgeline.passes.parallel.signature import model_signature, settings_of, versions
 
 
 def parallelize(
@@ -82,7 +82,7 @@ def parallelize(
         facts = {"target": compiler.target.name, "fuse": fuse, "weave": weave, **versions()}
         facts["model"] = model_signature(model) if plan else type(model).__name__
         facts["plan"] = plan.digest() if plan else "the model's own"
-        ranks.agree("the model", facts)
+        ranks.agree("the model", facts | settings_of(model))
         part = shard(model, plan, ranks.rank, ranks.name) if plan else model
     for sentence in told(plan, ranks.rank) if plan else ():
         compiler.plan.note(sentence)

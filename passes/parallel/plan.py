@@ -20,8 +20,12 @@ from torch import nn
 
 from ridgeline.ir.errors import RidgelineError
 
-ATTENTION = {"o_proj": ("q_proj", "k_proj", "v_proj"), "c_proj": ("c_attn",)}
-MLP = {"down_proj": ("gate_proj", "up_proj"), "c_proj": ("c_fc",)}
+ATTENTION = (("o_proj", ("q_proj", "k_proj", "v_proj")), ("c_proj", ("c_attn",)))
+MLP = (
+    *(("down_proj", ("gate_proj", "up_proj")), ("down_proj", ("up_proj",))),
+    ("c_proj", ("c_fc",)),
+)
+"""The row-parallel layer and the column-parallel ones before it; the first that is there counts."""
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -120,9 +124,9 @@ def head_spans(
 
 
 def named(
-    module: nn.Module, table: dict[str, tuple[str, ...]]
+    module: nn.Module, table: tuple[tuple[str, tuple[str, ...]], ...]
 ) -> tuple[str, tuple[str, ...]] | None:
-    for row, columns in table.items():
+    for row, columns in table:
         if all(is_linear(getattr(module, name, None)) for name in (row, *columns)):
             return row, columns
     return None
@@ -143,7 +147,8 @@ def attention(
     if not isinstance(dim, int):
         return "the size of a head is not known (no attribute head_dim)"
     norms = [getattr(module, name, None) for name in HEAD_NORMS]
-    if any(norm is not None and norm.weight.numel() != dim for norm in norms):
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    if any(weight is not None and weight.numel() != dim for weight in weights):
         return "a norm reads more than one head at a time"
     if reason := foreign(module, (row, *columns, *HEAD_NORMS)):
         return reason
@@ -151,8 +156,10 @@ def attention(
     inner = out.weight.numel() // out_features(out)
     heads = inner // dim
     if len(columns) == 1:
-        if out_features(getattr(module, columns[0])) != 3 * inner:
-            return f"{columns[0]} does not hold query, key and value of one width"
+        packed = getattr(module, columns[0])
+        # GPT-2's Conv1D holds q | k | v; GPT-BigCode's nn.Linear has q, k, v head by head.
+        if type(packed) is nn.Linear or out_features(packed) != 3 * inner:
+            return f"{columns[0]} is not known to hold all queries, all keys, then all values"
         kv_heads = heads
     else:
         query, key, value = (out_features(getattr(module, name)) for name in columns)
@@ -169,6 +176,8 @@ def attention(
 def mlp(path: str, module: Any, row: str, columns: tuple[str, ...], world: int) -> Split | str:
     if reason := foreign(module, (row, *columns)):
         return reason
+    if getattr(module, "activation_sparsity", 0):  # Gemma 3n: a threshold by mean and deviation
+        return "its activation reads all channels of a row"
     out = getattr(module, row)
     width = out.weight.numel() // out_features(out)
     if width < world or any(out_features(getattr(module, name)) != width for name in columns):

@@ -12,6 +12,9 @@ from ridgeline.codegen.code_version import code_version
 _SAMPLED = 64
 """Numbers taken of each matrix: enough to tell checkpoints apart."""
 
+_ORIGIN = ("_name_or_path", "transformers_version")
+"""Settings that say where a config comes from."""
+
 
 def versions() -> dict[str, str]:
     """Of torch, of ridgeline, and of the operations' own code."""
@@ -23,9 +26,16 @@ def versions() -> dict[str, str]:
 
 
 def model_signature(model: nn.Module) -> str:
-    """Class, names, shapes, dtypes, and some numbers of every weight."""
-    named = [(name, p) for name, p in model.named_parameters()]
+    """Class, names, shapes, dtypes, and some numbers of every weight and buffer."""
+    named = [*model.named_parameters(), *model.named_buffers()]
     return f"{type(model).__name__} {digest_of(named, _SAMPLED)}"
+
+
+def settings_of(model: nn.Module) -> dict[str, str]:
+    """ "config.name" -> value, of a model of transformers, without those that say where they were
+    loaded from; {} of another. Epsilons, windows and activations are in no weight."""
+    settings = getattr(getattr(model, "config", None), "to_dict", dict)()
+    return {f"config.{k}": repr(v) for k, v in settings.items() if k not in _ORIGIN}
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]], sampled: int | None = None) -> str:
@@ -34,7 +44,8 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], sampled: int | None = None)
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type != "meta" and tensor.numel():
-            flat = tensor.detach().reshape(-1)
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            flat = real.detach().reshape(-1)
             every = sampled is None or tensor.dim() < 2
             step = 1 if every else max(1, flat.numel() // sampled)
             digest.update(flat[::step].float().cpu().numpy().tobytes())

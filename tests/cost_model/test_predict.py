@@ -1,5 +1,7 @@
 """predict: every name and dtype, monotone laws, exact pairs, bounds, clear errors."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from ridgeline.cost_model import (
     InvalidShape,
+    InvalidTarget,
     UnknownTarget,
     laws,
     load_target,
@@ -138,6 +141,7 @@ def test_laws_take_arrays_as_they_take_numbers(op, dtype, shape, grows):
     ("op", "dtype", "shape", "said"),
     [
         ("conv", "bf16", LAYER, "op: expected one of"),
+        (["gemm"], "bf16", LAYER, "op: expected one of"),
         ("gemm", "fp4", LAYER, "dtype: expected one of"),
         ("gemm", "bf16", {"m": 1, "n": 4}, "k: expected an integer >= 1, found nothing"),
         ("gemm", "bf16", {**LAYER, "m": 0}, "m: expected an integer >= 1, found 0"),
@@ -248,6 +252,27 @@ def test_cores_that_another_kernel_holds():
     half = predict("h100", "gemm", "bf16", reserved=66, **large).seconds
     assert half == pytest.approx(2 * whole, rel=0.05)
     assert predict("h100", "rmsnorm", "fp16", reserved=8, rows=64, width=64).seconds > 0
-    for reserved in (-1, 132):
+    for reserved in (-1, 132, 1.5, True):
         with pytest.raises(InvalidShape, match="reserved: expected 0 to 131 cores"):
             predict("h100", "gemm", "bf16", reserved=reserved, **large)
+
+
+@pytest.mark.parametrize("size", [2**14, 2**20, 2**26])
+def test_ranks_that_do_not_fill_a_node_are_on_one(size):
+    exact, roomy = (
+        predict("h100", "all_reduce", "bf16", world=4, per_node=n, bytes=size) for n in (4, 8)
+    )
+    assert roomy == exact
+
+
+def test_a_description_of_ones_own_needs_no_16_bit_unit(tmp_path):
+    text = (FOLDER / "t4.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("float16")]
+    file = tmp_path / "own.toml"
+    file.write_text("\n".join(lines))
+    assert "float16" not in load_target(file).peaks
+    assert predict(str(file), "gemm", "fp16", **LAYER).seconds > 0
+    # The same file, written anew.
+    file.write_text(re.sub(r"(?m)^cores = .*", "cores = 0.5", text, count=1))
+    with pytest.raises(InvalidTarget, match=r"cores.*at least 1"):
+        predict(str(file), "gemm", "fp16", **LAYER)

@@ -95,6 +95,14 @@ def other_model(odd: int) -> None:
     ridgeline.parallelize(model, **PLAIN)
 
 
+def other_setting(odd: int) -> None:
+    """Rank `odd` has the others' weights, and norms with another epsilon."""
+    model = build("llama")
+    if dist.get_rank() == odd:
+        model.config.rms_norm_eps = 0.5
+    ridgeline.parallelize(model, **PLAIN)
+
+
 def other_version(odd: int) -> None:
     """Rank `odd` runs another torch."""
     if dist.get_rank() == odd:

@@ -123,6 +123,25 @@ def test_a_tied_embedding_stays_beside_its_quantised_head(tmp_path):
     assert answer.weights[1] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("context", "windowed"), [(1024, 63), (48, 48)])
+def test_caches_of_sliding_windows_end_at_the_window(tmp_path, context, windowed):
+    """Gemma 2: every other layer sees 64 tokens, and has 63 before the new one."""
+    file = tmp_path / "config.json"
+    settings = {
+        "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 96, "sliding_window": 64,
+    }  # fmt: skip
+    file.write_text(json.dumps(settings))
+    asked = whatif.Questions(whatif.Request(str(file), ("h100",), contexts=(context,)))
+    token = 2 * 2 * 16 * 2  # keys and values, heads, head size, bytes
+    for phase, new in (("prefill", 0), ("decode", 1)):
+        held = asked.ask(phase, "h100", 8, context).state
+        full = 2 * (context + new)
+        window = 2 * (63 if windowed == 63 else context + new)
+        assert 0 <= held - 8 * token * (full + window) <= 32  # and each window's counter
+
+
 def test_what_does_not_fit_says_so(questions):
     small = dataclasses.replace(load_target("a100"), memory_bytes=10**9)
     answer = questions.by_phase["decode"].at(small, 8, 32768)

@@ -9,6 +9,7 @@ from gloo.work import (
     fails,
     other_graph,
     other_model,
+    other_setting,
     other_version,
     stays_away,
 )
@@ -16,7 +17,12 @@ from gloo.work import (
 
 @pytest.mark.parametrize(
     ("work", "differs"),
-    [(other_model, "model"), (other_version, "torch"), (other_graph, "collectives")],
+    [
+        (other_model, "model"),
+        (other_setting, "config.rms_norm_eps"),
+        (other_version, "torch"),
+        (other_graph, "collectives"),
+    ],
 )
 def test_ranks_that_differ_are_told_apart_on_all(work, differs: str) -> None:
     for told in on_ranks(3, work, 1, timeout=30):

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
+    Gemma3nTextConfig,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+)
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
 from ridgeline.passes.parallel import Unparallel, plan_parallel
 from ridgeline.passes.parallel.plan import head_spans
@@ -54,3 +66,46 @@ def test_an_unknown_parameter_keeps_its_layer_whole() -> None:
     )
     with pytest.raises(Unparallel, match="no attention or MLP"):
         plan_parallel(torch.nn.Linear(3, 3), 2)
+
+
+def test_projections_packed_head_by_head_stay_whole() -> None:
+    """GPT-BigCode's c_attn is as wide as GPT-2's, and holds q, k, v of each head in turn."""
+    config = GPTBigCodeConfig(
+        vocab_size=101, n_positions=32, n_embd=16, n_layer=1, n_head=4, multi_query=False,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    plan = plan_parallel(GPTBigCodeForCausalLM(config), 2)
+    ((path, reason),) = plan.refused
+    assert path == "transformer.h.0.attn"
+    assert "all queries, all keys, then all values" in reason
+    assert [split.kind for split in plan.splits] == ["mlp", "embedding", "lm_head"]
+
+
+def test_norms_of_heads_need_no_weight() -> None:
+    config = NanoChatConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    plan = plan_parallel(NanoChatForCausalLM(config), 2)
+    assert "attention" in [split.kind for split in plan.splits]
+
+
+def test_an_mlp_needs_no_gate() -> None:
+    config = ArceeConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    (split,) = [s for s in plan_parallel(ArceeForCausalLM(config), 2).splits if s.kind == "mlp"]
+    assert split.columns == ("up_proj",)
+    assert split.spans == ((0, 24), (24, 48))
+
+
+def test_channels_that_are_compared_with_one_another_stay_together() -> None:
+    config = Gemma3nTextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.95, 0.0],
+    )  # fmt: skip
+    mlps = nn.ModuleList(Gemma3nTextMLP(config, layer) for layer in range(2))
+    plan = plan_parallel(mlps, 2)
+    assert plan.refused == (("0", "its activation reads all channels of a row"),)
+    assert [split.path for split in plan.splits] == ["1"]
