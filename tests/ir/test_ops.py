@@ -18,6 +18,7 @@ from ridgeline.ir.binary_attention import BINARY_ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import GROUP_RATIONAL, GROUP_RATIONAL_BACKWARD
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.op import Op
 from ridgeline.ir.quantized_linear import MANY_ROWS, QUANTIZED_LINEAR, pack_codes, unpack_codes
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
@@ -73,6 +74,20 @@ CALLS: dict[str, tuple[Op, tuple[Any, ...], dict[str, Any]]] = {
         ATTENTION,
         tuple(_grad(1, 2, 3, 4, seed=i, dtype=torch.bfloat16) for i in range(3)),
         {"scale": 0.5},
+    ),
+    "layer_norm_rational": (
+        LAYER_NORM_RATIONAL,
+        (_drawn(2, 3, 8), _drawn(8, seed=1), None, _drawn(2, 4, seed=2), _drawn(1, 2, seed=3)),
+        {"eps": 1e-5},
+    ),
+    "layer_norm_rational in bfloat16": (
+        LAYER_NORM_RATIONAL,
+        (
+            _drawn(2, 3, 32, dtype=torch.bfloat16),
+            *(None, _drawn(32, seed=1, dtype=torch.float32)),
+            *(_drawn(n, 3, seed=n, dtype=torch.float32) for n in (1, 2)),
+        ),
+        {"eps": 1e-5, "form": "abs_sum"},
     ),
     "quantized_linear": (
         QUANTIZED_LINEAR,
