@@ -185,7 +185,7 @@ class ParallelCompiler(Compiler):
                     self.ranks.largest([0.0])  # a barrier
                     start = time.perf_counter()
                     outputs = run(*inputs)
-                    if torch.cuda.is_available() and any(x.is_cuda for x in outputs):
+                    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in outputs):
                         torch.cuda.synchronize()
                     times.append(time.perf_counter() - start)
         medians = [statistics.median(times[1:]) for times in taken]
