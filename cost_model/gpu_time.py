@@ -27,6 +27,7 @@ from math import ceil
 import numpy as np
 import torch
 
+from ridgeline.cost_model.law_gemm import TILES
 from ridgeline.cost_model.target import Target
 from ridgeline.cost_model.work import (
     Attention,
@@ -64,18 +65,7 @@ NORM_PERSISTENT = {"inductor": 1024, "ridgeline": 16384}
 UNALIGNED = 0.5  # 16-bit operands whose rows aren't multiples of 16 bytes
 COLLECTIVE_LATENCY, COLLECTIVE_STEP, COLLECTIVE_EFFICIENCY = 5.0e-6, 1.1e-6, 0.72
 
-_TILES = np.array(
-    [
-        (tm, tn, s)
-        for tm, tn in (
-            (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128),
-            (64, 64), (32, 128), (32, 64), (16, 128), (16, 64), (16, 32),
-        )
-        for s in (1, 2, 4, 8, 16)
-    ],
-    dtype=np.float64,
-)  # fmt: skip
-_TM, _TN, _SPLIT = _TILES.T
+_TM, _TN, _SPLIT = TILES.T
 _TILE_EFFICIENCY = (1 + TILE_LOSS * 64 * (1 / 256 + 1 / 128)) / (
     1 + TILE_LOSS * 64 * (1 / _TM + 1 / _TN)
 )

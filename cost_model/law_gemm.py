@@ -21,7 +21,7 @@ import numpy as np
 
 from ridgeline.cost_model.elementwise import Numbers, log2
 
-_TILES = np.array(
+TILES = np.array(
     [
         (tm, tn, s)
         for tm, tn in (
@@ -32,7 +32,8 @@ _TILES = np.array(
     ],
     dtype=np.float64,
 )  # fmt: skip
-_TM, _TN, _SPLIT = _TILES.T
+"""Rows, columns and parts of the sum: what a library's kernels may work on at once."""
+_TM, _TN, _SPLIT = TILES.T
 _PER_TM, _PER_TN, _PER_DEPTH = 1 / _TM, 1 / _TN, 1 / (64 * _SPLIT)
 _AREA = 2 * _TM * _TN
 _EDGES = 64 * (1 / _TM + 1 / _TN)

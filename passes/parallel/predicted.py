@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ridgeline.codegen.kernel import KernelReport
-from ridgeline.cost_model import InvalidSite, InvalidTarget, SiteChoice, Target, choose_site
+from ridgeline.cost_model import InvalidSite, InvalidTarget, Target, choose_site
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.sizes import numbers
 
@@ -26,11 +26,11 @@ OP = "all_reduce_norm"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """shard: whether norms should move to a shard. choice: None where none could be made."""
+    """shard: whether norms should move to a shard; said: with every way's time, or why there is
+    no answer; kernel: the fused one, where that is the fastest and could be compiled."""
 
     shard: bool
     said: str
-    choice: SiteChoice | None
     kernel: KernelReport | None
 
 
@@ -41,17 +41,17 @@ def predicted(graph: fx.Graph, world: int, target: Target) -> Answer:
     )
     values = [n.meta["val"] for n in sums]
     if not values:
-        return Answer(False, "nothing is summed over the ranks", None, None)
+        return Answer(False, "nothing is summed over the ranks", None)
     value = max(values, key=lambda v: prod(numbers(v.shape)))
     *tokens, hidden = numbers(value.shape)
     site = f"{prod(tokens)} x {hidden} {str(value.dtype).removeprefix('torch.')} on {world} ranks"
     try:
         choice = choose_site(prod(tokens), hidden, world, target, itemsize=value.dtype.itemsize)
     except (InvalidSite, InvalidTarget) as error:
-        return Answer(False, f"{site}: not predicted: {error}", None, None)
+        return Answer(False, f"{site}: not predicted: {error}", None)
     kernel, lack = _kernel(choice.chosen, hidden, value.dtype, world, target)
     said = f"{site}, predicted for {target.name}: {choice}{lack}"
-    return Answer(choice.chosen in ON_A_SHARD, said, choice, kernel)
+    return Answer(choice.chosen in ON_A_SHARD, said, kernel)
 
 
 def _kernel(

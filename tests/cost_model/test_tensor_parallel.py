@@ -67,7 +67,7 @@ def test_every_crossover_is_on_its_side() -> None:
         for run in prefills().values()
         if (run.choice.chosen == "weave") != run.better_woven
     ]
-    assert wrong in ([], ["Qwen3-235B-A22B, 8 ranks, 8192"])  # whose experts' times are 20 % off
+    assert wrong == ["Qwen3-235B-A22B, 8 ranks, 8192"]  # whose experts' times are 20 % off
     losses = [key for key, run in prefills().items() if run.gain.measured < 1]
     assert losses == [
         ("Mixtral", 8, 1024), ("Mixtral", 8, 2048), ("Qwen3", 8, 2048), ("Qwen3", 8, 4096),
