@@ -34,8 +34,7 @@ def operations(kernel: Kernel) -> Operations:
     if isinstance(kernel, Gemm):
         return _gemm(kernel)
     if isinstance(kernel, Attention):
-        pairs = kernel.batch * kernel.heads * kernel.pairs
-        return _products(pairs * (kernel.head_dim + kernel.value_dim), kernel.dtype)
+        return _products(kernel.flops // 2, kernel.dtype)
     if isinstance(kernel, BinaryAttention):
         return Counter(
             {("add", "float32"): kernel.additions, ("divide", "float32"): kernel.divisions}

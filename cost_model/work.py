@@ -104,7 +104,8 @@ class Attention:
 
     causal: query i keeps the keys j <= i + (kv - q), at most kv. masked: a mask of one byte per
     score is read for one head. sinks: a number is read for each head. library: whose kernel it is,
-    "torch" or "ridgeline".
+    "torch" or "ridgeline". backward: the gradients of query, key and value are formed as well, from
+    five products where the forward has two.
     """
 
     batch: int
@@ -119,6 +120,7 @@ class Attention:
     masked: bool = False
     sinks: bool = False
     library: str = "torch"
+    backward: bool = False
 
     @property
     def pairs(self) -> int:
@@ -131,7 +133,8 @@ class Attention:
 
     @property
     def flops(self) -> int:
-        return 2 * self.batch * self.heads * self.pairs * (self.head_dim + self.value_dim)
+        products = 7 if self.backward else 2
+        return products * self.batch * self.heads * self.pairs * (self.head_dim + self.value_dim)
 
     @property
     def bytes(self) -> Roles:
@@ -145,6 +148,8 @@ class Attention:
             moved["mask"] = float(self.batch * self.q * self.kv)
         if self.sinks:
             moved["sinks"] = float(self.heads * size)
+        if self.backward:  # reads what the forward read and wrote, and writes as much again
+            moved = {role: 3 * count for role, count in moved.items()}
         return moved
 
 

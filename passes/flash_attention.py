@@ -7,6 +7,7 @@ taken where it holds one number per head, and so is a soft cap of the scores (Ge
 Source: Dao, FlashAttention-2; the value preconditions are proven by `ridgeline.ir.masks`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -100,13 +101,16 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     if soft_cap == 0:
         return Reject("scores are capped at 0", site.outs[0], "leave out the factor of 0")
     call = Call(query, key, value, transposed, rest, sinks, scale, diagonal, soft_cap)
+    before, after = sum((work_of(n) for n in site.nodes), Work()), _work(call, site)
+    if setting.training and any(isinstance(kernel, Attention) for kernel in before.kernels):
+        before, after = _with_backward(before), _with_backward(after)
     return [
         Candidate(
             rewrite=FLASH_ATTENTION,
             site=site,
             call=call,
-            before=sum((work_of(n) for n in site.nodes), Work()),
-            after=_work(call, site),
+            before=before,
+            after=after,
             preconditions=_proven(site, mask, diagonal, rest),
         )
     ]
@@ -297,6 +301,16 @@ def _work(call: Call, site: Site) -> Work:
             ),
         )
     )
+
+
+def _with_backward(work: Work) -> Work:
+    """The attention kernels of a training step. Attention in raw operations is weighed by its
+    forward alone, on both sides."""
+    kernels = (
+        dataclasses.replace(kernel, backward=True) if isinstance(kernel, Attention) else kernel
+        for kernel in work.kernels
+    )
+    return Work(tuple(kernels))
 
 
 def apply(

@@ -101,6 +101,23 @@ def test_one_pass_attention_beats_three(name, length):
     assert seconds(fused, target) < estimate(unfused, target).seconds
 
 
+def test_attention_of_short_rows_pays_for_whole_vectors_and_tiles(cpu):
+    def over_torch(length, **fields):
+        """Time of torch's kernel over ours."""
+        ours, theirs = (
+            seconds(
+                Attention(64, 4, 4, length, length, 16, 16, library=library, **fields),
+                cpu,
+            )
+            for library in ("ridgeline", "torch")
+        )
+        return theirs / ours
+
+    assert over_torch(17) < 0.8 < 1 < over_torch(64)
+    assert over_torch(17, backward=True) < over_torch(64, backward=True) < 1
+    assert over_torch(512, causal=True, backward=True) > 1.5
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_large_work_scales_linearly(name):
     target = load_target(name)

@@ -222,7 +222,7 @@ class Grouped(nn.Module):
 @pytest.mark.parametrize("training", [False, True])
 def test_keys_cast_after_their_repetition_are_grouped_query_attention(training):
     torch.manual_seed(0)
-    model, x = Grouped().train(training), torch.randn(2, 16, 32)
+    model, x = Grouped().train(training), torch.randn(2, 128, 32)
     fast, exact = (
         ridgeline.optimize(model, target="cpu", strict=True),
         copy.deepcopy(model).double(),
@@ -241,3 +241,19 @@ def test_keys_cast_after_their_repetition_are_grouped_query_attention(training):
         assert (own - law).norm() <= 2 * (eager - law).norm() + 4e-3 * law.norm()
     assert [d.rewrite for d in fast.plan.applied].count("flash_attention") == 1
     assert (fast.captures, fast.fallbacks) == (1, {})
+
+
+class Causal(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize(("length", "fires"), [(17, False), (512, True)])
+def test_a_training_step_is_weighed_with_its_backward(length, fires):
+    operands = [torch.randn(2, 4, length, 16, requires_grad=True) for _ in range(3)]
+    plan = ridgeline.optimize(Causal().train(), tuple(operands), target="cpu").plan
+    assert [d.rewrite for d in plan.applied] == ["flash_attention"] * fires
+    assert [d.refused_by for d in plan.refused] == ["cost"] * (not fires)
+    (decision,) = plan.applied + plan.refused
+    products = 2 * 4 * length * (length + 1) // 2 * (16 + 16)
+    assert decision.after.flops == 7 * products
