@@ -40,7 +40,7 @@ TORCH_ATTENTION = {torch.float32: 1.25, torch.bfloat16: 2.4, torch.float16: 1.25
 # on so many keys at once; its backward on whole tiles of keys. Both backwards then form products
 # alike; beyond them a row of queries costs as much as these keys. From 8 to 512 rows, head_dim 16
 # and 64, with and without a causal mask, on two cores of a Xeon with AMX: of 17 rows, forward and
-# backward take twice torch's time, of 128 the same, causal ones of 512 0.6 of it. Zen 5 does better.
+# backward take twice torch's time, of 128 the same, causal ones of 512 0.6 of it. Better on Zen 5.
 ATTENTION_LANES, ATTENTION_KEYS, BACKWARD_KEYS = 16, 8, 64
 BACKWARD_ROW = {"torch": 64, "ridgeline": 90}
 # A norm's passes over a row, in flops per element: RMSNorm, and what LayerNorm's centring and a
