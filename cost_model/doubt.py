@@ -21,9 +21,9 @@ time that always knowing better would have won (2.2 % in place of 5.7 % without)
 from collections import Counter
 from math import sqrt
 
-from ridgeline.cost_model.estimate import kernel_seconds, kind_of, relative_error
+from ridgeline.cost_model.estimate import kernel_seconds, kind_of, measured_error
 from ridgeline.cost_model.target import Target
-from ridgeline.cost_model.work import Collective, Kernel, Work
+from ridgeline.cost_model.work import Work
 
 OWN = 0.76
 LAUNCH = 0.25
@@ -39,16 +39,11 @@ def doubt(before: Work, after: Work, target: Target, *, resident_bytes: float = 
         for kernel, count in Counter(work.kernels).items():
             spent, floor, _ = kernel_seconds(kernel, target, resident_bytes)
             kind = kind_of(kernel)
+            if target.kind != "cpu":  # a group of kernels has a floor of its own, measured with it
+                spent, floor = spent + floor, 0.0
             busy[kind] += sign * count * spent
             fixed += sign * count * floor
-            errors[kind] = _measured_error(kernel, target)
+            error = measured_error(kernel, target, resident_bytes)
+            errors[kind] = max(errors.get(kind, 0.0), error)
     kinds = sum((OWN * errors[kind] * net) ** 2 for kind, net in busy.items())
     return sqrt(kinds + (LAUNCH * fixed) ** 2)
-
-
-def _measured_error(kernel: Kernel, target: Target) -> float:
-    """e of the kernel's kind, as far as it was measured."""
-    if target.kind != "cpu" or isinstance(kernel, Collective):
-        return relative_error(kernel, target)
-    refined = target.refined.get(kind_of(kernel))
-    return (refined.error if refined else 0.0) + target.spread
