@@ -31,7 +31,12 @@ import torch
 from ridgeline.cost_model import laws, shapes
 from ridgeline.cost_model.calibration import calibration
 from ridgeline.cost_model.elementwise import root4
-from ridgeline.cost_model.machine import PCIE_BYTES_PER_S, machine_of, ring_bytes_per_s
+from ridgeline.cost_model.machine import (
+    PCIE_BYTES_PER_S,
+    REFERENCE_RATIO,
+    machine_of,
+    ring_bytes_per_s,
+)
 from ridgeline.cost_model.target import Target
 from ridgeline.cost_model.work import (
     Attention,
@@ -104,8 +109,10 @@ def _by_law(
     known: tuple[Mapping[str, Any], str],
     s: Mapping[str, Any],
     changed: Mapping[str, float] | None = None,
+    like: bool = True,
 ) -> Price:
-    """By the law of `op`; changed: constants in place of the fitted ones."""
+    """By the law of `op`; changed: constants in place of the fitted ones; like: is the shape like
+    those that residuals were fitted to?"""
     group, (machine, name), model = shapes.group_of(op, dtype), known, calibration()
     constants = model.constants(group, name)
     if changed:
@@ -114,7 +121,7 @@ def _by_law(
     fixed, compute, memory = laws.LAWS[group.law](constants, machine, s)
     parts = (fixed, compute, memory)
     interval = model.interval(group, name, max(range(3), key=parts.__getitem__))
-    factor = math.exp(model.residual(group, name, machine, s))
+    factor = math.exp(model.residual(group, name, machine, s)) if like else 1.0
     if group.law not in BARE:  # whose floor no residual was fitted around
         fixed *= factor
     return Price(compute * factor, memory * factor, fixed, interval)
@@ -143,18 +150,18 @@ def _gemm(g: Gemm, target: Target, cold: bool, moved: float | None = None) -> Pr
     if not g.flops:
         return _empty(target)
     unit = label = _unit(g.dtype, target)
-    changed = None
+    changed: dict[str, float] = {}
+    unpack = 0.0
     coded = g.weight_bits is not None and g.weight_bits < 8 * g.dtype.itemsize
     if coded:
         label = "w4a16" if g.weight_bits <= 4 else "w8a16"
         unpack = PLANE_US * g.weight_bits * (g.scheme == "binary")
         unpack += SHIFT_US * g.terms * (g.scheme == "shift")
-        changed = {"step_us": unpack} if unpack else None
     machine, name = machine_of(target, "gemm", label)
-    if changed:
-        group = shapes.group_of("gemm", label)
-        step = list(laws.CONSTANTS["gemm"]).index("step_us")
-        changed["step_us"] += calibration().constants(group, name)[step]
+    if unpack:
+        changed["step_us"] = _constant("gemm", label, name, "step_us") + unpack
+    if g.copies > 1:
+        changed["memory"] = _constant("gemm", label, name, "memory") * _batched()
     rates = machine_of(target, "gemm", unit)[0]
     slower = _slower(g.dtype, target)
     per_row = 16 // g.dtype.itemsize
@@ -172,6 +179,18 @@ def _gemm(g: Gemm, target: Target, cold: bool, moved: float | None = None) -> Pr
     # Decoding comes on top of what a product takes that is handed so few bytes.
     plain = _gemm(dataclasses.replace(g, weight_bits=None), target, cold, moved=s["bytes"])
     return dataclasses.replace(found, compute=max(found.compute, plain.compute))
+
+
+def _constant(op: str, dtype: str, name: str, key: str) -> float:
+    group = shapes.group_of(op, dtype)
+    return calibration().constants(group, name)[list(laws.CONSTANTS[group.law]).index(key)]
+
+
+@functools.cache
+def _batched() -> float:
+    """How fast products read that have a right operand each, to one product: only float32 ones were
+    measured, over all machines."""
+    return _constant("bmm", "fp32", "", "memory") / _constant("gemm", "fp32", "", "memory")
 
 
 def _cold(machine: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -192,11 +211,13 @@ def _attention(a: Attention, target: Target, cold: bool) -> Price:
         "head_dim": (a.head_dim + a.value_dim) / 2, "window": 0, "itemsize": a.dtype.itemsize,
         "pairs": a.pairs,
     }  # fmt: skip
+    if unit not in MATRIX_UNITS:  # exponentials are to products as on one unit
+        machine = {**machine, "vector": 1 / REFERENCE_RATIO}
     if law == "decode":
         # The law splits keys where heads share them; these kernels do so in any case.
         s["heads"] = max(a.heads * a.q, a.kv_heads + 1)
         machine = _cold(machine) if cold else machine
-    found = _by_law(op, dtype, (machine, name), s, BARE[law])
+    found = _by_law(op, dtype, (machine, name), s, BARE[law], law == "decode" or a.q == a.kv)
     compute = found.compute * _slower(a.dtype, target)
     if law == "decode":  # on a tile of the matrix instruction's 16 rows
         tile = max(rows, 16 if unit in MATRIX_UNITS else 1) / rows
