@@ -145,40 +145,42 @@ def _slower(dtype: torch.dtype, target: Target) -> float:
     return target.peaks["float32"] / target.peak(dtype) if dtype == torch.float64 else 1.0
 
 
-def _gemm(g: Gemm, target: Target, cold: bool, moved: float | None = None) -> Price:
-    """moved: bytes in place of those counted."""
+def _gemm(g: Gemm, target: Target, cold: bool) -> Price:
     if not g.flops:
         return _empty(target)
-    unit = label = _unit(g.dtype, target)
-    changed: dict[str, float] = {}
-    unpack = 0.0
-    coded = g.weight_bits is not None and g.weight_bits < 8 * g.dtype.itemsize
-    if coded:
-        label = "w4a16" if g.weight_bits <= 4 else "w8a16"
-        unpack = PLANE_US * g.weight_bits * (g.scheme == "binary")
-        unpack += SHIFT_US * g.terms * (g.scheme == "shift")
-    machine, name = machine_of(target, "gemm", label)
+    unit = _unit(g.dtype, target)
+    bits = g.weight_bits
+    if bits is None or bits >= 8 * g.dtype.itemsize:
+        return _product(g, unit, target, cold)
+    unpack = PLANE_US * bits * (g.scheme == "binary") + SHIFT_US * g.terms * (g.scheme == "shift")
+    found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, cold, unpack)
+    # No faster than a product that is handed as few bytes.
+    handed = _product(g, unit, target, cold, unpack)
+    return dataclasses.replace(found, compute=max(found.compute, handed.compute))
+
+
+def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0) -> Price:
+    """law: "bf16", ..., "w4a16"; unpack: microseconds that a step of 64 columns takes longer."""
+    machine, name = machine_of(target, "gemm", law)
+    changed = {}
     if unpack:
-        changed["step_us"] = _constant("gemm", label, name, "step_us") + unpack
+        changed["step_us"] = _constant("gemm", law, name, "step_us") + unpack
     if g.copies > 1:
-        changed["memory"] = _constant("gemm", label, name, "memory") * _batched()
-    rates = machine_of(target, "gemm", unit)[0]
+        changed["memory"] = _constant("gemm", law, name, "memory") * _batched()
+    unit, per_row = _unit(g.dtype, target), 16 // g.dtype.itemsize
     slower = _slower(g.dtype, target)
-    per_row = 16 // g.dtype.itemsize
     if unit in MATRIX_UNITS and (g.n % per_row or g.k % per_row):
         slower *= UNALIGNED
-    if slower != 1.0 or (coded and unit not in ("bf16", "fp16")):
+    if slower != 1.0 or shapes.UNIT[law] != shapes.UNIT[unit]:
+        rates = machine_of(target, "gemm", unit)[0]
         machine = {**machine, **{key: rates[key] / slower for key in ("peak", "boost")}}
+    if cold:
+        machine = _cold(machine)
     s = {
-        "batch": g.batch, "m": g.m, "n": g.n, "k": g.k, "quantized": 0.0,  # x comes quantized
-        "bytes": sum(g.bytes.values()) if moved is None else moved,
+        "batch": g.batch, "m": g.m, "n": g.n, "k": g.k, "bytes": sum(g.bytes.values()),
+        "quantized": 0.0,  # x comes in the dtype of the products
     }  # fmt: skip
-    found = _by_law("gemm", label, (_cold(machine) if cold else machine, name), s, changed)
-    if not coded:
-        return found
-    # Decoding comes on top of what a product takes that is handed so few bytes.
-    plain = _gemm(dataclasses.replace(g, weight_bits=None), target, cold, moved=s["bytes"])
-    return dataclasses.replace(found, compute=max(found.compute, plain.compute))
+    return _by_law("gemm", law, (machine, name), s, changed)
 
 
 def _constant(op: str, dtype: str, name: str, key: str) -> float:
