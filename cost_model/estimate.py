@@ -7,10 +7,10 @@
              rank number formats and codecs; they aren't watts of this chip, nor turned into time
 
 The interval [low, high] is meant to hold 90 % of measurements; errors of one kind of kernel are
-shared, so they add. On GPUs it is that of the law's group: errors on shapes, or whole machines, that
-were left out of its fit (`calibration.json`). On a CPU it is t / (1+e) ... t · (1+e), where e is the
-probe's spread plus an assumed error of the form, or, of kinds of kernels that were measured by
-`ridgeline calibrate`, the error that was measured.
+shared, so they add. On GPUs it is that of the law's group: errors on shapes, or whole machines,
+that were left out of its fit (`calibration.json`). On a CPU it is t / (1+e) ... t · (1+e), where e
+is the probe's spread plus an assumed error of the form, or, of kinds of kernels that were measured
+by `ridgeline calibrate`, the error that was measured.
 """
 
 import math
@@ -150,9 +150,7 @@ def kind_of(kernel: Kernel) -> str:
     return names[type(kernel)]
 
 
-def interval(
-    kernel: Kernel, target: Target, resident_bytes: float = 0.0
-) -> tuple[float, float]:
+def interval(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> tuple[float, float]:
     """ln(low / seconds) and ln(high / seconds) of one kernel."""
     if target.kind != "cpu" or isinstance(kernel, Collective):
         return _price(kernel, target, resident_bytes).interval

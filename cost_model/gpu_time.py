@@ -11,12 +11,14 @@ A kernel is priced as the measured group of operators that it is most like, its 
     Collective       its own name, by NCCL
 
 What no row was measured for stands in this file. A dtype without a unit is multiplied at float32's
-rate, misaligned rows at half of it. Codes of planes and of shifts take longer to unpack. Attention
-is priced without what serving engines run around it: metadata kernels (so floors of bare kernels),
-copies of queries, pages of keys written; and keys are split whether or not heads share them. A mask
-is read on the way. Vector FLOPs of a stream run beside its bytes, those of binary attention are
-additions at half of the rate. Picked rows are copied as others are. A weight, or a decoded key, is
-found in L2 only if the program's other weights leave it there.
+rate, misaligned rows at half of it; products that have a right operand each read as slowly as
+float32 ones were measured to. Codes of planes and of shifts take longer to unpack, and no codes are
+multiplied faster than a plain product is that is handed as few bytes. Attention is priced without
+what serving engines run around it: metadata kernels (so floors of bare kernels), copies of queries,
+pages of keys written; and keys are split whether or not heads share them. A mask is read on the
+way. Vector FLOPs of a stream run beside its bytes, those of binary attention are additions at half
+of the rate. Picked rows are copied as others are. A weight, or a decoded key, is found in L2 only
+if the program's other weights leave it there.
 """
 
 import dataclasses
@@ -53,16 +55,16 @@ MATRIX_UNITS = ("bf16", "fp16", "int8", "fp8")
 UNALIGNED = 2.0
 """How much longer products take whose rows are no multiple of 16 bytes. Assumed."""
 PLANE_US, SHIFT_US = 0.015, 0.02
-"""Beyond a step's unpacking of integers: a plane of binary codes (a bit and a signed sum per weight,
-where 4-bit codes come two at a time), a power of two of shift codes. Assumed."""
+"""Beyond a step's unpacking of integers: a plane of binary codes (a bit and a signed sum per
+weight, where 4-bit codes come two at a time), a power of two of shift codes. Assumed."""
 DECODE_ROWS = 64
 """Queries of one key head that share a tile; then keys are split over cores."""
 BARE: Mapping[str, Mapping[str, float]] = {
     "prefill": {"floor_us": 1.9, "copy_us": 0.0, "write": math.inf},
     "decode": {"floor_us": 3.0, "copy_us": 0.0, "grouped_us": 0.0},
 }
-"""Constants of attention's own kernels. The floors are a bare prefill's as measured on an A6000, and
-that of a product, which also loads its operands and leaves."""
+"""Constants of attention's own kernels. The floors are a bare prefill's as measured on an A6000,
+and that of a product, which also loads its operands and leaves."""
 WIDTH = 4096
 """Elements of a row where a stream has none: those of a model's hidden state."""
 # Elements of a row up to which a kernel reads it once: torch 2.13's
@@ -129,7 +131,7 @@ def _by_law(
 
 def _empty(target: Target) -> Price:
     """A kernel that has nothing to do."""
-    return _by_law("add", "fp32", machine_of(target, "add", "fp32"), _rows(1.0, 12.0, 12.0))
+    return _torch("add", {"rows": 1, "width": 1, "bytes": 12.0}, target)
 
 
 def _unit(dtype: torch.dtype, target: Target) -> str:
@@ -226,38 +228,31 @@ def _attention(a: Attention, target: Target, cold: bool) -> Price:
         compute = root4(compute, tile * a.flops / machine["peak"] * _slower(a.dtype, target))
     beside = a.bytes.get("mask", 0.0) + a.bytes.get("sinks", 0.0)
     memory = found.memory + beside / machine["bandwidth"]
-    return Price(compute, memory, found.fixed, found.interval)
-
-
-def _rows(width: float, moved: float, per_element: float) -> dict[str, float]:
-    """Rows of float32 that move as many bytes."""
-    rows = moved / (per_element * width)
-    return {"rows": max(rows, 1.0), "width": width, "bytes": moved, "scalar": 0.0}
+    return dataclasses.replace(found, compute=compute, memory=memory)
 
 
 def _stream(op: str, moved: float, flops: float, target: Target) -> Price:
     if not moved:
         return _empty(target)
-    per_element = 4.0 * sum(shapes.STREAMS[op])
-    s = _rows(WIDTH, moved, per_element)
-    return _beside(_by_law(op, "fp32", machine_of(target, op, "fp32"), s), flops, target)
-
-
-def _beside(found: Price, flops: float, target: Target) -> Price:
-    """With `flops` of the vector unit."""
-    compute = found.compute + flops / target.peak(torch.float32)
-    return Price(compute, found.memory, found.fixed, found.interval)
+    rows = moved / (4.0 * sum(shapes.STREAMS[op]) * WIDTH)  # of float32, that move as many bytes
+    return _torch(op, {"rows": max(rows, 1.0), "width": WIDTH, "bytes": moved}, target, flops)
 
 
 def _norm(n: Norm, target: Target) -> Price:
-    moved = sum(n.bytes.values())
     if not n.rows * n.size:
         return _empty(target)
     # Fewer rows than cores are bound by latency, and their second reading hits the first cache.
     twice = n.size > NORM_PERSISTENT[n.library] and n.rows >= target.cores
-    op = "layernorm" if twice else "add"
-    s = {"rows": n.rows, "width": n.size, "bytes": moved, "scalar": 0.0}
-    return _beside(_by_law(op, "fp32", machine_of(target, op, "fp32"), s), n.flops, target)
+    s = {"rows": n.rows, "width": n.size, "bytes": sum(n.bytes.values())}
+    return _torch("layernorm" if twice else "add", s, target, n.flops)
+
+
+def _torch(op: str, s: Mapping[str, float], target: Target, flops: float = 0.0) -> Price:
+    """A kernel as torch's own, which load 16 bytes at once; with `flops` of the vector unit."""
+    known = machine_of(target, op, "fp32")
+    found = _by_law(op, "fp32", known, {**s, "scalar": 0.0})
+    compute = found.compute + flops / target.peaks["float32"]
+    return dataclasses.replace(found, compute=compute)
 
 
 def _collective(c: Collective, target: Target) -> Price:

@@ -116,8 +116,13 @@ def machine_of(
 def _is_built_in(t: Target) -> bool:
     """Has it the figures of the file that ridgeline ships under that name? What was measured of a
     machine holds for no other that is called so."""
-    file = FOLDER / f"{t.name}.toml"
-    return file.is_file() and _figures(t) == _figures(load_target(file))
+    return _figures(t) == _shipped(t.name)
+
+
+@functools.cache
+def _shipped(name: str) -> Target | None:
+    file = FOLDER / f"{name}.toml"
+    return _figures(load_target(file)) if file.is_file() else None
 
 
 def _figures(t: Target) -> Target:
