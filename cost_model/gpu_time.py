@@ -131,7 +131,7 @@ def _by_law(
 
 def _empty(target: Target) -> Price:
     """A kernel that has nothing to do."""
-    return _torch("add", {"rows": 1, "width": 1, "bytes": 12.0}, target)
+    return _torch("add", 1, 1, 12.0, target)
 
 
 def _unit(dtype: torch.dtype, target: Target) -> str:
@@ -178,10 +178,10 @@ def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0)
         machine = {**machine, **{key: rates[key] / slower for key in ("peak", "boost")}}
     if cold:
         machine = _cold(machine)
-    s = {
-        "batch": g.batch, "m": g.m, "n": g.n, "k": g.k, "bytes": sum(g.bytes.values()),
-        "quantized": 0.0,  # x comes in the dtype of the products
-    }  # fmt: skip
+    shape = {"batch": g.batch, "m": g.m, "n": g.n, "k": g.k}
+    # x comes in the dtype of the products
+    counted = {"bytes": sum(g.bytes.values()), "quantized": 0.0}
+    s = shapes.law_inputs("gemm", law, shape) | counted
     return _by_law("gemm", law, (machine, name), s, changed)
 
 
@@ -210,11 +210,12 @@ def _attention(a: Attention, target: Target, cold: bool) -> Price:
     op = f"attn_{law}"
     dtype = unit if unit in shapes.ITEMSIZE else "bf16"
     machine, name = machine_of(target, op, dtype)
-    s = {
+    shape = {
         "batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": a.q, "kv_len": a.kv,
-        "head_dim": (a.head_dim + a.value_dim) / 2, "window": 0, "itemsize": a.dtype.itemsize,
-        "pairs": a.pairs,
+        "head_dim": (a.head_dim + a.value_dim) / 2, "window": 0,
     }  # fmt: skip
+    counted = {"itemsize": a.dtype.itemsize, "bytes": sum(a.bytes.values()), "pairs": a.pairs}
+    s = shapes.law_inputs(op, dtype, shape) | counted
     if unit not in MATRIX_UNITS:  # exponentials are to products as on one unit
         machine = {**machine, "vector": 1 / REFERENCE_RATIO}
     if law == "decode":
@@ -235,7 +236,7 @@ def _stream(op: str, moved: float, flops: float, target: Target) -> Price:
     if not moved:
         return _empty(target)
     rows = moved / (4.0 * sum(shapes.STREAMS[op]) * WIDTH)  # of float32, that move as many bytes
-    return _torch(op, {"rows": max(rows, 1.0), "width": WIDTH, "bytes": moved}, target, flops)
+    return _torch(op, max(rows, 1.0), WIDTH, moved, target, flops)
 
 
 def _norm(n: Norm, target: Target) -> Price:
@@ -243,14 +244,17 @@ def _norm(n: Norm, target: Target) -> Price:
         return _empty(target)
     # Fewer rows than cores are bound by latency, and their second reading hits the first cache.
     twice = n.size > NORM_PERSISTENT[n.library] and n.rows >= target.cores
-    s = {"rows": n.rows, "width": n.size, "bytes": sum(n.bytes.values())}
-    return _torch("layernorm" if twice else "add", s, target, n.flops)
+    op = "layernorm" if twice else "add"
+    return _torch(op, n.rows, n.size, sum(n.bytes.values()), target, n.flops)
 
 
-def _torch(op: str, s: Mapping[str, float], target: Target, flops: float = 0.0) -> Price:
-    """A kernel as torch's own, which load 16 bytes at once; with `flops` of the vector unit."""
-    known = machine_of(target, op, "fp32")
-    found = _by_law(op, "fp32", known, {**s, "scalar": 0.0})
+def _torch(
+    op: str, rows: float, width: int, moved: float, target: Target, flops: float = 0.0
+) -> Price:
+    """A kernel as torch's own in float32, that moves `moved` bytes; with `flops` of the vector
+    unit."""
+    s = shapes.law_inputs(op, "fp32", {"rows": rows, "width": width}) | {"bytes": moved}
+    found = _by_law(op, "fp32", machine_of(target, op, "fp32"), s)
     compute = found.compute + flops / target.peaks["float32"]
     return dataclasses.replace(found, compute=compute)
 
