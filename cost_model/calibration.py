@@ -9,7 +9,7 @@ pair of logarithms for each of the parts that may be the largest.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,16 @@ class Model:
             same[0] if same else next(k for k in self.groups if self.groups[k]["law"] == group.law)
         )
 
+    def constants(self, group: shapes.Group, name: str) -> Sequence[float]:
+        """Of the law: the machine's own, or those of a machine that was not measured."""
+        fitted = self.groups[self.nearest(group)]
+        return fitted["machines"].get(name, fitted)["constants"]
+
     def parts(
         self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
     ) -> tuple[Any, Any, Any]:
         """(fixed, compute, memory) seconds of the law; arrays for arrays."""
-        fitted = self.groups[self.nearest(group)]
-        return laws.LAWS[group.law](fitted["machines"].get(name, fitted)["constants"], machine, s)
+        return laws.LAWS[group.law](self.constants(group, name), machine, s)
 
     def residual(
         self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]

@@ -1,25 +1,26 @@
 """estimate(work, target): seconds with an interval, bytes, FLOPs, eFLOPs, energy, what bounds it.
 
-    seconds  sum over kernels (`gpu_time`, `cpu_time`, collectives); launched one by one
+    seconds  sum over kernels (`gpu_time`, `cpu_time`); launched one by one
              (launch="eager") with the device's waiting for the host (`launches`)
     eflops   sum of flops + I · bytes, I = peak of the executing unit / bandwidth   (Kinetics)
     energy   operations by kind and dtype, and bytes, times unit energies: `energy`, whose figures
              rank number formats and codecs; they aren't watts of this chip, nor turned into time
 
-The interval is t / (1+e) ... t · (1+e); errors of one kind of kernel are shared, so they add. On
-GPUs e is the mean relative error, on GPUs left out of the fit, of an earlier fit of this same form
-of model; it doesn't cover the metadata kernels that serving systems run around attention, with
-which short attention calls were measured at two to three times the bare kernel predicted here. On
-a CPU e is the probe's spread plus an assumed error of the form, or, of kinds of kernels that were
-measured by `ridgeline calibrate`, the error that was measured.
+The interval [low, high] is meant to hold 90 % of measurements; errors of one kind of kernel are
+shared, so they add. On GPUs it is that of the law's group: errors on shapes, or whole machines,
+that were left out of its fit (`calibration.json`). On a CPU it is t / (1+e) ... t · (1+e), where e
+is the probe's spread plus an assumed error of the form, or, of kinds of kernels that were measured
+by `ridgeline calibrate`, the error that was measured.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
 from ridgeline.cost_model import cpu_time, gpu_time
+from ridgeline.cost_model.elementwise import root4
 from ridgeline.cost_model.energy import joules
 from ridgeline.cost_model.launches import Queue, queue
 from ridgeline.cost_model.target import InvalidTarget, Target
@@ -34,11 +35,10 @@ from ridgeline.cost_model.work import (
     Work,
 )
 
-# Mean relative errors (see above): GEMM 0.19, integer weights 0.28, elementwise 0.34,
-# reductions 0.50, prefill 0.34, decode 0.24, collectives 1.14 (all-reduce).
-_ERROR = {"gemm": 0.19, "quantized": 0.28, "elementwise": 0.34, "reduction": 0.50, "gather": 0.50}
 _VECTOR = BinaryAttention | Norm | Stream
-_PREFILL_ERROR, _DECODE_ERROR, _COLLECTIVE_ERROR, _CPU_ERROR = 0.34, 0.24, 1.14, 0.30
+_CPU_ERROR = 0.30
+MEAN_OF_INTERVAL = 0.24
+"""Mean |x| of a normal x over the distance of its 5 % and 95 % quantiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,10 @@ def estimate(
             intensity = target.peak(unit) / target.bandwidth_bytes_per_s
             eflops += count * kernel.flops + intensity * kernel_bytes
             energy += count * joules(kernel)
-        error = relative_error(kernel, target)
+        below, above = interval(kernel, target, resident_bytes)
         seconds += busy + fixed
-        low += (busy + fixed) / (1 + error)
-        high += (busy + fixed) * (1 + error)
+        low += (busy + fixed) * math.exp(below)
+        high += (busy + fixed) * math.exp(above)
         moved += kernel_bytes
         weights += count * kernel.bytes.get("weight", 0.0)
         flops += count * kernel.flops
@@ -108,14 +108,27 @@ def kernel_seconds(
 ) -> tuple[float, float, str]:
     """(busy, fixed, what bounds the busy part) of one kernel; its time is busy + fixed."""
     if isinstance(kernel, Collective):
-        return _communication(kernel, target), 0.0, "communication"
-    parts = cpu_time.kernel_parts if target.kind == "cpu" else gpu_time.kernel_parts
-    compute, memory, fixed = parts(kernel, target, resident_bytes)
+        p = _price(kernel, target)
+        return root4(p.compute, p.memory) + p.fixed, 0.0, "communication"
+    if target.kind == "cpu":
+        compute, memory, fixed = cpu_time.kernel_parts(kernel, target, resident_bytes)
+    else:
+        p = _price(kernel, target, resident_bytes)
+        compute, memory, fixed = p.compute, p.memory, p.fixed
     if refined := target.refined.get(kind_of(kernel)):
         compute, memory = compute * refined.compute, memory * refined.memory
         fixed *= refined.fixed
-    busy = gpu_time.smoothmax(compute, memory)
-    return busy, fixed, "compute" if compute > memory else "memory"
+    return root4(compute, memory), fixed, "compute" if compute > memory else "memory"
+
+
+def _price(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> gpu_time.Price:
+    """Raises InvalidTarget for a collective without a link."""
+    if isinstance(kernel, Collective) and target.link_bytes_per_s <= 0 and kernel.ranks > 1:
+        raise InvalidTarget(
+            f"target {target.name!r}: key 'link_gb_per_s': expected a positive number for"
+            f" {kernel.name} over {kernel.ranks} ranks, found 0"
+        )
+    return gpu_time.price(kernel, target, resident_bytes > target.l2_bytes)
 
 
 def launch_queue(work: Work, target: Target, resident_bytes: float = 0.0) -> Queue:
@@ -137,24 +150,20 @@ def kind_of(kernel: Kernel) -> str:
     return names[type(kernel)]
 
 
-def _communication(kernel: Collective, target: Target) -> float:
-    if target.link_bytes_per_s <= 0 and kernel.ranks > 1:
-        raise InvalidTarget(
-            f"target {target.name!r}: key 'link_gb_per_s': expected a positive number for"
-            f" {kernel.name} over {kernel.ranks} ranks, found 0"
-        )
-    return gpu_time.collective_seconds(kernel, target)
+def interval(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> tuple[float, float]:
+    """ln(low / seconds) and ln(high / seconds) of one kernel."""
+    if target.kind != "cpu" or isinstance(kernel, Collective):
+        return _price(kernel, target, resident_bytes).interval
+    refined = target.refined.get(kind_of(kernel))
+    error = (refined.error if refined else _CPU_ERROR) + target.spread
+    return -math.log1p(error), math.log1p(error)
 
 
-def relative_error(kernel: Kernel, target: Target) -> float:
-    """e of a kernel's interval t / (1+e) ... t · (1+e)."""
-    if isinstance(kernel, Collective):
-        return _COLLECTIVE_ERROR
+def measured_error(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> float:
+    """Mean relative error of the kernel's kind, as far as it was measured: on a CPU, whose kinds
+    nobody measured before `ridgeline calibrate`, its probe's spread alone."""
     if target.kind == "cpu":
         refined = target.refined.get(kind_of(kernel))
-        return (refined.error if refined else _CPU_ERROR) + target.spread
-    if isinstance(kernel, Attention):
-        return _PREFILL_ERROR if kernel.q > 1 else _DECODE_ERROR
-    if isinstance(kernel, Gemm):
-        return _ERROR["gemm" if kernel.weight_bits is None else "quantized"]
-    return _ERROR[kernel.access if isinstance(kernel, Stream) else "reduction"]
+        return (refined.error if refined else 0.0) + target.spread
+    below, above = interval(kernel, target, resident_bytes)
+    return MEAN_OF_INTERVAL * (above - below)

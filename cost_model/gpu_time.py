@@ -1,33 +1,44 @@
-"""Seconds of one kernel on a GPU.
+"""Seconds of one kernel of a `Work` on a GPU, by the laws and constants of `predict`.
 
-    t = floor + smoothmax(t_compute, t_memory) + t_extra        smoothmax_p(a, b) = (aᵖ + bᵖ)^(1/p)
+    t = fixed + (compute⁴ + memory⁴)^¼, each times exp(residual)
 
-GEMM, least over tiles (Tm, Tn) and split-K s:
-    blocks = ceil(m/Tm) ceil(n/Tn) b s,  waves = a blend of blocks/cores and its ceiling
-    t_compute = waves 2 Tm Tn (ceil64(k/s) + fill) / (peak/cores · efficiency · tile efficiency)
-                + ceil(k/s / 64) · step
-    t_memory  = bytes / (bandwidth · efficiency · min(1, blocks / (SATURATION cores)))
-    t_extra   = s > 1: the partial sums through L2
-Attention: tiles of 128 queries, or with few queries the keys split over the cores.
-Stream: bytes / bandwidth with a share of the bytes in L2 where the working set fits.
-Binary attention: its additions on the vector unit at half of its rate, its bytes as a stream's.
-Norm: a stream; Inductor's kernel keeps rows of up to 1024 elements in registers and reads longer
-ones a second time, through L2, ours do so beyond 16384. That counts only with a row for every core:
-fewer rows are bound by latency.
+A kernel is priced as the measured group of operators that it is most like, its bytes as counted:
 
-The GEMM constants were fitted on public CUDA-graph measurements of an A100 (cuBLAS in bf16; for
-integer weights TensorRT-LLM's kernels on A100 and L40S), L1 loss of log time; the efficiencies of
-a product stand in its target file. Attention's floor is that of a bare kernel: serving systems
-add several microseconds of metadata kernels around theirs.
+    Gemm             gemm.<dtype>; weights of up to 4 bits gemm.w4a16, of more gemm.w8a16
+    Attention        prefill; decode where the queries of a key head share one tile
+    Norm, Stream     torch's own loops, by rows of float32: elementwise, "reduction" softmax, a norm
+                     that reads its rows twice layernorm, which does so too
+    Collective       its own name, by NCCL
+
+What no row was measured for stands in this file. A dtype without a unit is multiplied at float32's
+rate, misaligned rows at half of it; products that have a right operand each read as slowly as
+float32 ones were measured to. Codes of planes and of shifts take longer to unpack, and no codes are
+multiplied faster than a plain product is that is handed as few bytes. Attention is priced without
+what serving engines run around it: metadata kernels (so floors of bare kernels), copies of queries,
+pages of keys written; and keys are split whether or not heads share them. A mask is read on the
+way. Vector FLOPs of a stream run beside its bytes, those of binary attention are additions at half
+of the rate. Picked rows are copied as others are. A weight, or a decoded key, is found in L2 only
+if the program's other weights leave it there.
 """
 
+import dataclasses
 import functools
-from math import ceil
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
-from ridgeline.cost_model.law_gemm import TILES
+from ridgeline.cost_model import laws, shapes
+from ridgeline.cost_model.calibration import calibration
+from ridgeline.cost_model.elementwise import root4
+from ridgeline.cost_model.machine import (
+    PCIE_BYTES_PER_S,
+    REFERENCE_RATIO,
+    machine_of,
+    ring_bytes_per_s,
+)
 from ridgeline.cost_model.target import Target
 from ridgeline.cost_model.work import (
     Attention,
@@ -39,174 +50,223 @@ from ridgeline.cost_model.work import (
     Stream,
 )
 
-P = 4
-# Large-tile operand traffic: the efficiency of a tile relative to that of 256 x 128.
-TILE_LOSS = 0.19
-FILL_K = 120  # k elements that fill the pipeline
-STEP = 120e-9  # latency of one 64-deep step of a block's loop, beyond its arithmetic
-DEQUANTIZE_STEP = 150e-9  # the same where the step also unpacks integer weights
-# Beyond that, per plane of a binary code (a bit and a signed sum per weight, where 4-bit codes come
-# two at a time) and per power of two of a shift code. Assumed, not measured.
-PLANE_STEP, SHIFT_STEP = 15e-9, 20e-9
-QUANTIZATION = 0.05  # share of wave quantization paid: libraries pick tiles that avoid it
-SATURATION = 0.8  # below this share of busy cores DRAM is not saturated
-GEMM_FLOOR = 1.2e-6  # setup and epilogue beyond the launch floor
-SPLIT_FLOOR = 1.9e-6
-DEQUANTIZE_FLOOR = 2.5e-6
-DEQUANTIZE_EFFICIENCY = 0.97
-ATTENTION_FLOOR = 1.5e-6
-ATTENTION_QUANTIZATION, ATTENTION_SATURATION = 0.5, 0.17
-QUERY_TILE, KEY_TILE = 128, 256
-ACCESS_EFFICIENCY = {"elementwise": 1.05, "reduction": 0.8, "gather": 0.8}
-L2_FULL, L2_NONE = 0.3, 1.0  # working set / L2: everything hits below, nothing above
+_UNITS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+MATRIX_UNITS = ("bf16", "fp16", "int8", "fp8")
+UNALIGNED = 2.0
+"""How much longer products take whose rows are no multiple of 16 bytes. Assumed."""
+PLANE_US, SHIFT_US = 0.015, 0.02
+"""Beyond a step's unpacking of integers: a plane of binary codes (a bit and a signed sum per
+weight, where 4-bit codes come two at a time), a power of two of shift codes. Assumed."""
+DECODE_ROWS = 64
+"""Queries of one key head that share a tile; then keys are split over cores."""
+BARE: Mapping[str, Mapping[str, float]] = {
+    "prefill": {"floor_us": 1.9, "copy_us": 0.0, "write": math.inf},
+    "decode": {"floor_us": 3.0, "copy_us": 0.0, "grouped_us": 0.0},
+}
+"""Constants of attention's own kernels. The floors are a bare prefill's as measured on an A6000,
+and that of a product, which also loads its operands and leaves."""
+WIDTH = 4096
+"""Elements of a row where a stream has none: those of a model's hidden state."""
 # Elements of a row up to which a kernel reads it once: torch 2.13's
 # InductorChoices.should_use_persistent_reduction; the largest block of ridgeline's kernel.
 NORM_PERSISTENT = {"inductor": 1024, "ridgeline": 16384}
-UNALIGNED = 0.5  # 16-bit operands whose rows aren't multiples of 16 bytes
-COLLECTIVE_LATENCY, COLLECTIVE_STEP, COLLECTIVE_EFFICIENCY = 5.0e-6, 1.1e-6, 0.72
-
-_TM, _TN, _SPLIT = TILES.T
-_TILE_EFFICIENCY = (1 + TILE_LOSS * 64 * (1 / 256 + 1 / 128)) / (
-    1 + TILE_LOSS * 64 * (1 / _TM + 1 / _TN)
-)
-_AREA = _TM * _TN
-_FLOPS_PER_K = 2 * _AREA / _TILE_EFFICIENCY
-_SPLITS = _SPLIT > 1
-_PARTIAL_BYTES = _SPLITS * 8.0 * _SPLIT  # fp32, written and read
-
-Parts = tuple[float, float, float]
+_STREAM_OPS = {"elementwise": "add", "gather": "add", "reduction": "softmax"}
+_COLLECTIVE_OPS = {"all_to_all": "alltoall"}
+_NODE = 8  # GPUs of a node
 
 
-def smoothmax(compute: float, memory: float) -> float:
-    """(compute**P + memory**P)**(1/P), scaled so that nothing under- or overflows."""
-    top = max(compute, memory)
-    return top * ((compute / top) ** P + (memory / top) ** P) ** (1 / P) if top > 0 else 0.0
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Seconds, and the (5 %, 95 %) quantiles of ln(measured / predicted) of kernels like it."""
+
+    compute: float
+    memory: float
+    fixed: float
+    interval: tuple[float, float]
 
 
-def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts:
-    """(compute, memory, fixed) seconds of one kernel; its time is smoothmax of two plus fixed.
-
-    resident_bytes is not read: weights are taken to come from DRAM whatever the program's size.
-    """
+@functools.lru_cache(maxsize=1 << 16)  # a model repeats its layers, a search its questions
+def price(kernel: Kernel, target: Target, cold: bool = False) -> Price:
+    """What a kernel takes; cold: the program's weights displace each other from L2."""
     if isinstance(kernel, Gemm):
-        return _gemm(kernel, target)
+        return _gemm(kernel, target, cold)
     if isinstance(kernel, Attention):
-        return _attention(kernel, target)
+        return _attention(kernel, target, cold)
     if isinstance(kernel, BinaryAttention):
         moved = sum(kernel.bytes.values())
-        streamed = Stream(moved, 0.0, 2 * kernel.flops, kernel.dtype, "reduction")
-        return _stream(streamed, target)
+        return _stream("softmax", moved, 2 * kernel.flops, target)
     if isinstance(kernel, Norm):
         return _norm(kernel, target)
     if isinstance(kernel, Stream):
-        return _stream(kernel, target)
+        moved = sum(kernel.bytes.values())
+        return _stream(_STREAM_OPS[kernel.access], moved, kernel.flops, target)
+    if isinstance(kernel, Collective):
+        return _collective(kernel, target)
     raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")
 
 
-def _gemm(g: Gemm, target: Target) -> Parts:
-    moved = sum(g.bytes.values())
-    if not g.batch * g.m * g.n:
-        return 0.0, 0.0, target.launch_s
-    rate = target.peak(g.dtype) / target.cores * target.gemm_efficiency * _alignment(g)
-    fixed, step = target.launch_s + GEMM_FLOOR, STEP
-    if g.weight_bits is not None and g.weight_bits < 8 * g.dtype.itemsize:
-        rate *= DEQUANTIZE_EFFICIENCY
-        fixed, step = fixed + DEQUANTIZE_FLOOR, DEQUANTIZE_STEP
-        step += PLANE_STEP * g.weight_bits * (g.scheme == "binary")
-        step += SHIFT_STEP * g.terms * (g.scheme == "shift")
-    bandwidth = target.bandwidth_bytes_per_s * target.bandwidth_efficiency
-    compute, memory, extra = _best_tile(
-        (g.m, g.n, g.k, g.batch),
-        target.cores,
-        rate,
-        moved / bandwidth,
-        target.l2_bandwidth_bytes_per_s,
-        step,
-    )
-    return compute, memory, fixed + extra
+def _by_law(
+    op: str,
+    dtype: str,
+    known: tuple[Mapping[str, Any], str],
+    s: Mapping[str, Any],
+    changed: Mapping[str, float] | None = None,
+    like: bool = True,
+) -> Price:
+    """By the law of `op`; changed: constants in place of the fitted ones; like: is the shape like
+    those that residuals were fitted to?"""
+    group, (machine, name), model = shapes.group_of(op, dtype), known, calibration()
+    constants = model.constants(group, name)
+    if changed:
+        named = zip(laws.CONSTANTS[group.law], constants, strict=True)
+        constants = [changed.get(key, value) for key, value in named]
+    fixed, compute, memory = laws.LAWS[group.law](constants, machine, s)
+    parts = (fixed, compute, memory)
+    interval = model.interval(group, name, max(range(3), key=parts.__getitem__))
+    factor = math.exp(model.residual(group, name, machine, s)) if like else 1.0
+    if group.law not in BARE:  # whose floor no residual was fitted around
+        fixed *= factor
+    return Price(compute * factor, memory * factor, fixed, interval)
 
 
-@functools.lru_cache(maxsize=4096)  # a model repeats its layers
-def _best_tile(
-    shape: tuple[int, int, int, int],
-    cores: int,
-    rate: float,
-    memory_s: float,
-    l2_bandwidth: float,
-    step: float,
-) -> Parts:
-    """(compute, memory, extra) seconds of the fastest tile and split.
-
-    rate: FLOP/s of one core with the largest tile; memory_s: with DRAM saturated.
-    """
-    m, n, k, batch = shape
-    share = np.ceil(m / _TM) * np.ceil(n / _TN) * (batch * _SPLIT / cores)
-    waves = QUANTIZATION * np.ceil(share) + (1 - QUANTIZATION) * np.maximum(share, 1.0)
-    depth = np.ceil(k / _SPLIT / 64) * 64
-    compute = waves * (_FLOPS_PER_K * (depth + FILL_K) / rate) + depth / 64 * step
-    memory = memory_s / np.minimum(1.0, share / SATURATION)
-    extra = _SPLITS * SPLIT_FLOOR + _PARTIAL_BYTES * (batch * m * n / l2_bandwidth)
-    # The fourth power and root by squares and square roots, which numpy does much faster.
-    total = np.sqrt(np.sqrt(np.square(compute * compute) + np.square(memory * memory))) + extra
-    best = int(np.argmin(total))
-    return float(compute[best]), float(memory[best]), float(extra[best])
+def _empty(target: Target) -> Price:
+    """A kernel that has nothing to do."""
+    return _torch("add", 1, 1, 12.0, target)
 
 
-def _alignment(g: Gemm) -> float:
-    """Matrix units load rows of 16 bytes; other row lengths take a slower path."""
-    per_row = 16 // g.dtype.itemsize
-    return 1.0 if g.n % per_row == 0 and g.k % per_row == 0 else UNALIGNED
+def _unit(dtype: torch.dtype, target: Target) -> str:
+    """The dtype, in the laws' terms, of the unit that multiplies it."""
+    name = str(dtype).removeprefix("torch.")
+    if name.startswith("float8"):
+        return "fp8" if any(p.startswith("float8") for p in target.peaks) else "fp32"
+    return _UNITS.get(dtype, "fp32") if name in target.peaks else "fp32"
 
 
-def _attention(a: Attention, target: Target) -> Parts:
-    moved = sum(a.bytes.values())
-    if not a.batch * a.heads * a.q:
-        return 0.0, 0.0, target.launch_s
-    group = a.heads // max(a.kv_heads, 1)
-    if a.q * group <= QUERY_TILE:  # the queries of one key head share a tile; keys are split
-        blocks = a.batch * a.kv_heads * max(1, ceil(a.kv / KEY_TILE))
-    else:
-        blocks = a.batch * a.heads * ceil(a.q / QUERY_TILE)
-    share = blocks / target.cores
-    # Tiles are padded to the matrix instruction's 16 rows, and a partial wave leaves cores idle.
-    padding = max(1.0, 16 / (a.q * group))
-    partial = ATTENTION_QUANTIZATION
-    idle = (partial * ceil(share) + (1 - partial) * max(share, 1.0)) / share
-    rate = target.peak(a.dtype) * min(target.attention_efficiency, target.gemm_efficiency)
-    compute = a.flops * padding * idle / rate
-    bandwidth = target.bandwidth_bytes_per_s * target.bandwidth_efficiency
-    memory = moved / (bandwidth * min(1.0, share / ATTENTION_SATURATION))
-    return compute, memory, target.launch_s + ATTENTION_FLOOR
+def _slower(dtype: torch.dtype, target: Target) -> float:
+    """How much slower than the unit of `_unit` products are."""
+    return target.peaks["float32"] / target.peak(dtype) if dtype == torch.float64 else 1.0
 
 
-def _stream(s: Stream, target: Target) -> Parts:
-    moved = sum(s.bytes.values())
+def _gemm(g: Gemm, target: Target, cold: bool) -> Price:
+    if not g.flops:
+        return _empty(target)
+    unit = _unit(g.dtype, target)
+    bits = g.weight_bits
+    if bits is None or bits >= 8 * g.dtype.itemsize:
+        return _product(g, unit, target, cold)
+    unpack = PLANE_US * bits * (g.scheme == "binary") + SHIFT_US * g.terms * (g.scheme == "shift")
+    found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, cold, unpack)
+    # No faster than a product that is handed as few bytes.
+    handed = _product(g, unit, target, cold, unpack)
+    return dataclasses.replace(found, compute=max(found.compute, handed.compute))
+
+
+def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0) -> Price:
+    """law: "bf16", ..., "w4a16"; unpack: microseconds that a step of 64 columns takes longer."""
+    machine, name = machine_of(target, "gemm", law)
+    changed = {}
+    if unpack:
+        changed["step_us"] = _constant("gemm", law, name, "step_us") + unpack
+    if g.copies > 1:
+        changed["memory"] = _constant("gemm", law, name, "memory") * _batched()
+    unit, per_row = _unit(g.dtype, target), 16 // g.dtype.itemsize
+    slower = _slower(g.dtype, target)
+    if unit in MATRIX_UNITS and (g.n % per_row or g.k % per_row):
+        slower *= UNALIGNED
+    if slower != 1.0 or shapes.UNIT[law] != shapes.UNIT[unit]:
+        rates = machine_of(target, "gemm", unit)[0]
+        machine = {**machine, **{key: rates[key] / slower for key in ("peak", "boost")}}
+    if cold:
+        machine = _cold(machine)
+    shape = {"batch": g.batch, "m": g.m, "n": g.n, "k": g.k}
+    # x comes in the dtype of the products
+    counted = {"bytes": sum(g.bytes.values()), "quantized": 0.0}
+    s = shapes.law_inputs("gemm", law, shape) | counted
+    return _by_law("gemm", law, (machine, name), s, changed)
+
+
+def _constant(op: str, dtype: str, name: str, key: str) -> float:
+    group = shapes.group_of(op, dtype)
+    return calibration().constants(group, name)[list(laws.CONSTANTS[group.law]).index(key)]
+
+
+@functools.cache
+def _batched() -> float:
+    """How fast products read that have a right operand each, to one product: only float32 ones were
+    measured, over all machines."""
+    return _constant("bmm", "fp32", "", "memory") / _constant("gemm", "fp32", "", "memory")
+
+
+def _cold(machine: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**machine, "l2": 1.0}
+
+
+def _attention(a: Attention, target: Target, cold: bool) -> Price:
+    if not a.flops:
+        return _empty(target)
+    rows = a.q * (a.heads // max(a.kv_heads, 1))
+    unit = _unit(a.dtype, target)
+    law = "decode" if rows <= DECODE_ROWS else "prefill"
+    op = f"attn_{law}"
+    dtype = unit if unit in shapes.ITEMSIZE else "bf16"
+    machine, name = machine_of(target, op, dtype)
+    shape = {
+        "batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": a.q, "kv_len": a.kv,
+        "head_dim": (a.head_dim + a.value_dim) / 2, "window": 0,
+    }  # fmt: skip
+    counted = {"itemsize": a.dtype.itemsize, "bytes": sum(a.bytes.values()), "pairs": a.pairs}
+    s = shapes.law_inputs(op, dtype, shape) | counted
+    if unit not in MATRIX_UNITS:  # exponentials are to products as on one unit
+        machine = {**machine, "vector": 1 / REFERENCE_RATIO}
+    if law == "decode":
+        # The law splits keys where heads share them; these kernels do so in any case.
+        s["heads"] = max(a.heads * a.q, a.kv_heads + 1)
+        machine = _cold(machine) if cold else machine
+    found = _by_law(op, dtype, (machine, name), s, BARE[law], law == "decode" or a.q == a.kv)
+    compute = found.compute * _slower(a.dtype, target)
+    if law == "decode":  # on a tile of the matrix instruction's 16 rows
+        tile = max(rows, 16 if unit in MATRIX_UNITS else 1) / rows
+        compute = root4(compute, tile * a.flops / machine["peak"] * _slower(a.dtype, target))
+    beside = a.bytes.get("mask", 0.0) + a.bytes.get("sinks", 0.0)
+    memory = found.memory + beside / machine["bandwidth"]
+    return dataclasses.replace(found, compute=compute, memory=memory)
+
+
+def _stream(op: str, moved: float, flops: float, target: Target) -> Price:
     if not moved:
-        return 0.0, 0.0, target.launch_s
-    hits = (L2_NONE - moved / target.l2_bytes) / (L2_NONE - L2_FULL)
-    hits = min(1.0, max(0.0, hits))
-    efficiency = min(0.95, target.bandwidth_efficiency * ACCESS_EFFICIENCY[s.access])
-    slow, fast = target.bandwidth_bytes_per_s, target.l2_bandwidth_bytes_per_s
-    memory = moved * (hits / fast + (1 - hits) / slow) / efficiency
-    return s.flops / target.peak(torch.float32), memory, target.launch_s
+        return _empty(target)
+    rows = moved / (4.0 * sum(shapes.STREAMS[op]) * WIDTH)  # of float32, that move as many bytes
+    return _torch(op, max(rows, 1.0), WIDTH, moved, target, flops)
 
 
-def _norm(n: Norm, target: Target) -> Parts:
-    read, written = n.bytes["input"], n.bytes["output"]
-    stream = Stream(read, written, n.flops, n.dtype, "reduction")
-    compute, memory, fixed = _stream(stream, target)
+def _norm(n: Norm, target: Target) -> Price:
+    if not n.rows * n.size:
+        return _empty(target)
+    # Fewer rows than cores are bound by latency, and their second reading hits the first cache.
     twice = n.size > NORM_PERSISTENT[n.library] and n.rows >= target.cores
-    again = read if twice else 0.0
-    through_l2 = (read + written + again) / target.l2_bandwidth_bytes_per_s
-    return compute, smoothmax(memory, through_l2), fixed
+    op = "layernorm" if twice else "add"
+    return _torch(op, n.rows, n.size, sum(n.bytes.values()), target, n.flops)
 
 
-def collective_seconds(c: Collective, target: Target) -> float:
-    """Ring algorithms: latency + steps · step + bytes on the wire / (link · efficiency)."""
-    p = c.ranks
-    if p < 2:
-        return 0.0
-    phases = 2 if c.name == "all_reduce" else 1
-    wire = phases * (p - 1) / p * c.payload_bytes
-    steps = phases * (p - 1) * COLLECTIVE_STEP
-    return COLLECTIVE_LATENCY + steps + wire / (target.link_bytes_per_s * COLLECTIVE_EFFICIENCY)
+def _torch(
+    op: str, rows: float, width: int, moved: float, target: Target, flops: float = 0.0
+) -> Price:
+    """A kernel as torch's own in float32, that moves `moved` bytes; with `flops` of the vector
+    unit."""
+    s = shapes.law_inputs(op, "fp32", {"rows": rows, "width": width}) | {"bytes": moved}
+    found = _by_law(op, "fp32", machine_of(target, op, "fp32"), s)
+    compute = found.compute + flops / target.peaks["float32"]
+    return dataclasses.replace(found, compute=compute)
+
+
+def _collective(c: Collective, target: Target) -> Price:
+    op = _COLLECTIVE_OPS.get(c.name, c.name)
+    if c.ranks < 2:
+        return Price(0.0, 0.0, 0.0, (0.0, 0.0))
+    shape = {"world": c.ranks, "per_node": min(c.ranks, _NODE), "bytes": max(c.payload_bytes, 1)}
+    machine, name = machine_of(target, op, "fp16", c.ranks, shape["per_node"])
+    if target.link_bytes_per_s <= PCIE_BYTES_PER_S[True]:  # cards without links meet on PCIe
+        link = ring_bytes_per_s(target, "pcie", c.ranks, shape["per_node"])
+        name = name.removesuffix("nvswitch") + "pcie"
+        machine = {**machine, "link": link, "meshed": float(c.ranks == 2)}
+    return _by_law(op, "fp16", (machine, name), shapes.law_inputs(op, "fp16", shape))

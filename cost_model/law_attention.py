@@ -72,7 +72,8 @@ def prefill(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """(fixed, compute, memory) seconds.
 
-    c: PREFILL in order; s: batch, heads, kv_heads, head_dim, q_len, kv_len, window, itemsize.
+    c: PREFILL in order; s: batch, heads, kv_heads, head_dim, q_len, kv_len, window, itemsize, pairs
+    (of a head, that the mask keeps).
     """
     empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, alone = c
     b, h, d, q, kv = s["batch"], s["heads"], s["head_dim"], s["q_len"], s["kv_len"]
@@ -82,7 +83,7 @@ def prefill(
     share = blocks / cores
     windowed = (s["window"] > 0) * (s["window"] < kv) * 1.0
     wide = choose(windowed > 0, least(s["window"] + 2 * _TILE, kv), kv)
-    seen = pairs(q, kv, s["window"])
+    seen = s["pairs"]
     # Tiles on the diagonal and on the window's edge are computed whole; while they are masked, the
     # exponentials don't hide behind the products: half as long again.
     edges = 128.0 + 0.5 * least(s["window"] + 160.0, 288.0)

@@ -9,10 +9,11 @@ link       bytes/s, one direction, of the slowest link that a ring over the rank
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ridgeline.cost_model import shapes
 from ridgeline.cost_model.shapes import InvalidShape
-from ridgeline.cost_model.target import HOST, Target, UnknownTarget, load_target
+from ridgeline.cost_model.target import FOLDER, HOST, Target, UnknownTarget, load_target
 
 TOPOLOGIES = ("nvswitch", "pairwise", "pcie")
 REFERENCE_LAUNCH_S = 2.4e-6  # an A100's: floors are fitted in units of it
@@ -102,14 +103,30 @@ def machine_of(
         # FlashAttention-2 copies grouped queries; the kernels of newer cores read them in place.
         "copies": 0.0 if modern else 1.0,
     }
-    name = t.name
+    name = t.name if _is_built_in(t) else f"{t.name} as described by others"
     if world is not None and per_node is not None:
         machine["link"] = ring_bytes_per_s(t, topology, world, per_node)
         whole = topology == "nvswitch" and op == "all_reduce" and per_node == world >= 4
         machine["link"] *= IN_SWITCH if modern and whole else 1.0
         machine["meshed"] = float(topology == "nvswitch" or world == 2)
-        name = f"{t.name}_{topology}"
+        name = f"{name}_{topology}"
     return machine, name
+
+
+def _is_built_in(t: Target) -> bool:
+    """Has it the figures of the file that ridgeline ships under that name? What was measured of a
+    machine holds for no other that is called so."""
+    return _figures(t) == _shipped(t.name)
+
+
+@functools.cache
+def _shipped(name: str) -> Target | None:
+    file = FOLDER / f"{name}.toml"
+    return _figures(load_target(file)) if file.is_file() else None
+
+
+def _figures(t: Target) -> Target:
+    return replace(t, sources={}, refined={})
 
 
 def with_fewer_cores(machine: Mapping[str, float], op: str, reserved: int) -> Mapping[str, float]:

@@ -98,6 +98,7 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
         s["itemsize"] = float(ITEMSIZE[dtype])
         s["bytes"] = 2.0 * s["itemsize"] * s["batch"] * s["head_dim"] * read
+        s["pairs"] = pairs(s["q_len"], s["kv_len"], s["window"])
     elif op in STREAMS:
         s["bytes"] = s["rows"] * s["width"] * float(ITEMSIZE[dtype] * sum(STREAMS[op]))
         # Serving engines' own 16-bit kernels load element by element; torch's load 16 bytes.

@@ -11,6 +11,10 @@ from ridgeline.passes.plan_text import render
 RefusedBy = Literal["pattern", "precondition", "cost", "budget", "certificate", "overlap", "defect"]
 
 
+NO_DIFFERENCE = 1e-3
+"""A relative difference of two figures that ranks nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """Evidence for one rewrite.
@@ -53,6 +57,19 @@ class Decision:
     before: Cost | None = None
     after: Cost | None = None
     certificate: Certificate | None = None
+
+    @property
+    def otherwise_by_eflops(self) -> bool:
+        """Do Kinetics' eFLOPs rank before and after the other way round than seconds do?"""
+        if self.before is None or self.after is None:
+            return False
+        seconds = self.after.seconds - self.before.seconds
+        eflops = self.after.eflops - self.before.eflops
+        same = (
+            abs(seconds) <= NO_DIFFERENCE * self.before.seconds
+            or abs(eflops) <= NO_DIFFERENCE * self.before.eflops
+        )
+        return not same and (seconds < 0) != (eflops < 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; costs as seconds with their interval and bound."""

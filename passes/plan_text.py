@@ -50,6 +50,11 @@ def _phase(
         f"  weights {_change(before, after, 'held_bytes', _bytes)}; energy"
         f" {_change(before, after, 'energy_joules', _energy)} (of a 45 nm process)"
     )
+    if otherwise := [
+        d for d in (*plan.applied, *plan.refused) if d.phase == phase and d.otherwise_by_eflops
+    ]:
+        sites = _listed([f"{ds[0].rewrite} {heading}" for heading, ds in grouped(otherwise)])
+        console.print(f"  eFLOPs rank these the other way round than time: {sites}", markup=False)
     if not any(d.phase == phase for d in plan.applied):
         console.print("  nothing applied: the graph runs as it was captured")
     elif phase in plan.measured:

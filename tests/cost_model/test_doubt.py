@@ -16,8 +16,8 @@ from ridgeline.cost_model import (
     estimate,
     load_target,
 )
-from ridgeline.cost_model.doubt import LAUNCH, OWN
-from ridgeline.cost_model.estimate import kernel_seconds, kind_of, relative_error
+from ridgeline.cost_model.doubt import OWN
+from ridgeline.cost_model.estimate import kernel_seconds, kind_of, measured_error
 
 A100 = load_target("a100")
 PLAIN = Gemm(16, 4096, 4096, dtype=torch.bfloat16)
@@ -32,8 +32,8 @@ def test_the_same_work_is_known_not_to_differ():
 
 def test_kinds_add_as_root_of_the_sum_of_squares():
     (busy, fixed, _), (other, floor, _) = (kernel_seconds(k, A100) for k in (PLAIN, CODED))
-    errors = [relative_error(k, A100) for k in (PLAIN, CODED)]
-    expected = math.hypot(OWN * errors[0] * busy, OWN * errors[1] * other, LAUNCH * (floor - fixed))
+    errors = [measured_error(k, A100) for k in (PLAIN, CODED)]
+    expected = OWN * math.hypot(errors[0] * (busy + fixed), errors[1] * (other + floor))
     assert doubt(Work((PLAIN,)), Work((CODED,)), A100) == pytest.approx(expected)
 
 

@@ -43,8 +43,9 @@ def test_gpus_gain_where_inductor_reads_a_row_twice(name):
     assert gain(target, 4096, 1024, residual=True) == 1
     assert gain(target, 1, 576) == 1
     assert gain(target, 1, 8192, residual=True) == 1
-    assert 1 < gain(target, 4096, 4096, residual=True) < 1.5
-    assert 1 < gain(target, 4096, 8192, center=True) < 1.5
+    # At most half as much again is read, by torch's measured kernel less well than by a loop.
+    assert 1.1 < gain(target, 4096, 4096, residual=True) < 1.6
+    assert 1.1 < gain(target, 4096, 8192, center=True) < 1.6
 
 
 def test_a_cpu_gains_on_many_rows_and_loses_on_one():

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from ridgeline.cost_model import Gemm, InvalidTarget, Norm, Work, estimate, probe, refine
-from ridgeline.cost_model.estimate import kind_of, relative_error
+from ridgeline.cost_model.estimate import interval, kind_of, measured_error
 from ridgeline.cost_model.refine import Measurement
 from ridgeline.cost_model.target import Refinement
 
@@ -58,8 +59,10 @@ def test_an_estimate_is_refined_by_kind(host):
     plain, twice = (estimate(Work((norm,)), t).seconds for t in (host, refined))
     assert twice == pytest.approx(2 * plain)
     assert estimate(Work((gemm,)), host) == estimate(Work((gemm,)), refined)
-    assert relative_error(norm, refined) == pytest.approx(0.07 + host.spread)
-    assert relative_error(gemm, refined) == relative_error(gemm, host)
+    assert measured_error(norm, refined) == pytest.approx(0.07 + host.spread)
+    assert measured_error(gemm, refined) == measured_error(gemm, host)
+    assert interval(norm, refined)[1] == pytest.approx(math.log(1.07 + host.spread))
+    assert interval(gemm, refined) == interval(gemm, host)
 
 
 def test_a_file_comes_back_for_the_same_probe_only(host, tmp_path):

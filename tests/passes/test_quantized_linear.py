@@ -192,13 +192,13 @@ def test_training_keeps_the_weights():
 
 def test_four_bits_win_at_one_row_and_lose_at_many():
     torch.manual_seed(0)
-    layer = nn.Linear(4096, 2048, bias=False, dtype=torch.bfloat16).eval()
+    layer = nn.Linear(2048, 8192, bias=False, dtype=torch.bfloat16).eval()
     _on_the_q4_1_grid(layer)
     layer.bfloat16()
     decisions = {}
     for rows in (1, 8192):
         with torch.no_grad():
-            captured = capture(layer, (torch.randn(rows, 4096).bfloat16(),))
+            captured = capture(layer, (torch.randn(rows, 2048).bfloat16(),))
             compiler = Compiler("a100", tolerance=0.2, passes=(QUANTIZED,))
             graph = compiler.rewrite(captured.program).graph
         count = len(graph.find_nodes(op="call_function", target=QUANTIZED_LINEAR.overload))
