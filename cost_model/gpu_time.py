@@ -214,7 +214,9 @@ def _attention(a: Attention, target: Target, cold: bool) -> Price:
         "batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": a.q, "kv_len": a.kv,
         "head_dim": (a.head_dim + a.value_dim) / 2, "window": 0,
     }  # fmt: skip
-    counted = {"itemsize": a.dtype.itemsize, "bytes": sum(a.bytes.values()), "pairs": a.pairs}
+    # A training step's products are those of so many pairs in a forward.
+    pairs = a.flops / (2 * a.batch * a.heads * (a.head_dim + a.value_dim))
+    counted = {"itemsize": a.dtype.itemsize, "bytes": sum(a.bytes.values()), "pairs": pairs}
     s = shapes.law_inputs(op, dtype, shape) | counted
     if unit not in MATRIX_UNITS:  # exponentials are to products as on one unit
         machine = {**machine, "vector": 1 / REFERENCE_RATIO}
