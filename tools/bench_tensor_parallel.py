@@ -78,7 +78,7 @@ def rows_of(
             taken: dict[str, list[float]] = {form: [] for form in FORMS}
             for _ in range(rounds + 1):
                 for form in FORMS:
-                    ranks.largest([0.0])  # a barrier
+                    ranks.barrier()
                     start = time.perf_counter()
                     built[form](x)
                     taken[form].append((time.perf_counter() - start) / SITES)

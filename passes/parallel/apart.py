@@ -63,9 +63,10 @@ class Cut:
         return first, count - first
 
     def holds(self, inputs: Any) -> bool:
-        """Does a call with these flat inputs have two parts?"""
+        """Does a call with these flat inputs have two parts? Of one token each they are none:
+        compiled code takes a size of 1 for another."""
         index, dim = self.place
-        return min(self.sizes(inputs[index].shape[dim])) > 0
+        return min(self.sizes(inputs[index].shape[dim])) > 1
 
 
 def apart(module: fx.GraphModule, parts: Parts, cut: Cut) -> fx.GraphModule:

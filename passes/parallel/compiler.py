@@ -201,6 +201,8 @@ class ParallelCompiler(Compiler):
         copied = dataclasses.replace(program, module=module)
         rewritten = own.rewrite(copied)
         run = own.lower(rewritten, copied)
+        # A rank that could not compile has said so: the others must not wait for it in a run.
+        self.ranks.agree("a compiled form", {})
         return Form(run, rewritten, own.plan, own._labels[id(copied)], fuse)
 
     def _quicker(
@@ -211,8 +213,8 @@ class ParallelCompiler(Compiler):
         taken: list[list[float]] = [[], []]
         for _ in range(ROUNDS + 1):
             for run, times in zip((now, other), taken, strict=True):
-                with rehearsal(program) as inputs:
-                    self.ranks.largest([0.0])  # a barrier
+                with rehearsal(program) as inputs, self.ranks.running():
+                    self.ranks.barrier()
                     start = time.perf_counter()
                     outputs = run(*inputs)
                     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in outputs):
@@ -267,10 +269,10 @@ class ParallelCompiler(Compiler):
         with program.spent("fold weights"):
             origin = {c.rewrite.prepare(c, setting): c for c in sound}
         assert self._before is not None
-        with program.spent("measure"):
+        with program.spent("measure"), self.ranks.running():
             expected = outputs_of(self._before, program)
             error = relative_error(outputs_of(apply(module, list(origin)), program), expected)
-            (error,) = self.ranks.largest([error])
+        (error,) = self.ranks.largest([error])
         self._before = None
         if error > (limit := rounding_limit(module)):
             way = "fuse" if self.cut is None else "weave"

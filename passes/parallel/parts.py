@@ -83,6 +83,7 @@ class Parts:
         self.symbol = symbol
         self.dims: dict[fx.Node, Dims] = {}
         self.late: dict[fx.Node, str] = {}
+        self.open: dict[fx.Node, str] = {}
         self.blocked: Reject | None = None
         for node in graph.nodes:
             if node.op == "call_function" and (is_collective(node) or self._follows(node)):
@@ -177,9 +178,10 @@ class Parts:
         if node.target is not aten.add.Tensor or scores is None or scores.kind != "keys":
             return dims
         masks = [n for n in node.all_input_nodes if self.own(n) is None]
-        added = dims.get(last - 1) == ROWS and len(masks) == 1 and not node.kwargs
-        if added and not closed_beyond(masks[0], scores.base):
-            dims[last] = replace(scores, state="closed")
+        if dims.get(last - 1) == ROWS and len(masks) == 1 and not node.kwargs:
+            self.open[node] = f"{said(node)} {closed_beyond(masks[0], scores.base)}"
+            if not closed_beyond(masks[0], scores.base):
+                dims[last] = replace(scores, state="closed")
         return dims
 
     def linear(self, node: fx.Node) -> Dims | str:
@@ -260,7 +262,7 @@ class Parts:
         result = dict(dims)
         for d in over & dims.keys():
             if not (softmax and dims[d].kind == "keys" and dims[d].state == "closed"):
-                return f"{said(node)} reads all tokens at once"
+                return self.open.get(node.args[0], f"{said(node)} reads all tokens at once")
             result[d] = replace(dims[d], state="weights")
         if softmax or node.target in NORMS or argument(node, 2, "keepdim"):
             return result

@@ -52,14 +52,14 @@ def find_cut(graph: fx.Graph, *, asked: bool) -> Cut | Reject:
         return Reject("nothing is summed over the ranks, so nothing can run beside", end)
     lead = shape_of(sums[0].args[0])[:-1]
     count = prod(numbers(sums[0].args[0].meta["val"].shape[:-1]))
-    known, why = sizes_known(graph), Reject(f"{count} tokens cannot be split", end)
+    known, why = sizes_known(graph), Reject(f"{count} tokens, one of each sequence", end)
     for dim, size in enumerate(lead):
         sequences = dim == 0 and len(lead) > 1
         if size not in known:
             continue
         node, own = known[size]
         extent = number(node.meta["val"].shape[own])
-        least = SEQUENCES if sequences else (2 if asked else TOKENS)
+        least = SEQUENCES if sequences else (4 if asked else TOKENS)
         if extent < least:
             what = "sequences" if sequences else "tokens of a sequence"
             why = Reject(f"{extent} {what} are fewer than {least}", end, "use longer prompts")

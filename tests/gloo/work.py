@@ -1,5 +1,6 @@
 """What ranks do in the tests; each function returns plain data."""
 
+import dataclasses
 import os
 from collections import Counter
 from typing import Any
@@ -121,6 +122,22 @@ def fails(odd: int) -> None:
     """Rank `odd` cannot split its model."""
     model: Any = torch.nn.Linear(3, 3) if dist.get_rank() == odd else build("llama")
     ridgeline.parallelize(model, **PLAIN)
+
+
+def fails_when_run(odd: int) -> None:
+    """Rank `odd` cannot run a form that all ranks time, and lives."""
+    model, x = build("llama"), ids(2, 7)
+    part = ridgeline.parallelize(model, **(PLAIN | {"fuse": "measured"}))
+    compiler = part._ridgeline.compile_program
+    form = compiler._form
+
+    def broken(*inputs: Tensor) -> None:
+        raise ValueError("no memory for it")
+
+    if dist.get_rank() == odd:
+        compiler._form = lambda *a, **k: dataclasses.replace(form(*a, **k), run=broken)
+    with torch.no_grad():
+        part(x, use_cache=False)
 
 
 def ends_before(odd: int) -> None:
