@@ -52,7 +52,8 @@ def find_cut(graph: fx.Graph, *, asked: bool) -> Cut | Reject:
         return Reject("nothing is summed over the ranks, so nothing can run beside", end)
     lead = shape_of(sums[0].args[0])[:-1]
     count = prod(numbers(sums[0].args[0].meta["val"].shape[:-1]))
-    known, why = sizes_known(graph), Reject(f"{count} tokens, one of each sequence", end)
+    known, whys = sizes_known(graph), [Reject(f"{count} tokens, one of each sequence", end)]
+    blocked: Reject | None = None
     for dim, size in enumerate(lead):
         sequences = dim == 0 and len(lead) > 1
         if size not in known:
@@ -62,14 +63,15 @@ def find_cut(graph: fx.Graph, *, asked: bool) -> Cut | Reject:
         least = SEQUENCES if sequences else (4 if asked else TOKENS)
         if extent < least:
             what = "sequences" if sequences else "tokens of a sequence"
-            why = Reject(f"{extent} {what} are fewer than {least}", end, "use longer prompts")
+            few = Reject(f"{extent} {what} are fewer than {least}", end, "use longer prompts")
+            whys.append(few)
             continue
         parts = Parts(graph, size)
         if parts.blocked is None:
             place = list(graph.find_nodes(op="placeholder")).index(node), own
             return Cut("sequences" if sequences else "tokens", size, place)
-        why = parts.blocked
-    return why
+        blocked = blocked or parts.blocked
+    return blocked or whys[-1]
 
 
 @dataclass(frozen=True, slots=True)
