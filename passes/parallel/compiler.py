@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from ridgeline.cost_model import Stack
+from ridgeline.cost_model.transport import Transport, transport_of
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
@@ -36,6 +38,7 @@ from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
 from ridgeline.passes.parallel.apart import apart
 from ridgeline.passes.parallel.collectives import collectives, normal_form
+from ridgeline.passes.parallel.expected import expected_seconds
 from ridgeline.passes.parallel.in_turn import in_turn
 from ridgeline.passes.parallel.parts import Parts
 from ridgeline.passes.parallel.predicted import predicted
@@ -59,17 +62,31 @@ other's: less cannot be told from noise."""
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
     """One way to run a graph. module: the graph as it was lowered; plan: its own account; fused:
-    whether norms were to move to a shard."""
+    whether norms were to move to a shard; expected: seconds that this machine is predicted to take
+    for it, None where that is not known."""
 
     run: Callable[..., Any]
     module: fx.GraphModule
     plan: Plan
     label: str
     fused: bool
+    expected: float | None
 
 
 def _weaving(at: str, label: str, by: RefusedBy | None, reason: str) -> Decision:
     return Decision(token_weave.NAME, at, "reassociating", by, reason, label)
+
+
+def _beside(now: Form, other: Form, before: float, after: float) -> str:
+    """Both times as predicted, and whether the same form was expected to be the quicker."""
+    if now.expected is None or other.expected is None:
+        return ""
+    agrees = (other.expected < now.expected) == (after < before)
+    verdict = "the same" if agrees else "the other"
+    return (
+        f"; predicted {now.expected:.2e} s and {other.expected:.2e} s, so {verdict} form is the"
+        " quicker"
+    )
 
 
 class ParallelCompiler(Compiler):
@@ -89,7 +106,9 @@ class ParallelCompiler(Compiler):
     ) -> None:
         super().__init__(target, **options)
         self.ranks, self.splits, self.fuse, self.weave = ranks, splits, fuse, weave
-        self.stack, self.cut = stack, None
+        self.stack = stack
+        self.cut: token_weave.Cut | None = None
+        self._links: Transport | None = None
         self._before: fx.GraphModule | None = None
 
     def __call__(self, program: Program) -> Callable[..., Any]:
@@ -119,6 +138,7 @@ class ParallelCompiler(Compiler):
             return shard  # nothing to choose, and its plan says why
         quicker, before, after = self._quicker(program, whole.run, shard.run)
         told = f"{before:.2e} s with norms on all tokens, {after:.2e} s on a shard, run here"
+        told += _beside(whole, shard, before, after)
         if quicker:
             shard.plan.note(f"{shard.label}: {told}")
             return shard
@@ -163,6 +183,7 @@ class ParallelCompiler(Compiler):
         if self.weave == "measured":
             quicker, before, after = self._quicker(program, form.run, woven.run)
             told = f"{told}: {before:.2e} s whole, {after:.2e} s in two parts, run here"
+            told += _beside(form, woven, before, after)
             if not quicker:
                 form.plan.refused.append(_weaving(at, form.label, "cost", f"not quicker: {told}"))
                 return form, form.run
@@ -200,10 +221,23 @@ class ParallelCompiler(Compiler):
         module, _ = copy_graph(program.module)
         copied = dataclasses.replace(program, module=module)
         rewritten = own.rewrite(copied)
+        expected = None
+        if transport := self._transport():
+            expected = expected_seconds(rewritten.graph, transport, self.target)
         run = own.lower(rewritten, copied)
         # A rank that could not compile has said so: the others must not wait for it in a run.
         self.ranks.agree("a compiled form", {})
-        return Form(run, rewritten, own.plan, own._labels[id(copied)], fuse)
+        return Form(run, rewritten, own.plan, own._labels[id(copied)], fuse, expected)
+
+    def _transport(self) -> Transport | None:
+        """What the ranks' transport takes here, measured once; None where this machine is not what
+        is compiled for, or nothing is chosen by running it."""
+        if self.target.kind != "cpu" or "measured" not in (self.fuse, self.weave):
+            return None
+        if self._links is None and dist.get_backend(self.ranks.group) == "gloo":
+            self._links = transport_of(self.ranks.group)
+            self.plan.note(f"gloo between {self._links}")
+        return self._links
 
     def _quicker(
         self, program: Program, now: Callable[..., Any], other: Callable[..., Any]
