@@ -73,20 +73,16 @@ class Form:
     expected: float | None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timed:
+    """Seconds of two forms of one graph: as it was, and the other."""
+
+    measured: tuple[float, float]
+    predicted: tuple[float, float]
+
+
 def _weaving(at: str, label: str, by: RefusedBy | None, reason: str) -> Decision:
     return Decision(token_weave.NAME, at, "reassociating", by, reason, label)
-
-
-def _beside(now: Form, other: Form, before: float, after: float) -> str:
-    """Both times as predicted, and whether the same form was expected to be the quicker."""
-    if now.expected is None or other.expected is None:
-        return ""
-    agrees = (other.expected < now.expected) == (after < before)
-    verdict = "the same" if agrees else "the other"
-    return (
-        f"; predicted {now.expected:.2e} s and {other.expected:.2e} s, so {verdict} form is the"
-        " quicker"
-    )
 
 
 class ParallelCompiler(Compiler):
@@ -109,6 +105,7 @@ class ParallelCompiler(Compiler):
         self.stack = stack
         self.cut: token_weave.Cut | None = None
         self._links: Transport | None = None
+        self.timed: list[Timed] = []
         self._before: fx.GraphModule | None = None
 
     def __call__(self, program: Program) -> Callable[..., Any]:
@@ -138,9 +135,11 @@ class ParallelCompiler(Compiler):
             return shard  # nothing to choose, and its plan says why
         quicker, before, after = self._quicker(program, whole.run, shard.run)
         told = f"{before:.2e} s with norms on all tokens, {after:.2e} s on a shard, run here"
-        told += _beside(whole, shard, before, after)
+        chosen = shard if quicker else whole
+        chosen.plan.note(
+            f"{chosen.label}: {told}{self._beside(whole, shard, before, after, quicker)}"
+        )
         if quicker:
-            shard.plan.note(f"{shard.label}: {told}")
             return shard
         whole.plan.refused += [
             dataclasses.replace(d, refused_by="cost", reason=f"not quicker: {told}", variant="")
@@ -183,7 +182,8 @@ class ParallelCompiler(Compiler):
         if self.weave == "measured":
             quicker, before, after = self._quicker(program, form.run, woven.run)
             told = f"{told}: {before:.2e} s whole, {after:.2e} s in two parts, run here"
-            told += _beside(form, woven, before, after)
+            compared = self._beside(form, woven, before, after, quicker)
+            form.plan.note(f"{form.label}: {told}{compared}")
             if not quicker:
                 form.plan.refused.append(_weaving(at, form.label, "cost", f"not quicker: {told}"))
                 return form, form.run
@@ -238,6 +238,16 @@ class ParallelCompiler(Compiler):
             self._links = transport_of(self.ranks.group)
             self.plan.note(f"gloo between {self._links}")
         return self._links
+
+    def _beside(self, now: Form, other: Form, before: float, after: float, quicker: bool) -> str:
+        """Both times as predicted, and whether by them the choice would be the same."""
+        if now.expected is None or other.expected is None:
+            return ""
+        first, second = self.ranks.largest([now.expected, other.expected])
+        self.timed.append(Timed((before, after), (first, second)))
+        agrees = (second < WIN * first) == quicker
+        verdict = "the same choice" if agrees else "the other choice"
+        return f"; predicted {first:.2e} s and {second:.2e} s: {verdict}"
 
     def _quicker(
         self, program: Program, now: Callable[..., Any], other: Callable[..., Any]

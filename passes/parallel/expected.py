@@ -1,8 +1,8 @@
 """How long a graph should take on this machine: the cost model's kernels and the group's transport.
 
-    now = 0, link = 0                           seconds at which this rank, and the link, are free
-    compute   now += c w                        c = ranks · threads / cores, where they are too many
-    send      link = max(now, link) + t         and now = link where no core is left for the transport
+    now = 0, link = 0                    seconds at which this rank, and the link, are free
+    compute   now += c w                 c = ranks · threads / cores, where they are too many
+    send      link = max(now, link) + t  and now = link where the transport has no core of its own
     wait      now = max(now, end of its send)
 
 w: `estimate` of the operation, t: `Transport`, both measured on this machine. The graph is taken in
