@@ -20,18 +20,17 @@ from torch import Tensor, fx
 
 from ridgeline.ir.provenance import KEPT
 from ridgeline.ir.symbolic import shape_of, size_expression
+from ridgeline.passes.parallel.along import ROWS
 from ridgeline.passes.parallel.collectives import is_collective
-from ridgeline.passes.parallel.parts import (
+from ridgeline.passes.parallel.part_rules import (
     APPENDS,
     ATTENTION,
     PRODUCTS,
     RESHAPES,
-    ROWS,
-    Parts,
     is_pointwise,
     moved_to,
-    sizes_known,
 )
+from ridgeline.passes.parallel.parts import Parts, sizes_known
 from ridgeline.passes.parallel.rows import argument
 from ridgeline.passes.parallel.token_region import PART
 
@@ -144,7 +143,7 @@ class _Apart:
     def own(self, node: fx.Node) -> fx.Node:
         """The node as the part at hand computes it."""
         target = node.target
-        if target in APPENDS or target is aten.index_copy_.default:
+        if target in APPENDS:
             return self.appended(node)
         if target in RESHAPES or target is aten.expand.default:
             return self.viewed(node)
