@@ -179,7 +179,7 @@ def woven(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _woven(
-    family: str, batch: int, length: int, fuse: str = "always", padding: int = 0, steps: int = 2
+    family: str, batch: int, length: int, fuse: str = "always", padding: int = 0, steps: int = 0
 ) -> dict[str, Any]:
     """A prefill, and `steps` that go on from its cache. padding: on the left of each sequence, one
     more from each to the next."""

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gloo import on_ranks
 from gloo.models import LAYERS
 from gloo.work import compiled, measured, woven, woven_generation
-from ridgeline.cost_model import load_target
+from ridgeline.cost_model import choose_schedule, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import normalize
@@ -23,6 +23,7 @@ from ridgeline.passes.parallel.layers import all_reduce
 from ridgeline.passes.parallel.parts import Parts
 from ridgeline.passes.parallel.token_region import PART
 from ridgeline.passes.parallel.token_weave import choose_cut, find_cut
+from ridgeline.tools.fit_tensor_parallel import LLAMA
 
 SUMS = 2 * LAYERS + 1
 FUSED = {"all_to_all_single": 2 * SUMS, "all_gather_into_tensor": 2 * SUMS + 2}
@@ -30,44 +31,34 @@ FUSED = {"all_to_all_single": 2 * SUMS, "all_gather_into_tensor": 2 * SUMS + 2}
 
 
 def test_parts_of_sequences_and_their_caches() -> None:
-    """Odd counts, padding, grouped heads, soft caps; steps go on from the woven prefill's cache."""
+    """Odd counts, padding, grouped heads, soft caps; a step goes on from a prefill's cache."""
     cases = [
-        {"family": "llama", "batch": 1, "length": 9},
-        {"family": "gqa", "batch": 2, "length": 8, "padding": 2, "steps": 0},
+        {"family": "llama", "batch": 1, "length": 9, "steps": 1},
         {"family": "gpt2", "batch": 1, "length": 7},
         {"family": "gemma2", "batch": 1, "length": 11},
-        {"family": "gemma", "batch": 1, "length": 8, "fuse": "never"},
-        {"family": "gemma2", "batch": 1, "length": 9, "padding": 2, "steps": 0},
-        {"family": "llama", "batch": 5, "length": 7, "steps": 1},
-        {"family": "llama", "batch": 3, "length": 3},
+        {"family": "gqa", "batch": 2, "length": 8, "padding": 2, "fuse": "never"},
+        {"family": "llama", "batch": 5, "length": 7},
     ]
     first, second = on_ranks(2, woven, cases)
     assert "error" not in first, first
     assert [case["sent"] for case in first] == [case["sent"] for case in second]
     assert max(e for case in first for e in case["errors"]) <= 1e-6
-    *tokens, plain, padded, sequences, few = first
+    assert all(case["under way"] == 2 for case in first)
+    *tokens, plain, sequences = first
     sizes = [case["woven"][0].partition(";")[0] for case in (*tokens, plain)]
-    assert sizes == [f"tokens {a} + {b}" for a, b in ((5, 4), (4, 4), (4, 3), (6, 5), (4, 4))]
-    for case in tokens:
-        assert (case["sent"], case["under way"]) == (FUSED, 2)
+    assert sizes == [f"tokens {a} + {b}" for a, b in ((5, 4), (4, 3), (6, 5), (4, 4))]
+    assert [case["sent"] for case in tokens] == [FUSED] * 3
     assert plain["sent"] == {"all_reduce": 2 * SUMS, "all_gather_into_tensor": 2}
-    assert "a row may keep none" in padded["refused"][0]
-    assert padded["under way"] == 1
-    assert sequences["woven"] == ["sequences 3 + 2"] * 2  # the step too
+    assert sequences["woven"] == ["sequences 3 + 2"]
     assert sequences["sent"] == FUSED | {"all_gather_into_tensor": 2 * SUMS + 1}
-    assert few["refused"][0] == "3 tokens of a sequence are fewer than 4"
 
 
 def test_four_ranks() -> None:
     """9 tokens as 5 and 4, so that shards of two rows and of one are padded."""
-    cases = [
-        {"family": family, "batch": 1, "length": 9, "steps": 1} for family in ("llama", "gpt2")
-    ]
-    for told in on_ranks(4, woven, cases):
+    for told in on_ranks(4, woven, [{"family": "llama", "batch": 1, "length": 9}]):
         assert "error" not in told, told
-        for case in told:
-            assert max(case["errors"]) <= 1e-6
-            assert (case["sent"], case["under way"]) == (FUSED, 2)
+        assert max(told[0]["errors"]) <= 1e-6
+        assert (told[0]["sent"], told[0]["under way"]) == (FUSED, 2)
 
 
 def test_static_caches_are_written_part_by_part() -> None:
@@ -132,6 +123,13 @@ def attended(x: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, q, q, attn_mask=mask).squeeze(1)
 
 
+def added(x: Tensor, fill: float) -> Tensor:
+    """Attention with a number added where keys are excluded: those ahead, and the first."""
+    kept = window(x, 0) & (torch.arange(x.shape[1]) > 0)
+    mask = torch.where(kept, torch.zeros([]), fill)
+    return torch.softmax(x @ x.mT + mask, -1) @ x
+
+
 def window(x: Tensor, ahead: int) -> Tensor:
     """Which keys a row reads: those up to `ahead` after it."""
     at = torch.arange(x.shape[1])
@@ -148,6 +146,7 @@ REFUSED: list[tuple[Callable[[Tensor], Tensor], int, int, str]] = [
     (lambda x: attended(x, None), 1, 70, "lets tokens read those after them"),
     (lambda x: attended(x, window(x, 1)), 1, 70, "not known to be causal"),
     (lambda x: torch.softmax(x @ x.mT, -1) @ x, 1, 70, "reads all tokens at once"),
+    (lambda x: added(x, -3e38), 1, 70, "a row may keep none"),
     (torch.relu, 1, 1, "1 tokens, one of each sequence"),
     (torch.relu, 3, 1, "3 sequences are fewer than 4"),
     (torch.relu, 1, 63, "63 tokens of a sequence are fewer than 64"),
@@ -159,6 +158,11 @@ def test_refusals(middle, batch: int, tokens: int, reason: str, group: None) -> 
     reject = find_cut(graph_of(middle, batch, tokens).graph, asked=False)
     assert isinstance(reject, Reject)
     assert reason in reject.reason
+
+
+def test_rows_that_keep_no_key_are_nobodys_where_none_is_read(group: None) -> None:
+    cut = find_cut(graph_of(lambda x: added(x, -torch.inf), 1).graph, asked=False)
+    assert not isinstance(cut, Reject)
 
 
 def test_waits_are_late_and_sends_by_turns(group: None) -> None:
@@ -201,3 +205,17 @@ def test_the_cut_is_where_waves_are_full(tokens: int, sizes: tuple[int, int], gr
     assert f"tokens {sizes[0]} + {sizes[1]}; 8192 columns take" in chosen.said
     assert chosen.wins is None
     assert "config does not say its shape" in chosen.told
+
+
+def test_a_gpus_cut_is_that_of_its_fastest_schedule(group: None) -> None:
+    """Llama-3.3-70B's shape: a prefill that gains is cut there; one of too few tokens is not."""
+    for tokens, wins in ((4096, True), (100, False)):
+        module = graph_of(torch.relu, 1, tokens)
+        cut = find_cut(module.graph, asked=False)
+        assert not isinstance(cut, Reject)
+        chosen = choose_cut(module.graph, cut, 8, load_target("h100"), LLAMA)
+        assert chosen.wins is wins
+        schedule = choose_schedule(LLAMA, tokens, 8, "h100")["weave"]
+        assert str(schedule) in chosen.told
+        if wins:
+            assert chosen.cut.sizes(tokens) == schedule.split
