@@ -178,7 +178,8 @@ class ParallelCompiler(Compiler):
             told = f"not predicted to be quicker: {told}"
             form.plan.refused.append(_weaving(at, form.label, "cost", told))
             return form, form.run
-        woven = self._form(program, fuse=form.fused, cut=self._agreed(chosen.cut))
+        cut = self._agreed(chosen.cut)
+        woven = self._form(program, fuse=form.fused, cut=cut)
         if self.weave == "measured":
             quicker, before, after = self._quicker(program, form.run, woven.run)
             told = f"{told}: {before:.2e} s whole, {after:.2e} s in two parts, run here"
@@ -187,7 +188,7 @@ class ParallelCompiler(Compiler):
             if not quicker:
                 form.plan.refused.append(_weaving(at, form.label, "cost", f"not quicker: {told}"))
                 return form, form.run
-        return self._parted(form, woven, chosen.cut, told, at)
+        return self._parted(form, woven, cut, told, at)
 
     def _agreed(self, cut: token_weave.Cut) -> token_weave.Cut:
         """One cut for all ranks, whose machines may have other numbers of cores."""
@@ -200,6 +201,7 @@ class ParallelCompiler(Compiler):
         """The woven form, with what was decided before it, and what runs calls of any size."""
         decided = [d for d in form.plan.refused if d.refused_by == "cost" and d.rewrite == NAME]
         woven.plan.refused += decided
+        woven.plan.kernels += [k for k in form.plan.kernels if k not in woven.plan.kernels]
         for sentence in form.plan.notes:
             if sentence not in woven.plan.notes and "all_reduce ->" not in sentence:
                 woven.plan.note(sentence)
