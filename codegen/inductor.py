@@ -69,6 +69,13 @@ _TRAINING: dict[str, Any] = {
 }
 
 
+_SENDING: dict[str, Any] = {
+    # To free memory early it would wait for each collective where it is sent; the graph's own order
+    # has other work between the two (`passes.parallel.in_turn`).
+    "reorder_for_peak_memory": False,
+}
+
+
 class NoCompiler(BackendMissing):
     """Inductor needs a C++ compiler and there is none; eager lowering needs none."""
 
@@ -236,7 +243,7 @@ def _lower(
         torch.inference_mode(False),
         torch.set_grad_enabled(training),
         tracing(context),
-        config.patch({**_SETTINGS, **(_TRAINING if training else {})}),
+        config.patch(_settings(module, training)),
         torch.compiler.config.patch(cache_key_tag=code_version()),
         warnings.catch_warnings(),
     ):
@@ -248,6 +255,14 @@ def _lower(
         held = (environment.simplify(g.expr) for g in environment.guards[known:])
         assumed = [condition for condition in held if condition != sympy.true]
     return run, input_check(values, assumed)
+
+
+def _settings(module: fx.GraphModule, training: bool) -> dict[str, Any]:
+    """What Inductor is told for this graph."""
+    sends = any(
+        getattr(node.target, "namespace", "") == "_c10d_functional" for node in module.graph.nodes
+    )
+    return {**_SETTINGS, **(_TRAINING if training else {}), **(_SENDING if sends else {})}
 
 
 def _filled(outputs: list[Any], values: Sequence[Any]) -> tuple[Any, ...]:

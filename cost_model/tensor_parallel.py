@@ -182,6 +182,20 @@ def waves(tokens: int, columns: int, cores: int, tile: int = 128) -> int:
     return ceil(ceil(tokens / tile) * ceil(columns / tile) / cores)
 
 
+def wave_split(tokens: int, columns: int, cores: int, tile: int = 128) -> tuple[int, int]:
+    """The sizes of two parts whose waves are fewest in sum, the most even of those, the first the
+    larger: of the halves and of multiples of a tile around the middle. (1, 0) of one token."""
+    half = ceil(tokens / (2 * tile)) * tile
+    firsts = {half + k * tile for k in (-1, 0, 1, 2)} | {ceil(tokens / 2)}
+    splits = [(a, tokens - a) for a in sorted(firsts) if 0 < a < tokens] or [(tokens, 0)]
+
+    def cost(split: tuple[int, int]) -> tuple[int, int, int]:
+        rounds = sum(waves(n, columns, cores, tile) for n in split)
+        return rounds, abs(split[0] - split[1]), split[1]
+
+    return min(splits, key=cost)
+
+
 def choose_schedule(
     stack: Stack,
     tokens: int,

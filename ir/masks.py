@@ -8,6 +8,7 @@ diagonal (`torch.tril`'s convention); any other atom stays a mask. An additive m
 
 import math
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,58 @@ def analyse(node: fx.Node | None) -> Mask:
         if proven.rest is None and (proven.diagonal is None or proven.diagonal.is_nonnegative):
             return proven
     return Mask(None, node)
+
+
+def closed_beyond(node: fx.Node, base: sympy.Expr) -> str:
+    """Why a row i of a mask might let keys beyond i + base be read; "" where it is proven that
+    none does, and that the other keys' weights do not depend on how many those are.
+
+    An additive fill that is a number takes all keys alike in a row that keeps none, so of such a
+    mask it must be proven too that each row keeps one.
+    """
+    condition, finite = node, False
+    if node.meta["val"].dtype != torch.bool:
+        kept = _kept_by_addition(node)
+        if kept is None:
+            return f"adds '{node.name}' to the scores, which is not known to exclude keys"
+        condition = kept
+        fill = scalar_value(through_views(node).args[2])
+        finite = fill is not None and math.isfinite(fill)
+    atoms = list(_atoms(condition))
+    found = (_diagonal(a, leaf.meta["val"].dim()) for a, leaf in atoms if a is not None)
+    closing = [d for d in found if d is not None and sympy.expand(base - d).is_nonnegative]
+    if not closing:
+        return f"has a mask, '{node.name}', that is not known to be causal"
+    if finite:
+        kept = all(a is not None and _kept_at(a, closing[0], leaf) for a, leaf in atoms)
+        if not (kept and closing[0].is_nonnegative):
+            return (
+                f"adds '{node.name}', a number where keys are excluded, and a row may keep none:"
+                " such rows read all keys alike"
+            )
+    return ""
+
+
+def _kept_at(atom: sympy.Basic, diagonal: sympy.Expr, leaf: fx.Node) -> bool:
+    """Does the atom hold for j = i + diagonal in every row?"""
+    rank = leaf.meta["val"].dim()
+    row = index_symbol(rank - 2)
+    return _always(atom.subs({index_symbol(rank - 1): row + diagonal}), leaf)
+
+
+def _atoms(node: fx.Node) -> Iterator[tuple[sympy.Basic | None, fx.Node]]:
+    """What a boolean mask is the conjunction of, None for what is unknown, and whose indices it is
+    in."""
+    inner = through_views(node)
+    if getattr(inner.target, "overloadpacket", None) in _AND and not writes(inner):
+        for operand in inner.args:
+            yield from _atoms(operand)  # pyright: ignore[reportArgumentType]
+        return
+    known = element(node)
+    # A dimension of size 1 is read at index 0 wherever it is broadcast to.
+    single = {index_symbol(d): 0 for d, size in enumerate(shape_of(node)) if size == 1}
+    for atom in (None,) if known is None else sympy.And.make_args(known.subs(single)):
+        yield atom, node
 
 
 def _kept_by_addition(node: fx.Node) -> fx.Node | None:

@@ -5,7 +5,8 @@
 A chain of `SITES` sums over the ranks, each added to the residual and normalised, runs on gloo
 ranks of this machine: as it is (all_reduce, then everything on every rank) and as
 `allreduce_rms_norm` writes it, both compiled the same way, in turn. A time is the slowest rank's
-median; the third column is `fuse="measured"`, which runs both when it compiles and takes one.
+median; the third column is `fuse="measured"`, which runs both when it compiles and takes one. The
+last two are what the cost model predicts with gloo's latency and speed here, measured first.
 """
 
 import multiprocessing
@@ -69,7 +70,9 @@ def rows_of(
             x = torch.randn(1, tokens, size, generator=torch.Generator().manual_seed(0)).to(dtype)
             chain = Chain(size, ranks.name).to(dtype).eval()
             built = {
-                form: parallelize(chain, split=False, fuse=form, weave="never", lowering=lowering)
+                form: parallelize(
+                    chain, split=False, target=target, fuse=form, weave="never", lowering=lowering
+                )
                 for form in FORMS
             }
             first, *others = (built[form](x).double() for form in FORMS)
@@ -78,15 +81,22 @@ def rows_of(
             taken: dict[str, list[float]] = {form: [] for form in FORMS}
             for _ in range(rounds + 1):
                 for form in FORMS:
-                    ranks.largest([0.0])  # a barrier
+                    ranks.barrier()
                     start = time.perf_counter()
                     built[form](x)
                     taken[form].append((time.perf_counter() - start) / SITES)
             seconds = ranks.largest([statistics.median(taken[form][1:]) for form in FORMS])
             taken_by = built["measured"].plan.applied
             shard = any(d.rewrite == "allreduce_rms_norm" for d in taken_by)
+            timed = built["measured"]._ridgeline.compile_program.timed
             rows.append(
-                {"shape": (tokens, size), "dtype": name, "seconds": seconds, "shard": shard}
+                {
+                    "shape": (tokens, size),
+                    "dtype": name,
+                    "seconds": seconds,
+                    "predicted": [s / SITES for t in timed for s in t.predicted],
+                    "shard": shard,
+                }
             )
     return rows
 
@@ -131,15 +141,19 @@ def table(world: int, rows: list[dict[str, Any]]) -> Table:
     result = Table(
         title=f"{world} gloo ranks: one residual add and norm, us (median of the slowest)"
     )
-    for heading in ("tokens, size", "dtype", "on all", "on a shard", "measured", "ratio", "taken"):
+    for heading in (
+        *("tokens, size", "dtype", "on all", "on a shard", "measured", "ratio", "taken"),
+        *("on all, predicted", "on a shard, predicted"),
+    ):
         result.add_column(heading, justify="right")
     for row in rows:
         whole, _, chosen = row["seconds"]
         figures = [f"{seconds * 1e6:,.0f}" for seconds in row["seconds"]]
         tokens, size = row["shape"]
         taken = "shard" if row["shard"] else "all"
+        predicted = [f"{seconds * 1e6:,.0f}" for seconds in row["predicted"]] or ["-", "-"]
         ratio = f"{whole / chosen:.2f}x"
-        result.add_row(f"{tokens}, {size}", row["dtype"], *figures, ratio, taken)
+        result.add_row(f"{tokens}, {size}", row["dtype"], *figures, ratio, taken, *predicted)
     return result
 
 

@@ -8,6 +8,7 @@ device, and it tells which ranks have said nothing.
 
 import contextlib
 import json
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,11 +115,18 @@ class Ranks:
             )
 
     def largest(self, values: Sequence[float]) -> list[float]:
-        """Each of `values` where it is largest: a decision on them is one for all ranks."""
+        """Each of `values` where it is largest: a decision on them is one for all ranks.
+
+        Raises RankLost as `agree` does: at once where a rank says that it failed.
+        """
+        said = self._exchange({"subject": "what they measured", "values": list(values)})
+        columns = zip(*(each["values"] for each in said), strict=True)
+        return [math.nan if any(map(math.isnan, c)) else max(c) for c in columns]
+
+    def barrier(self) -> None:
+        """Return on all ranks within microseconds, as the transport allows."""
         device = "cpu" if "cpu" in map(str, self.group._device_types) else "cuda"
-        held = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
-        return held.tolist()
+        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -128,7 +136,19 @@ class Ranks:
         except (RankMismatch, RankLost):
             raise  # the others know, or are gone
         except Exception as error:
-            self._say(_TURNS.get(self.group, 0), {"failed": f"{type(error).__name__}: {error}"})
+            self._say_failed(error)
+            raise
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What raises inside, where the others may be waiting in a collective for this rank, is
+        made known to them at once: the group is of no use any more, and is given up."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_broken(error):
+                self._say_failed(error)
+                self.group.abort()
             raise
 
     def guarded(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,9 +160,9 @@ class Ranks:
             except RankLost:
                 raise
             except RuntimeError as error:
-                text = str(error).lower()
-                if not isinstance(error, dist.DistError) and not any(t in text for t in _BROKEN):
+                if not _is_broken(error):
                     raise
+                self._refuse_failed([self._heard(key) for key in self._keys()])
                 raise RankLost(
                     f"rank {self.rank} of {self.world} waited for another rank, which has ended or"
                     f" did not answer within the group's timeout ({str(error).strip()}); look"
@@ -151,12 +171,12 @@ class Ranks:
 
         return guarded
 
-    def _exchange(self, facts: dict[str, str]) -> list[dict[str, str]]:
+    def _exchange(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """What each rank says at this turn, by rank."""
         turn = _TURNS.get(self.group, 0)
         _TURNS[self.group] = turn + 1
         self._say(turn, facts)
-        keys = [_key(turn, r) for r in range(self.world)]
+        keys = self._keys(turn)
         missing = self._await(keys)
         if missing:
             raise RankLost(
@@ -169,12 +189,30 @@ class Ranks:
         self._store.set(f"{keys[self.rank]}/read", b"")
         heard = [key for key, each in zip(keys, said, strict=True) if "failed" not in each]
         self._await([f"{key}/read" for key in heard])
+        self._refuse_failed(said)
+        return said
+
+    def _refuse_failed(self, said: Sequence[Mapping[str, Any]]) -> None:
         for rank, each in enumerate(said):
             if "failed" in each:
                 raise RankLost(f"rank {rank} of {self.world} failed: {each['failed']}")
-        return said
 
-    def _say(self, turn: int, facts: Mapping[str, str]) -> None:
+    def _heard(self, key: str) -> dict[str, Any]:
+        """What is said there; nothing where the store is gone with its rank."""
+        try:
+            return json.loads(self._store.get(key)) if self._store.check([key]) else {}
+        except RuntimeError:
+            return {}
+
+    def _keys(self, turn: int | None = None) -> list[str]:
+        """Where each rank says something at a turn, the one that is to come unless given."""
+        turn = _TURNS.get(self.group, 0) if turn is None else turn
+        return [_key(turn, rank) for rank in range(self.world)]
+
+    def _say_failed(self, error: Exception) -> None:
+        self._say(_TURNS.get(self.group, 0), {"failed": f"{type(error).__name__}: {error}"})
+
+    def _say(self, turn: int, facts: Mapping[str, Any]) -> None:
         self._store.set(_key(turn, self.rank), json.dumps(dict(facts)))
 
     @property
@@ -196,6 +234,13 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long the collectives of a group wait."""
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", distributed_c10d.default_pg_timeout)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Is it what a transport says of a rank that is gone?"""
+    text = str(error).lower()
+    known = isinstance(error, dist.DistError) or any(t in text for t in _BROKEN)
+    return isinstance(error, RuntimeError) and known
 
 
 def _key(turn: int, rank: int) -> str:

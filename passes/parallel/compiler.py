@@ -16,11 +16,14 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
+from ridgeline.cost_model import Stack
+from ridgeline.cost_model.transport import Transport, transport_of
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
@@ -33,6 +36,11 @@ from ridgeline.passes.observe import outputs_of, rehearsal
 from ridgeline.passes.parallel import token_weave
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
+from ridgeline.passes.parallel.apart import apart
+from ridgeline.passes.parallel.collectives import collectives, normal_form
+from ridgeline.passes.parallel.expected import expected_seconds
+from ridgeline.passes.parallel.in_turn import in_turn
+from ridgeline.passes.parallel.parts import Parts
 from ridgeline.passes.parallel.predicted import predicted
 from ridgeline.passes.parallel.rewrite import (
     ParallelDefect,
@@ -41,7 +49,7 @@ from ridgeline.passes.parallel.rewrite import (
     refusal,
     rewrite_collectives,
 )
-from ridgeline.passes.plan import Decision, Plan
+from ridgeline.passes.plan import Decision, Plan, RefusedBy
 from ridgeline.passes.settle import rounding_limit
 
 ROUNDS = 7
@@ -53,16 +61,33 @@ other's: less cannot be told from noise."""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """One way to run a graph. module: the graph as it was lowered; plan: its own account."""
+    """One way to run a graph. module: the graph as it was lowered; plan: its own account; fused:
+    whether norms were to move to a shard; expected: seconds that this machine is predicted to take
+    for it, None where that is not known."""
 
     run: Callable[..., Any]
     module: fx.GraphModule
     plan: Plan
     label: str
+    fused: bool
+    expected: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timed:
+    """Seconds of two forms of one graph: as it was, and the other."""
+
+    measured: tuple[float, float]
+    predicted: tuple[float, float]
+
+
+def _weaving(at: str, label: str, by: RefusedBy | None, reason: str) -> Decision:
+    return Decision(token_weave.NAME, at, "reassociating", by, reason, label)
 
 
 class ParallelCompiler(Compiler):
-    """`Compiler` for a rank's model; splits: weight -> how it is split, as `propagate` takes it."""
+    """`Compiler` for a rank's model; splits: weight -> how it is split, as `propagate` takes it;
+    stack: the model's shape, by which a GPU's schedule is predicted."""
 
     def __init__(
         self,
@@ -71,11 +96,16 @@ class ParallelCompiler(Compiler):
         ranks: Ranks,
         splits: dict[str, str],
         fuse: When,
-        weave: Literal["measured", "always", "never"],
+        weave: When,
+        stack: Stack | None = None,
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
         self.ranks, self.splits, self.fuse, self.weave = ranks, splits, fuse, weave
+        self.stack = stack
+        self.cut: token_weave.Cut | None = None
+        self._links: Transport | None = None
+        self.timed: list[Timed] = []
         self._before: fx.GraphModule | None = None
 
     def __call__(self, program: Program) -> Callable[..., Any]:
@@ -92,8 +122,7 @@ class ParallelCompiler(Compiler):
         return self.ranks.guarded(run)
 
     def _chosen(self, program: Program) -> tuple[Form, Callable[..., Any]]:
-        form = self._sharded_or_not(program)
-        return form, self._woven_or_not(form, program)
+        return self._woven_or_not(self._sharded_or_not(program), program)
 
     def _sharded_or_not(self, program: Program) -> Form:
         """The graph with norms on a shard of the tokens where that is quicker, or asked for."""
@@ -106,8 +135,11 @@ class ParallelCompiler(Compiler):
             return shard  # nothing to choose, and its plan says why
         quicker, before, after = self._quicker(program, whole.run, shard.run)
         told = f"{before:.2e} s with norms on all tokens, {after:.2e} s on a shard, run here"
+        chosen = shard if quicker else whole
+        chosen.plan.note(
+            f"{chosen.label}: {told}{self._beside(whole, shard, before, after, quicker)}"
+        )
         if quicker:
-            shard.plan.note(f"{shard.label}: {told}")
             return shard
         whole.plan.refused += [
             dataclasses.replace(d, refused_by="cost", reason=f"not quicker: {told}", variant="")
@@ -126,52 +158,98 @@ class ParallelCompiler(Compiler):
             form.plan.kernels.append(answer.kernel)
         return form
 
-    def _woven_or_not(self, form: Form, program: Program) -> Callable[..., Any]:
-        """The form's own run, or two halves of it in turn."""
+    def _woven_or_not(self, form: Form, program: Program) -> tuple[Form, Callable[..., Any]]:
+        """The form, or two parts of its tokens in turn where a call has them."""
         if self.weave == "never":
-            return form.run
-        reject = token_weave.refusal(form.module)
-        if self.lowering == "inductor" and reject is None:
-            needed = 'pass lowering="eager"'
-            end = form.module.graph.output_node()
-            reject = Reject("Inductor compiles the graph as one piece", end, needed)
-        if reject is not None:
-            form.plan.refused.append(refusal(reject, form.label, "precondition", token_weave.NAME))
-            return form.run
-        woven = token_weave.Woven(form.module)
-        with rehearsal(program) as a, rehearsal(program) as b:
-            error = relative_error(woven(*a), form.run(*b))
-        (error,) = self.ranks.largest([error])
-        quicker, before, after = self._quicker(program, form.run, woven)
-        told = f"{before:.2e} s whole, {after:.2e} s in two halves, run here"
-        by, reason = None, ""
-        if error > (limit := rounding_limit(form.module)):
-            by, reason = "certificate", f"moves the outputs by {error:.1e}, allowed {limit:.0e}"
-        elif self.weave == "measured" and not quicker:
-            by, reason = "cost", f"not quicker: {told}"
-        variant = "" if by else f"two halves of the batch in {woven.segments} segments each"
-        at = location(form.module.graph.output_node())
-        line = Decision(
-            token_weave.NAME, at, "reassociating", by, reason, form.label, variant=variant
-        )
-        (form.plan.refused if by else form.plan.applied).append(line)
-        if by:
-            return form.run
-        form.plan.note(f"{form.label}: {told}")
-        return woven
+            return form, form.run
+        module, _ = copy_graph(program.module)
+        normal_form(normalize(module))
+        cut = token_weave.find_cut(module.graph, asked=self.weave == "always")
+        if isinstance(cut, Reject):
+            form.plan.refused.append(refusal(cut, form.label, "precondition", token_weave.NAME))
+            return form, form.run
+        world, target = self.ranks.world, self.target
+        chosen = token_weave.choose_cut(module.graph, cut, world, target, self.stack)
+        if chosen.told:
+            form.plan.note(f"{form.label}, predicted for {target.name}: {chosen.told}")
+        told = chosen.said
+        at = location(module.graph.output_node())
+        if self.weave == "predicted" and not chosen.wins:
+            told = f"not predicted to be quicker: {told}"
+            form.plan.refused.append(_weaving(at, form.label, "cost", told))
+            return form, form.run
+        cut = self._agreed(chosen.cut)
+        woven = self._form(program, fuse=form.fused, cut=cut)
+        if self.weave == "measured":
+            quicker, before, after = self._quicker(program, form.run, woven.run)
+            told = f"{told}: {before:.2e} s whole, {after:.2e} s in two parts, run here"
+            compared = self._beside(form, woven, before, after, quicker)
+            form.plan.note(f"{form.label}: {told}{compared}")
+            if not quicker:
+                form.plan.refused.append(_weaving(at, form.label, "cost", f"not quicker: {told}"))
+                return form, form.run
+        return self._parted(form, woven, cut, told, at)
 
-    def _form(self, program: Program, *, fuse: bool) -> Form:
+    def _agreed(self, cut: token_weave.Cut) -> token_weave.Cut:
+        """One cut for all ranks, whose machines may have other numbers of cores."""
+        tile, ahead = map(int, self.ranks.largest([cut.tile, cut.ahead]))
+        return dataclasses.replace(cut, tile=tile, ahead=ahead)
+
+    def _parted(
+        self, form: Form, woven: Form, cut: token_weave.Cut, told: str, at: str
+    ) -> tuple[Form, Callable[..., Any]]:
+        """The woven form, with what was decided before it, and what runs calls of any size."""
+        decided = [d for d in form.plan.refused if d.refused_by == "cost" and d.rewrite == NAME]
+        woven.plan.refused += decided
+        woven.plan.kernels += [k for k in form.plan.kernels if k not in woven.plan.kernels]
+        for sentence in form.plan.notes:
+            if sentence not in woven.plan.notes and "all_reduce ->" not in sentence:
+                woven.plan.note(sentence)
+        line = _weaving(at, woven.label, None, "")
+        woven.plan.applied.append(dataclasses.replace(line, variant=told))
+
+        def run(*flat: Any) -> Any:
+            return (woven if cut.holds(flat) else form).run(*flat)
+
+        return woven, run
+
+    def _form(self, program: Program, *, fuse: bool, cut: token_weave.Cut | None = None) -> Form:
         """The program compiled one way, with an account of its own; `program` is not changed."""
         own = copy.copy(self)
         own.plan = Plan(self.plan.target, self.plan.tolerance)
         own.plan.predicted = dict(self.plan.predicted)  # names of graphs go on from there
         own._labels = {}
-        own.fuse = "always" if fuse else "never"
+        own.fuse, own.cut = "always" if fuse else "never", cut
         module, _ = copy_graph(program.module)
         copied = dataclasses.replace(program, module=module)
         rewritten = own.rewrite(copied)
+        expected = None
+        if transport := self._transport():
+            expected = expected_seconds(rewritten.graph, transport, self.target)
         run = own.lower(rewritten, copied)
-        return Form(run, rewritten, own.plan, own._labels[id(copied)])
+        # A rank that could not compile has said so: the others must not wait for it in a run.
+        self.ranks.agree("a compiled form", {})
+        return Form(run, rewritten, own.plan, own._labels[id(copied)], fuse, expected)
+
+    def _transport(self) -> Transport | None:
+        """What the ranks' transport takes here, measured once; None where this machine is not what
+        is compiled for, or nothing is chosen by running it."""
+        if self.target.kind != "cpu" or "measured" not in (self.fuse, self.weave):
+            return None
+        if self._links is None and dist.get_backend(self.ranks.group) == "gloo":
+            self._links = transport_of(self.ranks.group)
+            self.plan.note(f"gloo between {self._links}")
+        return self._links
+
+    def _beside(self, now: Form, other: Form, before: float, after: float, quicker: bool) -> str:
+        """Both times as predicted, and whether by them the choice would be the same."""
+        if now.expected is None or other.expected is None:
+            return ""
+        first, second = self.ranks.largest([now.expected, other.expected])
+        self.timed.append(Timed((before, after), (first, second)))
+        agrees = (second < WIN * first) == quicker
+        verdict = "the same choice" if agrees else "the other choice"
+        return f"; predicted {first:.2e} s and {second:.2e} s: {verdict}"
 
     def _quicker(
         self, program: Program, now: Callable[..., Any], other: Callable[..., Any]
@@ -181,8 +259,8 @@ class ParallelCompiler(Compiler):
         taken: list[list[float]] = [[], []]
         for _ in range(ROUNDS + 1):
             for run, times in zip((now, other), taken, strict=True):
-                with rehearsal(program) as inputs:
-                    self.ranks.largest([0.0])  # a barrier
+                with rehearsal(program) as inputs, self.ranks.running():
+                    self.ranks.barrier()
                     start = time.perf_counter()
                     outputs = run(*inputs)
                     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in outputs):
@@ -194,11 +272,15 @@ class ParallelCompiler(Compiler):
         return after < WIN * before and second < first, before, after
 
     def rewrite(self, program: Program) -> fx.GraphModule:
-        module, label = program.module, self.plan.label(program.phase)
+        given, module, label = program, program.module, self.plan.label(program.phase)
         self._before, _ = copy_graph(module)
         with program.spent("collectives"):
+            normal_form(normalize(module))
+            if self.cut is not None:
+                module = apart(module, Parts(module.graph, self.cut.symbol), self.cut)
+                program = dataclasses.replace(program, module=module)
             account = rewrite_collectives(
-                normalize(module),
+                module,
                 self.ranks,
                 splits=self.splits,
                 results=program.results,
@@ -210,6 +292,12 @@ class ParallelCompiler(Compiler):
         for sentence in account.notes:
             self.plan.note(sentence)
         rewritten = super().rewrite(program)
+        self._labels[id(given)] = self._labels.pop(id(program))
+        if self.cut is not None:
+            in_turn(rewritten.graph)
+            rewritten.recompile()
+            sends = "; ".join(collectives(rewritten.graph))
+            self.ranks.agree(f"the order of what the {label} graph sends", {"sends": sends})
         check_counts(rewritten, account)
         return rewritten
 
@@ -227,14 +315,15 @@ class ParallelCompiler(Compiler):
         with program.spent("fold weights"):
             origin = {c.rewrite.prepare(c, setting): c for c in sound}
         assert self._before is not None
-        with program.spent("measure"):
+        with program.spent("measure"), self.ranks.running():
             expected = outputs_of(self._before, program)
             error = relative_error(outputs_of(apply(module, list(origin)), program), expected)
-            (error,) = self.ranks.largest([error])
+        (error,) = self.ranks.largest([error])
         self._before = None
         if error > (limit := rounding_limit(module)):
+            way = "fuse" if self.cut is None else "weave"
             raise ParallelDefect(
                 f"the rewritten graph moves the outputs by {error:.1e}, where rounding explains"
-                f' {limit:.0e}; please report it, and pass fuse="never" until then'
+                f' {limit:.0e}; please report it, and pass {way}="never" until then'
             )
         return origin, list(origin), {}, error

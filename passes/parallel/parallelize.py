@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ridgeline.cost_model import Target, load_target
+from ridgeline.cost_model import InvalidStack, Stack, Target, load_target, stack_of
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
@@ -31,7 +31,7 @@ def parallelize(
     target: str | Target = "native",
     split: bool = True,
     fuse: When | None = None,
-    weave: Literal["measured", "always", "never"] = "measured",
+    weave: When | None = None,
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
     timeout: timedelta | None = None,
@@ -48,8 +48,8 @@ def parallelize(
         both forms compiled and run ("measured"), where the cost model expects it of the target, a
         GPU ("predicted"), wherever they can ("always"), or not ("never"). None: "predicted" for a
         GPU that is not here, else "measured".
-    weave: whether two halves of the batch run in turn (`token_weave`), with lowering="eager" only;
-        `ridgeline.cost_model.choose_schedule` predicts it for a whole prefill.
+    weave: whether two parts of the tokens run in turn (`token_weave`), as for fuse; of a prefill
+        of a GPU's `ridgeline.cost_model.choose_schedule` predicts it.
     passes, target, lowering, max_graphs: as `ridgeline.optimize` takes them.
     timeout: how long to wait for other ranks to agree; the group's own unless given.
 
@@ -67,7 +67,8 @@ def parallelize(
     ranks = Ranks.of(mesh, timeout)
     machine = load_target(target)
     absent = machine.kind != "cpu" and not torch.cuda.is_available()
-    fuse = fuse or ("predicted" if absent else "measured")
+    usual: When = "predicted" if absent else "measured"
+    fuse, weave = fuse or usual, weave or usual
     with ranks.together():
         plan = plan_parallel(model, ranks.world) if split else None
         compiler = ParallelCompiler(
@@ -76,6 +77,7 @@ def parallelize(
             splits=split_parameters(plan, model) if plan else {},
             fuse=fuse,
             weave=weave,
+            stack=_stack(model),
             passes=[p for p in passes if p.exactness != "approximate"],
             lowering=lowering,
         )
@@ -87,6 +89,14 @@ def parallelize(
     for sentence in told(plan, ranks.rank) if plan else ():
         compiler.plan.note(sentence)
     return optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
+
+
+def _stack(model: nn.Module) -> Stack | None:
+    """The model's shape, where it has a config that says it."""
+    try:
+        return stack_of(getattr(model, "config", None))
+    except InvalidStack:
+        return None
 
 
 def told(plan: ParallelPlan, rank: int) -> list[str]:

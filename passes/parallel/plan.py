@@ -13,6 +13,8 @@ Source: Shoeybi et al., Megatron-LM, 2019 (arXiv:1909.08053), section 3.
 """
 
 import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +53,8 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class ParallelPlan:
-    """What each of `world` ranks holds: the splits, the modules refused, bytes a rank."""
+    """What each of `world` ranks holds: the splits, the modules and layers that are held by all,
+    with the reason, bytes a rank."""
 
     world: int
     splits: tuple[Split, ...]
@@ -231,9 +234,38 @@ def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
         )
     ends, kept = vocabulary(model, world)
     plan = (*splits, *ends)
+    kept += unknown(model, splits, ends, (*refused, *kept))
     whole = {id(p): p.nbytes for p in model.parameters()}
     per_rank = tuple(rank_bytes(model, plan, whole, rank) for rank in range(world))
     return ParallelPlan(world, plan, (*refused, *kept), per_rank, sum(whole.values()))
+
+
+def unknown(
+    model: nn.Module,
+    splits: Sequence[Split],
+    ends: Sequence[Split],
+    refused: Sequence[tuple[str, str]],
+) -> list[tuple[str, str]]:
+    """The linear layers that are in no module whose layers' names are known, with the bytes that
+    every rank holds of them. Layers that differ in numbers alone share a line."""
+    named = {f"{s.path}.{name}" for s in splits for name in (*s.columns, s.row)}
+    named |= {split.path for split in ends}
+    inside = tuple(f"{path}." for path, _ in refused if path)
+    found: dict[str, list[int]] = {}
+    for path, module in model.named_modules():
+        if not is_linear(module) or path in named:
+            continue
+        if path not in dict(refused) and not path.startswith(inside):
+            held = sum(p.nbytes for p in module.parameters())
+            found.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(held)
+    return [
+        (
+            path,
+            f"no split of a layer of this name is known; {len(held)} of"
+            f" {sum(held) / 1e6:,.1f} MB on every rank",
+        )
+        for path, held in found.items()
+    ]
 
 
 def rank_bytes(

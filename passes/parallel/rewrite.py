@@ -7,6 +7,7 @@ to a compiler, where DTensor's redistributions have become functional collective
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_toke
 from ridgeline.passes.parallel.collectives import collectives, count, normal_form
 from ridgeline.passes.parallel.layouts import propagate
 from ridgeline.passes.parallel.signature import digest_of
-from ridgeline.passes.parallel.token_region import Region, find_region
+from ridgeline.passes.parallel.token_region import PART, Region, find_regions
 from ridgeline.passes.plan import Decision, RefusedBy
 
 When = Literal["measured", "predicted", "always", "never"]
@@ -66,29 +67,33 @@ def rewrite_collectives(
     graph = module.graph
     merged = normal_form(module)
     layouts = propagate(graph, splits or {}, results)
-    region, rejects = find_region(graph, ranks.name, ranks.world, layouts)
+    regions, rejects = find_regions(graph, ranks.name, ranks.world, layouts)
     ranks.agree(
         f"the captured {label} graph",
         {
             "collectives": "; ".join(collectives(graph)),
-            "norms on a shard": region_text(region),
-            "their weights": digest_of(replicated_weights(module, region)),
+            "norms on a shard": "; ".join(map(region_text, regions)),
+            "their weights": digest_of(replicated_weights(module, regions)),
         },
     )
     account = Account(count(graph))
     account.refused += [refusal(r, label, "precondition") for r in rejects]
     if merged:
         account.notes.append(f"{label}: {merged} all_gather of values gathered before are left out")
-    if region is None or not fuse:
+    if not regions or not fuse:
         return account
     by_parts = dist.get_backend(ranks.group) == "gloo"
-    seeds, exits = len(region.seeds), len(region.exits)
+    seeds, exits = sum(len(r.seeds) for r in regions), sum(len(r.exits) for r in regions)
     sends = "all_to_all_single" if by_parts else "reduce_scatter_tensor"
-    account.applied += [applied(seed, label, sends) for seed in region.seeds]
+    account.applied += [applied(seed, label, sends) for r in regions for seed in r.seeds]
     account.notes.append(f"{label}: {seeds} all_reduce -> {seeds} {sends}, {exits} all_gather")
     account.expected += Counter({sends: seeds, "all_gather_into_tensor": exits})
     account.expected -= Counter(all_reduce=seeds)
-    shard_tokens(module, region, Place(ranks.name, ranks.world, ranks.rank, by_parts))
+    for region in regions:
+        part, before = region.seeds[0].meta.get(PART), set(graph.nodes)
+        shard_tokens(module, region, Place(ranks.name, ranks.world, ranks.rank, by_parts))
+        for node in set(graph.nodes) - before:
+            node.meta[PART] = part
     propagate(graph, splits or {}, results)
     check_counts(module, account)
     return account
@@ -115,14 +120,16 @@ def refusal(reject: Reject, label: str, by: RefusedBy, name: str = NAME) -> Deci
     )
 
 
-def region_text(region: Region | None) -> str:
+def region_text(region: Region) -> str:
     """The nodes of a region, and which of them are gathered."""
-    return "" if region is None else " ".join(map(str, (*region.nodes, "->", *region.exits)))
+    return " ".join(map(str, (*region.nodes, "->", *region.exits)))
 
 
-def replicated_weights(module: fx.GraphModule, region: Region | None) -> list[tuple[str, Tensor]]:
-    """The weights that a region reads, each of which every rank must hold alike."""
-    nodes = region.nodes if region is not None else ()
+def replicated_weights(
+    module: fx.GraphModule, regions: Sequence[Region]
+) -> list[tuple[str, Tensor]]:
+    """The weights that regions read, each of which every rank must hold alike."""
+    nodes = [node for region in regions for node in region.nodes]
     read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
     names = sorted(str(n.target) for n in read)
     return [(name, _attribute(module, name)) for name in names]

@@ -9,7 +9,7 @@ In a transformer the residual adds and the norms are such a region, and the exit
 norms give to the next projections. A residual stays in it from layer to layer.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -32,6 +32,8 @@ from ridgeline.passes.parallel.rows import (
 )
 
 functional = torch.ops._c10d_functional
+PART = "part"
+"""Metadata of a graph in two parts (`apart`): 0 or 1, of what a part computes for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +62,34 @@ def all_reduces(graph: fx.Graph) -> list[fx.Node]:
     ]
 
 
-def find_region(
+def find_regions(
     graph: fx.Graph, group: str, world: int, layouts: Mapping[fx.Node, Layout]
+) -> tuple[list[Region], list[Reject]]:
+    """The regions of the graph's all-reduces over `group`, one for each part that it is computed
+    in, and why others are in none."""
+    regions: list[Region] = []
+    rejects: list[Reject] = []
+    sums = all_reduces(graph)
+    for part in dict.fromkeys(wait.meta.get(PART) for wait in sums):
+        own = [wait for wait in sums if wait.meta.get(PART) == part]
+        region, refused = _region(graph, own, group, world, layouts)
+        regions += [region] if region is not None else []
+        rejects += refused
+    return regions, rejects
+
+
+def _region(
+    graph: fx.Graph,
+    sums: Sequence[fx.Node],
+    group: str,
+    world: int,
+    layouts: Mapping[fx.Node, Layout],
 ) -> tuple[Region | None, list[Reject]]:
-    """The region of the graph's all-reduces over `group`, and why others are in none."""
+    """The region of these all-reduces."""
     seeds: list[fx.Node] = []
     rejects: list[Reject] = []
     tokens: sympy.Expr | None = None
-    for wait in all_reduces(graph):
+    for wait in sums:
         if reject := _unfit(wait, group, world, tokens):
             rejects.append(reject)
             continue

@@ -1,185 +1,137 @@
-"""Two halves of the tokens in turn: one half's collectives run beside the other's computation.
+"""Two parts of the tokens in turn: one part's collectives run beside the other's computation.
 
-The graph is cut at its waits into segments s_0, ..., s_n, each of which begins by waiting for what
-the one before has sent. With the sequences of a batch in halves a and b:
+    parts a, b of the tokens (`parts`, `apart`), and their sends by turns (`in_turn`)
 
-    a.s_0  b.s_0  a.s_1  b.s_1  ...  a.s_n  b.s_n
-
-so between a send and its wait lies a segment of the other half. Sends are in one order on all
-ranks. A half's sequences read and extend their own cache, in the order of the segments. Only a
-graph is woven whose batch is free and in which no operation mixes sequences; routing to experts
-does, and so do sums over the batch. Source: Gond et al., TokenWeave, 2025 (arXiv:2505.11329),
-section 4, with a split between sequences in place of one within a sequence.
+Sequences of a batch are split where there are enough; else the tokens of each sequence are, where
+attention is proven causal: part b reads the keys and values of part a. Where it is cut is a matter
+of waves: with t(n) tiles of a product on n tokens, and as many of them at once as the machine has
+cores, waves(a) + waves(b) = waves(n) where that can be (`ridgeline.cost_model.wave_split`), and for
+a GPU where the schedule is predicted fastest (`choose_schedule`). Source: Gond et al., TokenWeave,
+2025 (arXiv:2505.11329), section 4.
 """
 
-import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
 
-import sympy
 import torch
-from torch import Tensor, fx
-from torch.fx.passes.split_module import split_module
+from torch import fx
 
-from ridgeline.ir.aliases import mutates
+from ridgeline.cost_model import (
+    InvalidSite,
+    InvalidStack,
+    InvalidTarget,
+    Stack,
+    Target,
+    choose_schedule,
+)
+from ridgeline.cost_model.tensor_parallel import wave_split, waves
 from ridgeline.ir.match import Reject
-from ridgeline.ir.provenance import said
-from ridgeline.ir.sizes import number
-from ridgeline.ir.symbolic import shape_of, size_expression
-from ridgeline.passes.parallel.rows import argument
+from ridgeline.ir.sizes import number, numbers
+from ridgeline.ir.symbolic import shape_of
+from ridgeline.passes.parallel.apart import Cut
+from ridgeline.passes.parallel.parts import Parts, sizes_known
 
 functional = torch.ops._c10d_functional
 NAME = "token_weave"
-SMALLEST = 4
-"""Sequences of a batch that is split: halves of one sequence leave nothing to run beside."""
-_ROUTING = (
-    *("topk", "sort", "argsort", "nonzero", "bincount", "histc", "index_add", "scatter_add"),
-    *("index_put", "scatter", "_grouped_mm", "one_hot"),
-)
+SEQUENCES = 4
+"""Of a batch that is split: halves of one sequence leave nothing to run beside."""
+TOKENS = 64
+"""Of sequences that are split, unless it is asked for: fewer are latency alone."""
+GPU_TILE, CPU_TILE = 128, 16
+"""Rows of a product that a core computes together: a thread block's, a register tile's."""
 
 
-def batch_of(graph: fx.Graph) -> sympy.Symbol | None:
-    """The size symbol of the batch: the first free first dimension of an input."""
-    for node in graph.find_nodes(op="placeholder"):
-        if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim():
-            size = shape_of(node)[0]
-            if size.is_Symbol:
-                return size
-    return None
+def find_cut(graph: fx.Graph, *, asked: bool) -> Cut | Reject:
+    """Where the graph, with collectives in normal form, can be cut in the middle, or why not.
 
-
-def refusal(module: fx.GraphModule) -> Reject | None:
-    """Why the graph cannot be woven; None where it can."""
-    graph = module.graph
+    asked: whether few tokens are split too.
+    """
+    sums = graph.find_nodes(op="call_function", target=functional.all_reduce.default)
     end = graph.output_node()
-    waits = graph.find_nodes(op="call_function", target=functional.wait_tensor.default)
-    if not waits:
-        return Reject("nothing is sent, so there is nothing to run beside", end)
-    batch = batch_of(graph)
-    if batch is None:
-        return Reject(
-            "the batch is one sequence, whose tokens read one another", end, "use larger batches"
-        )
-    hint = next(
-        number(n.meta["val"].shape[0])
-        for n in graph.find_nodes(op="placeholder")
-        if isinstance(n.meta.get("val"), Tensor) and batch in shape_of(n)
-    )
-    if hint < SMALLEST:
-        return Reject(f"{hint} sequences are fewer than {SMALLEST}", end, "use larger batches")
-    if mutates(graph):
-        return Reject("the graph writes its inputs in place", end, "use a cache that grows")
-    for node in graph.nodes:
-        if reject := _mixes(node, batch):
-            return reject
-    return None
-
-
-def _mixes(node: fx.Node, batch: sympy.Symbol) -> Reject | None:
-    """Does the node join sequences, or hold them otherwise than one after the other?"""
-    if node.op == "output":
-        for value in node.all_input_nodes:
-            shape = shape_of(value) if isinstance(value.meta.get("val"), Tensor) else []
-            if shape[:1] != [batch]:
-                return Reject(f"{said(value)}, a result, is not one part a sequence", value)
-        return None
-    here = _has(node, batch)
-    if node.op == "placeholder":
-        first, *others = shape_of(node) if here else (batch,)
-        if first == batch and not any(batch in size.free_symbols for size in others):
-            return None
-        return Reject(f"{said(node)} has the batch in another dimension than the first", node)
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    if not any(_has(n, batch) for n in node.all_input_nodes):
-        return None
-    if node.target._opname.rstrip("_") in _ROUTING:
-        return Reject(f"{said(node)} routes tokens by what others are, as experts do", node)
-    attention = node.target is torch.ops.aten.scaled_dot_product_attention.default
-    draws = argument(node, 4, "dropout_p") if attention else True
-    if draws and torch.Tag.nondeterministic_seeded in node.target.tags:
-        return Reject(f"{said(node)} draws random numbers for the whole batch", node)
-    sizes = not isinstance(node.meta.get("val"), Tensor | list | tuple)
-    if not here and not sizes:
-        return Reject(f"{said(node)} reduces the sequences of the batch to one value", node)
-    return None
-
-
-def _has(node: fx.Node, batch: sympy.Symbol) -> bool:
-    """Does a size of the node's tensors depend on the batch?"""
-    value = node.meta.get("val")
-    tensors = value if isinstance(value, list | tuple) else (value,)
-    return any(
-        batch in size_expression(size).free_symbols
-        for tensor in tensors
-        if isinstance(tensor, Tensor)
-        for size in tensor.shape
-    )
+    if not sums:
+        return Reject("nothing is summed over the ranks, so nothing can run beside", end)
+    lead = shape_of(sums[0].args[0])[:-1]
+    count = prod(numbers(sums[0].args[0].meta["val"].shape[:-1]))
+    known, whys = sizes_known(graph), [Reject(f"{count} tokens, one of each sequence", end)]
+    blocked: Reject | None = None
+    for dim, size in enumerate(lead):
+        sequences = dim == 0 and len(lead) > 1
+        if size not in known:
+            continue
+        node, own = known[size]
+        extent = number(node.meta["val"].shape[own])
+        least = SEQUENCES if sequences else (4 if asked else TOKENS)
+        if extent < least:
+            what = "sequences" if sequences else "tokens of a sequence"
+            few = Reject(f"{extent} {what} are fewer than {least}", end, "use longer prompts")
+            whys.append(few)
+            continue
+        parts = Parts(graph, size)
+        if parts.blocked is None:
+            place = list(graph.find_nodes(op="placeholder")).index(node), own
+            return Cut("sequences" if sequences else "tokens", size, place)
+        blocked = blocked or parts.blocked
+    return blocked or whys[-1]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One call of the cut graph; done: the values that nobody reads afterwards."""
+class Chosen:
+    """cut: with its tile; said: the sizes and waves of both parts; wins: what is predicted, None
+    where it is not; told: every schedule's time, or why there is none."""
 
-    node: fx.Node
-    done: tuple[fx.Node, ...]
+    cut: Cut
+    said: str
+    wins: bool | None = None
+    told: str = ""
 
 
-class Woven:
-    """The graph, run on two halves of the batch in turn. It takes and gives what the graph does."""
+def choose_cut(
+    graph: fx.Graph, cut: Cut, world: int, target: Target, stack: Stack | None
+) -> Chosen:
+    """`cut`, moved to where the target's waves are fewest, or a GPU's schedule fastest."""
+    count = _extent(graph, cut)
+    wide = [n for n in graph.nodes if n.target is torch.ops.aten.linear.default]
+    columns = max((number(n.meta["val"].shape[-1]) for n in wide), default=1)
+    if target.kind == "cpu":
+        chosen = _moved(cut, wave_split(count, columns, target.threads, CPU_TILE), CPU_TILE)
+        return Chosen(chosen, _said(chosen, count, columns, target.threads, CPU_TILE))
+    sizes, wins, told = wave_split(count, columns, target.cores, GPU_TILE), None, ""
+    try:
+        if stack is None:
+            raise InvalidStack("the model's config does not say its shape")
+        sums = graph.find_nodes(op="call_function", target=functional.all_reduce.default)
+        tokens = prod(numbers(sums[0].args[0].meta["val"].shape[:-1]))
+        schedules = choose_schedule(stack, tokens, world, target)
+        wins, told = schedules.chosen == "weave", "; ".join(map(str, schedules.schedules))
+        if cut.what == "tokens" and tokens == count and schedules["weave"].split:
+            a, b = schedules["weave"].split
+            sizes = a, b
+    except (InvalidSite, InvalidStack, InvalidTarget) as error:
+        told = f"not predicted: {error}"
+    tile = GPU_TILE if cut.what == "tokens" and sizes[0] % GPU_TILE == 0 else 1
+    chosen = _moved(cut, sizes if tile > 1 else (-(-count // 2), count // 2), tile)
+    return Chosen(chosen, _said(chosen, count, columns, target.cores, GPU_TILE), wins, told)
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        batch = batch_of(module.graph)
-        placeholders = module.graph.find_nodes(op="placeholder")
-        self.split = tuple(_has(node, batch) for node in placeholders)
-        waited = 0
-        place: dict[fx.Node, int] = {}
-        for node in module.graph.nodes:
-            waited += node.target is functional.wait_tensor.default
-            place[node] = waited
-        self.cut = split_module(module, module, place.__getitem__, keep_original_order=True)
-        nodes = list(self.cut.graph.nodes)
-        last: dict[fx.Node, fx.Node] = {n: node for node in nodes for n in node.all_input_nodes}
-        done: dict[fx.Node, list[fx.Node]] = {}
-        for value, reader in last.items():
-            done.setdefault(reader, []).append(value)
-        self.steps = [_Step(n, tuple(done.get(n, ()))) for n in nodes if n.op != "placeholder"]
-        self.inputs = [n for n in nodes if n.op == "placeholder"]
 
-    @property
-    def segments(self) -> int:
-        return sum(step.node.op == "call_module" for step in self.steps)
+def _extent(graph: fx.Graph, cut: Cut) -> int:
+    index, dim = cut.place
+    return number(list(graph.find_nodes(op="placeholder"))[index].meta["val"].shape[dim])
 
-    @torch.no_grad()
-    def __call__(self, *flat: Any) -> list[Tensor]:
-        """flat: as the graph takes them. The batch's first half is the smaller one."""
-        size = next(x.shape[0] for x, split in zip(flat, self.split, strict=True) if split)
-        if size < 2:
-            return list(self.cut(*flat))
-        middle = size // 2
-        halves = [self._inputs(flat, 0, middle), self._inputs(flat, middle, size)]
-        results: list[Sequence[Tensor]] = []
-        for step in self.steps:
-            for values in halves:
-                if step.node.op == "output":
-                    results.append(fx.node.map_arg(step.node.args[0], values.__getitem__))
-                else:
-                    values[step.node] = self._called(step.node, values)
-                for value in step.done:
-                    values.pop(value, None)
-        return [torch.cat(pair) for pair in zip(*results, strict=True)]
 
-    def _inputs(self, flat: Sequence[Any], start: int, end: int) -> dict[fx.Node, Any]:
-        held = (x[start:end] if split else x for x, split in zip(flat, self.split, strict=True))
-        return dict(zip(self.inputs, held, strict=True))
+def _moved(cut: Cut, sizes: tuple[int, int], tile: int) -> Cut:
+    """The cut whose first part has that size, for this count of tokens."""
+    if cut.what == "sequences" or sizes[0] % tile:
+        return cut
+    half = -(-sum(sizes) // (2 * tile)) * tile
+    return Cut(cut.what, cut.symbol, cut.place, tile, sizes[0] - half)
 
-    def _called(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.cut)
-        args = fx.node.map_arg(node.args, values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-        function: Callable[..., Any] = (
-            self.cut.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        )
-        return function(*args, **kwargs)
+
+def _said(cut: Cut, count: int, columns: int, cores: int, tile: int) -> str:
+    a, b = cut.sizes(count)
+    if cut.what == "sequences":
+        return f"sequences {a} + {b}"
+    rounds = [waves(n, columns, cores, tile) for n in (count, a, b)]
+    return (
+        f"tokens {a} + {b}; {columns} columns take {rounds[0]} waves of {tile} x {tile} tiles on"
+        f" {cores} cores whole, {rounds[1]} + {rounds[2]} in parts"
+    )

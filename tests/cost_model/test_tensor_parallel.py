@@ -17,7 +17,7 @@ from ridgeline.cost_model import (
     stack_of,
     tensor_parallel,
 )
-from ridgeline.cost_model.tensor_parallel import waves
+from ridgeline.cost_model.tensor_parallel import wave_split, waves
 from ridgeline.tools import tensor_parallel as tool
 from ridgeline.tools.fit_tensor_parallel import LLAMA, MODELS, models, read
 
@@ -41,6 +41,16 @@ def test_the_wave_rule() -> None:
     """Worked by hand for 8192 columns of 128 x 128 tiles on 132 cores; 8 of them may be held."""
     assert [waves(n, 8192, 132) for n in (1024, 512, 1152, 640, 576)] == [4, 2, 5, 3, 3]
     assert waves(512, 8192, 124) == 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "split"),
+    [(1024, (512, 512)), (1152, (640, 512)), (1000, (500, 500)), (9, (5, 4)), (1, (1, 0))],
+)
+def test_a_split_has_as_few_waves_as_can_be(tokens: int, split: tuple[int, int]) -> None:
+    """On the same cores; 576 + 576 would take 3 + 3 waves where 5 are enough."""
+    assert wave_split(tokens, 8192, 132) == split
+    assert sum(waves(n, 8192, 132) for n in split) == max(waves(tokens, 8192, 132), min(tokens, 2))
 
 
 def test_the_price_of_a_split_follows_the_rule() -> None:

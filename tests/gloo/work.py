@@ -1,5 +1,6 @@
 """What ranks do in the tests; each function returns plain data."""
 
+import dataclasses
 import os
 from collections import Counter
 from typing import Any
@@ -23,19 +24,23 @@ PLAIN: dict[str, Any] = {
 
 
 class Sent(TorchDispatchMode):
-    """Counts the collectives that are called, and how many are at most under way at once."""
+    """Counts the collectives that are called, and how many are at most under way at once; order:
+    of sends, s, and waits, w."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
         self.waited = self.under_way = 0
+        self.order = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "_c10d_functional" and func._opname != "wait_tensor":
             self.count[func._opname] += 1
+            self.order += "s"
             self.under_way = max(self.under_way, self.count.total() - self.waited)
         elif func.namespace == "_c10d_functional":
             self.waited += 1
+            self.order += "w"
         return func(*args, **(kwargs or {}))
 
 
@@ -123,8 +128,25 @@ def fails(odd: int) -> None:
     ridgeline.parallelize(model, **PLAIN)
 
 
+def fails_when_run(odd: int) -> None:
+    """Rank `odd` cannot run a form that all ranks time, and lives."""
+    model, x = build("llama"), ids(2, 7)
+    part = ridgeline.parallelize(model, **(PLAIN | {"fuse": "measured"}))
+    compiler = part._ridgeline.compile_program
+    form = compiler._form
+
+    def broken(*inputs: Tensor) -> None:
+        raise ValueError("no memory for it")
+
+    if dist.get_rank() == odd:
+        compiler._form = lambda *a, **k: dataclasses.replace(form(*a, **k), run=broken)
+    with torch.no_grad():
+        part(x, use_cache=False)
+
+
 def ends_before(odd: int) -> None:
     """Rank `odd` ends before the ranks have agreed."""
+    dist.barrier()  # all have connected
     if dist.get_rank() == odd:
         os._exit(1)
     ridgeline.parallelize(build("llama"), **PLAIN)
@@ -151,21 +173,32 @@ def stays_away(odd: int) -> None:
             part(x, use_cache=False)
 
 
-def woven(family: str, batch: int, weave: str) -> dict[str, Any]:
-    """A prefill and a step of the cache, woven, against one process."""
-    model, x = build(family), ids(batch, 7)
+def woven(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case woven, against one process."""
+    return [_woven(**case) for case in cases]
+
+
+def _woven(
+    family: str, batch: int, length: int, fuse: str = "always", padding: int = 0, steps: int = 0
+) -> dict[str, Any]:
+    """A prefill, and `steps` that go on from its cache. padding: on the left of each sequence, one
+    more from each to the next."""
+    model, x = build(family), ids(batch, length)
+    mask = torch.ones_like(x)
+    for row in range(batch if padding else 0):
+        mask[row, : padding + row] = 0
+    options = {"use_cache": True} | ({"attention_mask": mask} if padding else {})
     with torch.no_grad():
-        part = ridgeline.parallelize(model, **(PLAIN | {"weave": weave}))
-        errors = []
-        got, expected = part(x, use_cache=True), model(x, use_cache=True)
-        errors.append(error(got.logits, expected.logits))
-        for _ in range(2):
+        part = ridgeline.parallelize(model, **(PLAIN | {"fuse": fuse, "weave": "always"}))
+        got, expected = part(x, **options), model(x, **options)
+        errors = [error(got.logits, expected.logits)]
+        for _ in range(steps):
             token = expected.logits[:, -1:].argmax(-1)
             got = part(token, past_key_values=got.past_key_values)
             expected = model(token, past_key_values=expected.past_key_values)
             errors.append(error(got.logits, expected.logits))
         with Sent() as sent:
-            part(x, use_cache=True)
+            part(x, **options)
     return {
         "errors": errors,
         "under way": sent.under_way,
@@ -174,6 +207,34 @@ def woven(family: str, batch: int, weave: str) -> dict[str, Any]:
         "refused": [d.reason for d in part.plan.refused if d.rewrite == "token_weave"],
         "notes": part.plan.notes,
     }
+
+
+def woven_generation() -> dict[str, Any]:
+    """A greedy generation with a static cache, whose prefills write to it part by part."""
+    model, x = build("llama"), ids(1, 9)
+    part = ridgeline.parallelize(model, **(PLAIN | {"weave": "always"}))
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    return {
+        "got": [part.generate(x, **options).tolist() for _ in range(2)],
+        "expected": model.generate(x, **options).tolist(),
+        "woven": [d.variant for d in part.plan.applied if d.rewrite == "token_weave"],
+        "refused": [d.reason for d in part.plan.refused if d.rewrite == "token_weave"],
+    }
+
+
+def compiled(family: str, length: int) -> dict[str, Any]:
+    """What Inductor sends, and waits for, in order; errors at this length and at another."""
+    model = build(family)
+    options = {"passes": (), "lowering": "inductor", "fuse": "never", "weave": "always"}
+    part = ridgeline.parallelize(model, **options)
+    errors = []
+    with torch.no_grad():
+        for tokens in (length, length + 3):
+            x = ids(1, tokens)
+            with Sent() as sent:
+                got = part(x, use_cache=False).logits
+            errors.append(error(got, model(x).logits))
+    return {"errors": errors, "order": sent.order, "captures": part.captures}
 
 
 def measured() -> dict[str, Any]:

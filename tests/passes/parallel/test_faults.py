@@ -7,6 +7,7 @@ from gloo.work import (
     ends_before,
     ends_between,
     fails,
+    fails_when_run,
     other_graph,
     other_model,
     other_setting,
@@ -35,6 +36,14 @@ def test_a_failure_is_known_to_the_others() -> None:
     assert failed["error"] == "Unparallel"
     assert first["error"] == "RankLost"
     assert "rank 1 of 2 failed: Unparallel: no attention or MLP" in first["message"]
+
+
+def test_a_failure_in_a_timed_run_is_known_while_the_others_wait_for_it() -> None:
+    first, failed = on_ranks(2, fails_when_run, 1, timeout=120)
+    assert failed["error"] == "CompileError"
+    assert "no memory for it" in failed["message"]
+    assert first["error"] == "RankLost"
+    assert "rank 1 of 2 failed: ValueError: no memory for it" in first["message"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ridgeline.passes.parallel.allreduce_rms_norm import Place, shard_tokens
 from ridgeline.passes.parallel.collectives import count
 from ridgeline.passes.parallel.layers import all_reduce
 from ridgeline.passes.parallel.layouts import COLUMN, ROW, Layout, LayoutError, propagate
-from ridgeline.passes.parallel.token_region import find_region
+from ridgeline.passes.parallel.token_region import find_regions
 
 SPLITS = {"up.weight": COLUMN, "up.bias": COLUMN, "down.weight": ROW}
 WORLD = 2
@@ -60,8 +60,7 @@ def block(model: Model, x: Tensor, y: Tensor) -> Tensor:
 
 def rewritten(finish: Any, group: str, **options: Any) -> fx.GraphModule:
     module = graph_of(finish, **options)
-    region, rejects = find_region(module.graph, group, WORLD, propagate(module.graph, SPLITS))
-    assert region is not None
+    (region,), rejects = find_regions(module.graph, group, WORLD, propagate(module.graph, SPLITS))
     assert not rejects
     shard_tokens(module, region, Place(group, WORLD, 0, by_parts=False))
     return module
@@ -144,16 +143,16 @@ def largest(model: Model, x: Tensor, y: Tensor) -> Tensor:
 )
 def test_refusals_name_the_reason(finish: Any, said: str, group: str) -> None:
     graph = graph_of(finish).graph
-    region, (reject,) = find_region(graph, group, WORLD, propagate(graph, SPLITS))
-    assert region is None
+    regions, (reject,) = find_regions(graph, group, WORLD, propagate(graph, SPLITS))
+    assert not regions
     assert re.search(said, reject.reason)
 
 
 def test_fewer_tokens_than_ranks_stay(group: str) -> None:
     module = graph_of(block, length=1)
     layouts = propagate(module.graph, SPLITS)
-    region, (reject,) = find_region(module.graph, group, 4, layouts)
-    assert region is None
+    regions, (reject,) = find_regions(module.graph, group, 4, layouts)
+    assert not regions
     assert reject.reason == "2 tokens are fewer than 4 ranks"
 
 

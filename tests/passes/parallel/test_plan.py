@@ -68,6 +68,21 @@ def test_an_unknown_parameter_keeps_its_layer_whole() -> None:
         plan_parallel(torch.nn.Linear(3, 3), 2)
 
 
+def test_linear_layers_of_unknown_names_are_listed_with_their_bytes() -> None:
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=70, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        layer.adapter = nn.Linear(64, 250, bias=False)
+    plan = plan_parallel(model, 2)
+    ((path, reason),) = plan.refused
+    assert path == "model.layers.*.adapter"
+    assert reason == "no split of a layer of this name is known; 2 of 0.1 MB on every rank"
+    assert "held by all: model.layers.*.adapter: no split" in str(plan)
+
+
 def test_projections_packed_head_by_head_stay_whole() -> None:
     """GPT-BigCode's c_attn is as wide as GPT-2's, and holds q, k, v of each head in turn."""
     config = GPTBigCodeConfig(
