@@ -5,14 +5,20 @@
                 sum_i error_i² x_i <= error_budget²                errors add as root sum of squares
                 base_memory_bytes + sum_i memory_i x_i <= capacity_bytes
 
+An option with `count` c stands for c alike, each beside copies of its own of what it conflicts with
+(a model repeats its layers): options that conflict have one count. Were there no budget and no
+capacity, every copy would take what one takes; where that holds both, it is the optimum, and else
+the copies are options of their own.
+
 Ties go to the option listed first. Solved by HiGHS through `scipy.optimize.milp`: to the optimum up
 to EXACT_UP_TO options, within LARGE_GAP of it above. Above, the linear relaxation comes first: with
 conflicts as cliques, few of its options are fractional; they are rounded down, what still fits is
 added, and the result stands where it is within LARGE_GAP of the relaxation's bound.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -38,7 +44,8 @@ class Option:
     """gain: what the objective wins, in its own unit (seconds, joules, bytes, FLOPs).
 
     memory_bytes: added to the device's memory (negative: freed). error: relative, >= 0.
-    conflicts: keys of options that can't be taken beside this one; need not be mutual.
+    conflicts: keys of options that can't be taken beside this one; need not be mutual. count: how
+    many alike it stands for; gain, memory_bytes and error are of one.
     """
 
     key: str
@@ -46,16 +53,19 @@ class Option:
     memory_bytes: int = 0
     error: float = 0.0
     conflicts: frozenset[str] = frozenset()
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """chosen: keys, in the order listed. gain, memory_bytes (base included), error: their sums."""
+    """chosen: keys, in the order listed. gain, memory_bytes (base included), error: their sums.
+    times: key -> how many of an option's count are taken."""
 
     chosen: tuple[str, ...]
     gain: float
     memory_bytes: int
     error: float
+    times: dict[str, int] = field(default_factory=dict)
 
 
 def solve(
@@ -70,9 +80,54 @@ def solve(
     Raises InvalidOption (keys twice, unknown conflicts, figures that aren't finite) and
     InfeasibleChoice (the base doesn't fit the memory and no option frees enough).
     """
-    index = _checked(options, error_budget)
-    rows, limits = _conflicts(options, index)
-    if error_budget > 0:
+    _checked(options, error_budget)
+    limits = error_budget, capacity_bytes, base_memory_bytes
+    if all(o.count == 1 for o in options):
+        taken = _solved(options, *limits)
+        return _choice([(o, 1) for o, x in zip(options, taken, strict=True) if x], base_memory_bytes)
+    each = _solved(options, np.inf if error_budget > 0 else 0.0, None, 0)
+    choice = _choice(
+        [(o, o.count) for o, x in zip(options, each, strict=True) if x], base_memory_bytes
+    )
+    fits = capacity_bytes is None or choice.memory_bytes <= capacity_bytes
+    if fits and choice.error <= error_budget:
+        return choice
+    copies = [(o, c) for o in options for c in range(o.count)]
+    taken = _solved([_copy(o, c) for o, c in copies], *limits)
+    times = Counter(o.key for (o, _), x in zip(copies, taken, strict=True) if x)
+    return _choice([(o, times[o.key]) for o in options if o.key in times], base_memory_bytes)
+
+
+def _copy(option: Option, number: int) -> Option:
+    """One of the options that `option` stands for."""
+    return replace(
+        option,
+        key=f"{option.key} {number}",
+        conflicts=frozenset(f"{key} {number}" for key in option.conflicts),
+        count=1,
+    )
+
+
+def _choice(taken: Sequence[tuple[Option, int]], base_memory_bytes: int) -> Choice:
+    """Of options, and how often each is taken."""
+    return Choice(
+        chosen=tuple(o.key for o, _ in taken),
+        gain=sum(times * o.gain for o, times in taken),
+        memory_bytes=base_memory_bytes + sum(times * o.memory_bytes for o, times in taken),
+        error=float(np.sqrt(sum(times * o.error**2 for o, times in taken))),
+        times={o.key: times for o, times in taken},
+    )
+
+
+def _solved(
+    options: Sequence[Option],
+    error_budget: float,
+    capacity_bytes: int | None,
+    base_memory_bytes: int,
+) -> np.ndarray:
+    """Which options to take, each once. An infinite budget bounds nothing."""
+    rows, limits = _conflicts(options, {o.key: i for i, o in enumerate(options)})
+    if 0 < error_budget < np.inf:
         # Scaled so that the tolerance of the solver is relative to the budget.
         rows.append([(i, (o.error / error_budget) ** 2) for i, o in enumerate(options) if o.error])
         limits.append(1.0)
@@ -81,18 +136,11 @@ def solve(
         rows.append([(i, o.memory_bytes / unit) for i, o in enumerate(options) if o.memory_bytes])
         limits.append((capacity_bytes - base_memory_bytes) / unit)
     allowed = np.array([error_budget > 0 or o.error == 0 for o in options], dtype=float)
-    taken = _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
-    kept = [o for o, x in zip(options, taken, strict=True) if x]
-    return Choice(
-        chosen=tuple(o.key for o in kept),
-        gain=sum(o.gain for o in kept),
-        memory_bytes=base_memory_bytes + sum(o.memory_bytes for o in kept),
-        error=float(np.sqrt(sum(o.error**2 for o in kept))),
-    )
+    return _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
 
 
-def _checked(options: Sequence[Option], error_budget: float) -> dict[str, int]:
-    index = {o.key: i for i, o in enumerate(options)}
+def _checked(options: Sequence[Option], error_budget: float) -> None:
+    index = {o.key: o for o in options}
     if len(index) != len(options):
         raise InvalidOption("two options have one key; expected a key of its own for each")
     if not (np.isfinite(error_budget) and error_budget >= 0):
@@ -106,7 +154,11 @@ def _checked(options: Sequence[Option], error_budget: float) -> dict[str, int]:
         unknown = [key for key in o.conflicts if key not in index]
         if unknown:
             raise InvalidOption(f"option {o.key!r} conflicts with unknown {sorted(unknown)}")
-    return index
+        if other := [key for key in sorted(o.conflicts) if index[key].count != o.count]:
+            raise InvalidOption(
+                f"option {o.key!r} stands for {o.count} and conflicts with {other[0]!r}, which"
+                f" stands for {index[other[0]].count}; expected one count"
+            )
 
 
 def _conflicts(
