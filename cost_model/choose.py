@@ -84,7 +84,9 @@ def solve(
     limits = error_budget, capacity_bytes, base_memory_bytes
     if all(o.count == 1 for o in options):
         taken = _solved(options, *limits)
-        return _choice([(o, 1) for o, x in zip(options, taken, strict=True) if x], base_memory_bytes)
+        return _choice(
+            [(o, 1) for o, x in zip(options, taken, strict=True) if x], base_memory_bytes
+        )
     each = _solved(options, np.inf if error_budget > 0 else 0.0, None, 0)
     choice = _choice(
         [(o, o.count) for o, x in zip(options, each, strict=True) if x], base_memory_bytes

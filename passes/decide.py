@@ -236,7 +236,9 @@ def _others(
         if covered or len(outs) > 1:  # layers side by side: applied so, or each one says why not
             continue
         if worth[best] <= 0:
-            refused.append(Loss(best, "cost", "not better", _no_gain(best, *costs[best], target, objective)))
+            refused.append(
+                Loss(best, "cost", "not better", _no_gain(best, *costs[best], target, objective))
+            )
         elif owner is not None and (rivals := _rivals(candidates, name, owner)):
             reason = _rivalry(rivals, owner, worth, costs, objective)
             needed = f"leave {owner.rewrite.name} out of passes= to take this one"

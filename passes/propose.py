@@ -49,8 +49,8 @@ def find_sites(passes: Sequence[Pass], graph: fx.Graph) -> list[Found]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weighed:
-    """What a pass makes of one site: its candidates, or the reason why it has none. site: None where
-    the refusal is of no site: a near miss, or a defect."""
+    """What a pass makes of one site: its candidates, or the reason why it has none. site: None
+    where the refusal is of no site: a near miss, or a defect."""
 
     site: Site | None
     candidates: Sequence[Candidate] = ()

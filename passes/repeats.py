@@ -68,21 +68,20 @@ def repeats(found: Sequence[Found], weighed: Sequence[Weighed]) -> Repeats:
     return Repeats(kept, counts, [w for w in weighed if w.site is None], blocks)
 
 
-def kinds(nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
-    """Node -> what it shares with the calls that do the same on values of the same kind."""
-    found: dict[fx.Node, Any] = {}
+def kinds(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
+    """Node -> a number that it shares with the calls that do the same on values of the same
+    kind."""
+    numbers: dict[Any, int] = {}
+    found: dict[fx.Node, int] = {}
     for node in nodes:
         bodies = isinstance(node.target, torch._ops.HigherOrderOperator)  # graphs of their own
-        found[node] = node if bodies else (_Structure([node])(node), described(node))
+        key = node if bodies else _Structure([node])(node)
+        found[node] = numbers.setdefault(key, len(numbers))
     return found
 
 
-def described(node: fx.Node) -> Any:
-    """Dtype, sizes and strides of a node's value, sizes as expressions."""
-    return _described(node.meta.get("val"))
-
-
 def _described(value: Any) -> Any:
+    """Dtype, sizes and strides of a value, sizes as expressions."""
     if isinstance(value, Tensor):
         sizes = tuple(map(size_expression, value.shape))
         return value.dtype, sizes, tuple(map(size_expression, value.stride())), value.device.type
@@ -160,7 +159,12 @@ class _Structure:
 
     def __call__(self, node: fx.Node) -> Any:
         target = node.target if node.op == "call_function" else None
-        return node.op, target, self.plain((node.args, node.kwargs)), described(node)
+        return (
+            node.op,
+            target,
+            self.plain((node.args, node.kwargs)),
+            _described(node.meta.get("val")),
+        )
 
     def plain(self, value: Any) -> Any:
         """Arguments, with nodes by their place inside, or by what comes in from outside."""
@@ -169,7 +173,7 @@ class _Structure:
                 return "inside", self.inside[value]
             where = self.outside.setdefault(value, len(self.outside))
             constant = value.op if value.op != "call_function" else ""
-            return "outside", where, constant, described(value)
+            return "outside", where, constant, _described(value.meta.get("val"))
         if isinstance(value, list | tuple):
             return tuple(map(self.plain, value))
         if isinstance(value, dict):

@@ -47,6 +47,15 @@ class Firing:
     variants: dict[str, int]
 
     @property
+    def form(self) -> str:
+        """The form taken most often, without how many layers stand side by side; "" where there is
+        but one."""
+        counts = Counter[str]()
+        for variant, count in self.variants.items():
+            counts[variant.partition(", ")[0]] += count
+        return counts.most_common(1)[0][0] if counts else ""
+
+    @property
     def most(self) -> bool:
         """Does it fire at most of its sites?"""
         return 2 * self.made > self.values
@@ -74,8 +83,9 @@ class Unfired:
 class Answer:
     """One decision: passes by name, cost before and after, bytes held.
 
-    unfired: why passes do not fire where they could nearly. weights: (before, after) of the program's weights; state: of its caches. before, after, and the
-    kernels of work_before, work_after, are None where no choice fits the machine's memory.
+    weights: (before, after) of the program's weights; state: of its caches. before, after, and the
+    kernels of work_before, work_after, are None where no choice fits the machine's memory. unfired:
+    why passes do not fire where they could, or nearly could.
     """
 
     target: Target
@@ -101,14 +111,14 @@ class WhatIf:
     def __init__(
         self, program: Program, passes: Sequence[Pass], objective: Objective = "latency"
     ) -> None:
-        self.program, self.objective = program, objective
+        self.program, self.passes, self.objective = program, tuple(passes), objective
         module = normalize(program.module)
         self.graph: fx.Graph = module.graph
         self.weight_bytes = weight_bytes(module)
         self._found = find_sites(passes, module.graph)
         self._weights, self._observed = UnknownWeights(), Unobserved()
         self._proofs: dict[Any, Any] = {}
-        self._works: dict[tuple[Any, ...], dict[Any, Work]] = {}
+        self._works: dict[tuple[int, ...], dict[int, Work]] = {}
         self._kinds = kinds(node for node in self.graph.nodes if node.op == "call_function")
         self._repeats: dict[Target, Repeats] = {}
 
@@ -184,7 +194,7 @@ class WhatIf:
             for side in ("before", "after")
         ]
 
-    def _work_by_kind(self, sizes: Sizes) -> dict[Any, Work]:
+    def _work_by_kind(self, sizes: Sizes) -> dict[int, Work]:
         """The same for every target."""
         key = tuple(sizes.values.values())
         if key not in self._works:

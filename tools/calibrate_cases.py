@@ -23,6 +23,8 @@ from ridgeline.passes.quantization.layer import QuantizedLinear
 
 MOST = 64
 """Cases at most."""
+TORCH = "torch"
+"""How the names of cases begin whose kernel is not ridgeline's."""
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = 1e-6
 
@@ -98,7 +100,7 @@ def _case(
 
 def _linear(m: int, n: int, k: int, dtype: torch.dtype) -> Case:
     x, weight = _drawn(dtype, (m, k), (n, k))
-    return _case(f"torch linear {m} x {k} -> {n}", _Call(lambda x: F.linear(x, weight)), [x])
+    return _case(f"{TORCH} linear {m} x {k} -> {n}", _Call(lambda x: F.linear(x, weight)), [x])
 
 
 def _coded(m: int, n: int, k: int, dtype: torch.dtype) -> Case:
