@@ -131,7 +131,7 @@ class _Clock:
             bests = [min(map(min, rounds[start::2])) for start in (0, 1)]
             spreads.append(max(bests) / min(bests) - 1)
         waits = (self.waited[name][_index_of_least(self.times[name])] for name in self.waited)
-        return max(statistics.median(spreads), *waits)
+        return max([statistics.median(spreads), *waits])
 
 
 def _index_of_least(values: Sequence[float]) -> int:

@@ -67,12 +67,10 @@ def test_equals_brute_force(instance):
 def test_counts_are_as_good_as_copies(instance, counts):
     """Options that stand for several, against each of those by itself."""
     options, budget, capacity, base = instance
-    options = options[:3]
-    names = {o.key for o in options}
-    joined = any(o.conflicts & names for o in options)  # those that conflict have one count
+    joined = any(o.conflicts - {o.key} for o in options)  # those that conflict have one count
     options = [
-        dataclasses.replace(o, conflicts=o.conflicts & names, count=counts[0] if joined else n)
-        for o, n in zip(options, counts, strict=False)
+        dataclasses.replace(o, count=counts[0 if joined else i % len(counts)])
+        for i, o in enumerate(options)
     ]
     copies = [
         dataclasses.replace(
@@ -96,6 +94,15 @@ def test_counts_are_as_good_as_copies(instance, counts):
     assert choice.error**2 == pytest.approx(sum(o.error**2 for o in taken))
     assert choice.error <= budget + 1e-9
     assert all(0 < choice.times[o.key] <= o.count for o in options if o.key in choice.chosen)
+
+
+def test_odd_circles_of_conflicts_are_not_shared_out_twice():
+    """Each of five beside its neighbours: two copies take four, though pairs would allow five."""
+    conflicts = [frozenset({str((i + 1) % 5)}) for i in range(5)]
+    options = [Option(str(i), 1.0, 1, 0.0, conflicts[i], count=2) for i in range(5)]
+    assert solve(options).gain == 4
+    large = Option("large", 0.1, 10, count=2)  # all that is wanted does not fit
+    assert solve([*options, large], capacity_bytes=5).gain == 4
 
 
 def test_gains_of_microseconds_are_told_apart():
