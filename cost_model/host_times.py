@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from ridgeline.cost_model.waiting import waited_seconds
+
 GEMM_DTYPES = ("float32", "bfloat16", "int8")
 LONGEST_FORK_S = 5e-5
 SHORTEST_FORK_S = 5e-7
@@ -67,7 +69,7 @@ def host_times(sizes: ProbeSizes, caches: Sequence[int]) -> HostTimes:
     with torch.no_grad():
         for _ in range(sizes.rounds):
             for dtype, product in products.items():
-                clock.on_all_threads(dtype, product)
+                clock(dtype, product)
             for level, x in enumerate(cached):
                 clock(f"cache {level}", functools.partial(x.mul_, 1.0))
             clock("memory", beyond.sum)
@@ -93,9 +95,8 @@ class _Clock:
 
     def __init__(self, sizes: ProbeSizes) -> None:
         self.sizes, self.times = sizes, defaultdict[str, list[float]](list)
-        self.waited: dict[
-            str, list[float]
-        ] = {}  # the part of its time in which a thread had no core
+        # The part of each sample's time in which a thread had no core.
+        self.waited = defaultdict[str, list[float]](list)
 
     def __call__(self, name: str, call: Call) -> None:
         call()
@@ -104,19 +105,14 @@ class _Clock:
         once = max(time.perf_counter() - start, 1e-7)
         loops = max(1, min(10_000, int(self.sizes.seconds / once)))
         for _ in range(self.sizes.repeats):
-            start, cpu = time.perf_counter(), time.process_time()
+            waited, start = waited_seconds(), time.perf_counter()
             for _ in range(loops):
                 call()
-            wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+            wall = time.perf_counter() - start
             self.times[name].append(wall / loops)
-            if name in self.waited:
-                self.waited[name].append(1 - cpu / (wall * torch.get_num_threads()))
-
-    def on_all_threads(self, name: str, call: Call) -> None:
-        """The same for a call that keeps every thread busy, which tells whether each has a core: a
-        neighbour that is always there makes steady times, and slow ones."""
-        self.waited.setdefault(name, [])
-        self(name, call)
+            # A neighbour that is always there makes steady times, and slow ones.
+            share = (waited_seconds() - waited) / (wall * torch.get_num_threads())
+            self.waited[name].append(share)
 
     def best(self, name: str) -> float:
         return min(self.times[name])
@@ -130,11 +126,12 @@ class _Clock:
             rounds = [times[i : i + step] for i in range(0, len(times), step)]
             bests = [min(map(min, rounds[start::2])) for start in (0, 1)]
             spreads.append(max(bests) / min(bests) - 1)
-        waits = (self.waited[name][_index_of_least(self.times[name])] for name in self.waited)
+        waits = (waits[_least(self.times[name])] for name, waits in self.waited.items())
         return max([statistics.median(spreads), *waits])
 
 
-def _index_of_least(values: Sequence[float]) -> int:
+def _least(values: Sequence[float]) -> int:
+    """Where it stands."""
     return min(range(len(values)), key=values.__getitem__)
 
 

@@ -30,7 +30,7 @@ from ridgeline.tools.undisturbed import Samples, time_calls
 ROUNDS, SECONDS = 8, 0.002
 PATIENCE = 60.0
 MAX_SPREAD = probe.MAX_SPREAD
-MOST_LEFT_OUT = 0.25
+MOST_LEFT_OUT, NAMED = 0.25, 4
 Status = Callable[[str], AbstractContextManager[None]]
 Built = tuple[str, Callable[[], object], Work]
 
@@ -97,7 +97,9 @@ def _said(found: Measured, host: Target) -> str:
         " samples were disturbed and do not count"
     )
     if found.left_out:
-        text += f"; left out, as never undisturbed: {', '.join(found.left_out)}"
+        named = ", ".join(found.left_out[:NAMED])
+        more = f" and {n} more" if (n := len(found.left_out) - NAMED) > 0 else ""
+        text += f"; left out, as never undisturbed: {named}{more}"
     return text
 
 

@@ -1,11 +1,11 @@
 """Times of many calls on a machine that others use too.
 
 Calls are timed in turn, in rounds. A sample in which threads of this process waited for a core for
-more than WAITED of its time tells of others' work and does not count (Linux keeps the time waited
-in ``/proc/self/task/*/schedstat``; where nothing does, every sample counts). Before each sample the
-process sleeps: schedulers give way to who has not run. A call's time is the least of its samples;
-it is known once the AGREEING least ones, of as many rounds, agree within SETTLED, and rounds go on
-for the calls that are not until the patience is over.
+more than WAITED of its time tells of others' work and does not count
+(`ridgeline.cost_model.waiting`). Before each sample the process sleeps: schedulers give way to who
+has not run. A call's time is the least of its samples; it is known once the AGREEING least ones, of
+as many rounds, agree within SETTLED, and rounds go on for the calls that are not until the patience
+is over.
 
     doubt = AGREEING-th least sample / least sample - 1
 """
@@ -13,12 +13,12 @@ for the calls that are not until the patience is over.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from ridgeline.cost_model.waiting import waited_seconds
 
 WAITED = 0.02
 AGREEING, SETTLED = 3, 0.05
 PAUSE_S = 0.003
-_TASKS = Path("/proc/self/task")
 
 Call = Callable[[], object]
 
@@ -41,18 +41,6 @@ class Samples:
         if len(self.seconds) < AGREEING:
             return float("inf")
         return sorted(self.seconds)[AGREEING - 1] / self.least - 1
-
-
-def waited_seconds() -> float:
-    """How long threads of this process have waited for a core so far; 0 where the system does not
-    tell."""
-    total = 0
-    try:
-        for task in _TASKS.iterdir():
-            total += int((task / "schedstat").read_text().split()[1])
-    except (OSError, IndexError, ValueError):  # a thread has ended, or there is no such file
-        return 0.0 if not total else total * 1e-9
-    return total * 1e-9
 
 
 def time_calls(
