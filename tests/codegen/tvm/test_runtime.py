@@ -1,5 +1,6 @@
 """Compilation for the host, and the threads that kernels run on."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,29 @@ def test_byte_tables_are_left_out_where_less_is_asked_for(monkeypatch):
     monkeypatch.delenv("RIDGELINE_ISA")
     monkeypatch.setattr(isa, "executes", lambda name: name != isa.BYTE_TABLES)
     assert isa.byte_table_isa() == "avx512"
+
+
+@pytest.mark.parametrize(("cpu", "there", "said"), [
+    ("rocketlake", True, "+avx512bf16"),
+    ("znver4", False, "-avx512bf16"),
+    ("znver4", True, None),
+])  # fmt: skip
+def test_llvm_is_told_where_the_cpu_differs_from_its_name(monkeypatch, cpu, there, said):
+    codegen = pytest.importorskip("tvm.target.codegen")
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: cpu)
+    monkeypatch.setattr(runtime, "llvm_features", lambda: {"avx512bf16": there})
+    target = inspect.unwrap(runtime.host_target)()
+    assert list(target.attrs.get("mattr", ())) == ([said] if said else [])
+    assert bool(codegen.llvm_cpu_has_features("avx512bf16", target)) == there
+
+
+def test_features_of_the_instruction_sets_have_llvms_names():
+    codegen = pytest.importorskip("tvm.target.codegen")
+    names = isa.llvm_features()
+    if not names:
+        pytest.skip("no x86 CPU")
+    target = runtime.host_target()
+    assert {name: bool(codegen.llvm_cpu_has_features(name, target)) for name in names} == names
 
 
 def test_ridgeline_does_not_import_tvm():
