@@ -113,7 +113,7 @@ def test_the_held_out_error_is_of_fits_without_the_case(host):
     alone = left_out([*kept, out])[-1]
     assert alone == pytest.approx(2e-6, rel=0.2)
     others = [dataclasses.replace(out, name=f"odd {i}") for i in range(6)]
-    assert alone < left_out([*kept, *others, out])[-1] / 2
+    assert 1.1 * alone < left_out([*kept, *others, out])[-1]
     found = calibrate.Measured((*kept, out), 0.0)
     text = io.StringIO()
     Console(file=text, width=100).print(calibrate.table(found, refine(found.measurements)))
