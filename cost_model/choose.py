@@ -5,14 +5,24 @@
                 sum_i error_i² x_i <= error_budget²                errors add as root sum of squares
                 base_memory_bytes + sum_i memory_i x_i <= capacity_bytes
 
+An option with `count` c stands for c alike, each beside copies of its own of what it conflicts with
+(a model repeats its layers): options that conflict have one count. Were there no budget and no
+capacity, every copy would take what one takes; where that holds both, it is the optimum. Where not,
+
+    x_i in {0 .. c_i},   sum over a clique of x_i <= c
+
+whose optimum stands if its numbers can be dealt to copies so that none holds two that conflict (in
+perfect graphs they can; here they are dealt greedily). Else the copies become options of their own.
+
 Ties go to the option listed first. Solved by HiGHS through `scipy.optimize.milp`: to the optimum up
 to EXACT_UP_TO options, within LARGE_GAP of it above. Above, the linear relaxation comes first: with
 conflicts as cliques, few of its options are fractional; they are rounded down, what still fits is
 added, and the result stands where it is within LARGE_GAP of the relaxation's bound.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -38,7 +48,8 @@ class Option:
     """gain: what the objective wins, in its own unit (seconds, joules, bytes, FLOPs).
 
     memory_bytes: added to the device's memory (negative: freed). error: relative, >= 0.
-    conflicts: keys of options that can't be taken beside this one; need not be mutual.
+    conflicts: keys of options that can't be taken beside this one; need not be mutual. count: how
+    many alike it stands for; gain, memory_bytes and error are of one.
     """
 
     key: str
@@ -46,16 +57,19 @@ class Option:
     memory_bytes: int = 0
     error: float = 0.0
     conflicts: frozenset[str] = frozenset()
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """chosen: keys, in the order listed. gain, memory_bytes (base included), error: their sums."""
+    """chosen: keys, in the order listed. gain, memory_bytes (base included), error: their sums.
+    times: key -> how many of an option's count are taken."""
 
     chosen: tuple[str, ...]
     gain: float
     memory_bytes: int
     error: float
+    times: dict[str, int] = field(default_factory=dict)
 
 
 def solve(
@@ -70,9 +84,94 @@ def solve(
     Raises InvalidOption (keys twice, unknown conflicts, figures that aren't finite) and
     InfeasibleChoice (the base doesn't fit the memory and no option frees enough).
     """
-    index = _checked(options, error_budget)
-    rows, limits = _conflicts(options, index)
-    if error_budget > 0:
+    _checked(options, error_budget)
+    limits = error_budget, capacity_bytes, base_memory_bytes
+    if all(o.count == 1 for o in options):
+        taken = _solved(options, *limits)
+        return _choice(
+            [(o, 1) for o, x in zip(options, taken, strict=True) if x], base_memory_bytes
+        )
+    single = [replace(o, count=1) for o in options]
+    each = _solved(single, np.inf if error_budget > 0 else 0.0, None, 0)
+    choice = _choice(
+        [(o, o.count) for o, x in zip(options, each, strict=True) if x], base_memory_bytes
+    )
+    fits = capacity_bytes is None or choice.memory_bytes <= capacity_bytes
+    if fits and choice.error <= error_budget:
+        return choice
+    _check_memory(options, capacity_bytes, base_memory_bytes)
+    many = _solved(options, *limits)
+    if _can_be_dealt(options, many):
+        return _choice(
+            [(o, int(x)) for o, x in zip(options, many, strict=True) if x], base_memory_bytes
+        )
+    copies = [(o, c) for o in options for c in range(o.count)]
+    taken = _solved([_copy(o, c) for o, c in copies], *limits)
+    times = Counter(o.key for (o, _), x in zip(copies, taken, strict=True) if x)
+    return _choice([(o, times[o.key]) for o in options if o.key in times], base_memory_bytes)
+
+
+def _check_memory(
+    options: Sequence[Option], capacity_bytes: int | None, base_memory_bytes: int
+) -> None:
+    """Raises InfeasibleChoice where the base does not fit whatever is taken."""
+    if capacity_bytes is None or base_memory_bytes <= capacity_bytes:
+        return
+    freeing = [replace(o, gain=-o.memory_bytes, count=1) for o in options]
+    taken = _solved(freeing, np.inf, None, 0)
+    freed = -sum(o.memory_bytes * o.count for o, x in zip(options, taken, strict=True) if x)
+    if base_memory_bytes - freed > capacity_bytes:
+        raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, freed))
+
+
+def _can_be_dealt(options: Sequence[Option], times: np.ndarray) -> bool:
+    """Can each option go to as many copies, none of which holds two that conflict?"""
+    index = {o.key: i for i, o in enumerate(options)}
+    against: list[set[int]] = [set() for _ in options]
+    for i, o in enumerate(options):
+        for j in (index[key] for key in o.conflicts if index[key] != i):
+            against[i].add(j)
+            against[j].add(i)
+    held: dict[int, set[int]] = {}
+    for i in sorted(np.flatnonzero(times), key=lambda i: -len(against[i])):
+        taken = {copy for j in against[i] for copy in held.get(j, ())}
+        free = [copy for copy in range(options[i].count) if copy not in taken]
+        if len(free) < times[i]:
+            return False
+        held[i] = set(free[: int(times[i])])
+    return True
+
+
+def _copy(option: Option, number: int) -> Option:
+    """One of the options that `option` stands for."""
+    return replace(
+        option,
+        key=f"{option.key} {number}",
+        conflicts=frozenset(f"{key} {number}" for key in option.conflicts),
+        count=1,
+    )
+
+
+def _choice(taken: Sequence[tuple[Option, int]], base_memory_bytes: int) -> Choice:
+    """Of options, and how often each is taken."""
+    return Choice(
+        chosen=tuple(o.key for o, _ in taken),
+        gain=sum(times * o.gain for o, times in taken),
+        memory_bytes=base_memory_bytes + sum(times * o.memory_bytes for o, times in taken),
+        error=float(np.sqrt(sum(times * o.error**2 for o, times in taken))),
+        times={o.key: times for o, times in taken},
+    )
+
+
+def _solved(
+    options: Sequence[Option],
+    error_budget: float,
+    capacity_bytes: int | None,
+    base_memory_bytes: int,
+) -> np.ndarray:
+    """How often to take each option. An infinite budget bounds nothing."""
+    rows, limits = _conflicts(options, {o.key: i for i, o in enumerate(options)})
+    if 0 < error_budget < np.inf:
         # Scaled so that the tolerance of the solver is relative to the budget.
         rows.append([(i, (o.error / error_budget) ** 2) for i, o in enumerate(options) if o.error])
         limits.append(1.0)
@@ -81,18 +180,11 @@ def solve(
         rows.append([(i, o.memory_bytes / unit) for i, o in enumerate(options) if o.memory_bytes])
         limits.append((capacity_bytes - base_memory_bytes) / unit)
     allowed = np.array([error_budget > 0 or o.error == 0 for o in options], dtype=float)
-    taken = _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
-    kept = [o for o, x in zip(options, taken, strict=True) if x]
-    return Choice(
-        chosen=tuple(o.key for o in kept),
-        gain=sum(o.gain for o in kept),
-        memory_bytes=base_memory_bytes + sum(o.memory_bytes for o in kept),
-        error=float(np.sqrt(sum(o.error**2 for o in kept))),
-    )
+    return _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
 
 
-def _checked(options: Sequence[Option], error_budget: float) -> dict[str, int]:
-    index = {o.key: i for i, o in enumerate(options)}
+def _checked(options: Sequence[Option], error_budget: float) -> None:
+    index = {o.key: o for o in options}
     if len(index) != len(options):
         raise InvalidOption("two options have one key; expected a key of its own for each")
     if not (np.isfinite(error_budget) and error_budget >= 0):
@@ -106,13 +198,18 @@ def _checked(options: Sequence[Option], error_budget: float) -> dict[str, int]:
         unknown = [key for key in o.conflicts if key not in index]
         if unknown:
             raise InvalidOption(f"option {o.key!r} conflicts with unknown {sorted(unknown)}")
-    return index
+        if other := [key for key in sorted(o.conflicts) if index[key].count != o.count]:
+            raise InvalidOption(
+                f"option {o.key!r} stands for {o.count} and conflicts with {other[0]!r}, which"
+                f" stands for {index[other[0]].count}; expected one count"
+            )
 
 
 def _conflicts(
     options: Sequence[Option], index: dict[str, int]
 ) -> tuple[list[list[tuple[int, float]]], list[float]]:
-    """Rows 'at most one of these': greedy cliques that cover every conflicting pair."""
+    """Rows 'at most one of these', or as many as they stand for: greedy cliques that cover every
+    conflicting pair."""
     neighbours: list[set[int]] = [set() for _ in options]
     for i, o in enumerate(options):
         for j in (index[key] for key in o.conflicts if index[key] != i):
@@ -130,14 +227,14 @@ def _conflicts(
         clique.sort()
         uncovered -= {(a, b) for a in clique for b in clique}
         rows.append([(member, 1.0) for member in clique])
-    return rows, [1.0] * len(rows)
+    return rows, [float(options[row[0][0]].count) for row in rows]
 
 
 def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes) -> np.ndarray:
     if not options:
         if capacity_bytes is not None and base_memory_bytes > capacity_bytes:
             raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, 0))
-        return np.zeros(0, dtype=bool)
+        return np.zeros(0, dtype=int)
     gains = np.array([o.gain for o in options])
     scale = float(np.abs(gains).max()) or 1.0
     # HiGHS stops within an absolute gap of 1e-6: objective in units of the typical gain; the
@@ -151,27 +248,29 @@ def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
         at_row, at_column, values = zip(*entries, strict=True) if entries else ((), (), ())
         matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), len(options)))
         constraints = [LinearConstraint(matrix, ub=np.array(limits))]
-    large = len(options) > EXACT_UP_TO
+    counts = np.array([o.count for o in options])
+    large = counts.sum() > EXACT_UP_TO
 
     def solved(integrality: int, gap: float):
         with quiet_c():
             return milp(
                 -objective,
                 integrality=np.full(len(options), integrality),
-                bounds=Bounds(0.0, allowed),
+                bounds=Bounds(0.0, allowed * counts),
                 constraints=constraints,
                 options={"mip_rel_gap": gap},
             )
 
-    if large and (relaxed := solved(0, 0.0)).x is not None:
+    if large and (counts == 1).all() and (relaxed := solved(0, 0.0)).x is not None:
         taken = _rounded(relaxed.x, objective * allowed, matrix, np.array(limits))
         if taken is not None and objective[taken].sum() >= -relaxed.fun * (1 - LARGE_GAP):
-            return taken
+            return taken.astype(int)
     result = solved(1, LARGE_GAP if large else 0.0)
     if result.x is None:
-        freed = -sum(min(o.memory_bytes, 0) for o, ok in zip(options, allowed, strict=True) if ok)
+        ok = zip(options, allowed, strict=True)
+        freed = -sum(min(o.memory_bytes, 0) * o.count for o, allows in ok if allows)
         raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, freed))
-    return result.x > 0.5
+    return np.rint(result.x).astype(int)
 
 
 def _rounded(

@@ -9,8 +9,9 @@
     fork       2**17 elements on all threads minus on one: what a parallel region costs
 
 All are timed in turn, in rounds, and the best of each counts: a neighbour's burst then slows one
-round of all of them, not all that is known of one. Of memory the median counts: what neighbours
-take of it is taken from us whenever we run.
+round of all of them, not all that is known of one. It is in doubt where the best of every other
+round is another, or where a thread waited for a core in the best one. Of memory the median counts:
+what neighbours take of it is taken from us whenever we run.
 """
 
 import functools
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ridgeline.cost_model.waiting import waited_seconds
 
 GEMM_DTYPES = ("float32", "bfloat16", "int8")
 LONGEST_FORK_S = 5e-5
@@ -66,7 +69,7 @@ def host_times(sizes: ProbeSizes, caches: Sequence[int]) -> HostTimes:
     with torch.no_grad():
         for _ in range(sizes.rounds):
             for dtype, product in products.items():
-                clock.on_all_threads(dtype, product)
+                clock(dtype, product)
             for level, x in enumerate(cached):
                 clock(f"cache {level}", functools.partial(x.mul_, 1.0))
             clock("memory", beyond.sum)
@@ -92,7 +95,8 @@ class _Clock:
 
     def __init__(self, sizes: ProbeSizes) -> None:
         self.sizes, self.times = sizes, defaultdict[str, list[float]](list)
-        self.waiting = 0.0  # the largest part of its time in which a thread had no core
+        # The part of each sample's time in which a thread had no core.
+        self.waited = defaultdict[str, list[float]](list)
 
     def __call__(self, name: str, call: Call) -> None:
         call()
@@ -101,18 +105,14 @@ class _Clock:
         once = max(time.perf_counter() - start, 1e-7)
         loops = max(1, min(10_000, int(self.sizes.seconds / once)))
         for _ in range(self.sizes.repeats):
-            start = time.perf_counter()
+            waited, start = waited_seconds(), time.perf_counter()
             for _ in range(loops):
                 call()
-            self.times[name].append((time.perf_counter() - start) / loops)
-
-    def on_all_threads(self, name: str, call: Call) -> None:
-        """The same for a call that keeps every thread busy, which tells whether each has a core: a
-        neighbour that is always there makes steady times, and slow ones."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        self(name, call)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        self.waiting = max(self.waiting, 1 - cpu / (wall * torch.get_num_threads()))
+            wall = time.perf_counter() - start
+            self.times[name].append(wall / loops)
+            # A neighbour that is always there makes steady times, and slow ones.
+            share = (waited_seconds() - waited) / (wall * torch.get_num_threads())
+            self.waited[name].append(share)
 
     def best(self, name: str) -> float:
         return min(self.times[name])
@@ -126,7 +126,13 @@ class _Clock:
             rounds = [times[i : i + step] for i in range(0, len(times), step)]
             bests = [min(map(min, rounds[start::2])) for start in (0, 1)]
             spreads.append(max(bests) / min(bests) - 1)
-        return max(statistics.median(spreads), self.waiting)
+        waits = (waits[_least(self.times[name])] for name, waits in self.waited.items())
+        return max([statistics.median(spreads), *waits])
+
+
+def _least(values: Sequence[float]) -> int:
+    """Where it stands."""
+    return min(range(len(values)), key=values.__getitem__)
 
 
 def _product(dtype: torch.dtype, n: int) -> Call:

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ def unrefined_host() -> Target:
     else:
         store(described, path)
     return parse_target(described, "the probe of this host")
+
+
+def steady_host(patience: float) -> Target:
+    """The host's Target as probed, probed again for up to `patience` seconds while other work
+    disturbs it."""
+    end = time.monotonic() + patience
+    host = unrefined_host()
+    while host.spread > MAX_SPREAD and time.monotonic() < end:
+        described = probe(ProbeSizes())
+        if described["spread"] <= MAX_SPREAD:
+            store(described, cache_path())
+            unrefined_host.cache_clear()
+            probe_host.cache_clear()
+        host = parse_target(described, "the probe of this host")
+    return host
 
 
 def cache_path() -> Path:

@@ -55,9 +55,16 @@ def refine(measurements: Sequence[Measurement]) -> dict[str, Refinement]:
     return {kind: _with_error(of) for kind, of in kinds.items() if len(of) >= FEWEST}
 
 
+def left_out(of: Sequence[Measurement]) -> list[float]:
+    """Seconds predicted for each measurement of one kind by what the others of it are fitted to."""
+    fits = (_fitted([m for m in of if m is not out]) for out in of)
+    return [m.predicted(r) for m, r in zip(of, fits, strict=True)]
+
+
 def _with_error(of: Sequence[Measurement]) -> Refinement:
-    left_out = [_fitted([m for m in of if m is not out]) for out in of]
-    errors = [abs(math.log(m.measured / m.predicted(r))) for m, r in zip(of, left_out, strict=True)]
+    errors = [
+        abs(math.log(m.measured / seconds)) for m, seconds in zip(of, left_out(of), strict=True)
+    ]
     fitted = _fitted(of)
     return Refinement(
         fitted.compute, fitted.memory, fitted.fixed, max(ERROR_FLOOR, statistics.median(errors))

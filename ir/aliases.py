@@ -120,7 +120,12 @@ def written_between(nodes: Iterable[fx.Node], last: fx.Node) -> tuple[fx.Node, f
     """
     nodes = list(nodes)
     first = min(nodes, default=last)
-    between = {n for n in last.graph.nodes if first < n < last and _written_by(n)}
+    between: set[fx.Node] = set()
+    node = first.next
+    while first < last and node is not last:
+        if _written_by(node):
+            between.add(node)
+        node = node.next
     for node in nodes if between else ():
         for value in (node, *node.all_input_nodes):
             for write in between.intersection(writes(value)):

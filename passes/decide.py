@@ -1,7 +1,7 @@
 """One joint decision: candidates become options of the solver, its answer becomes `Decision`s."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
@@ -17,10 +17,12 @@ Objective = Literal["latency", "memory", "energy", "eflops"]
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A site that got nothing: its best candidate, why, and what would let it fire, if known."""
+    """A site that got nothing: its best candidate, why, and what would let it fire, if known. kind:
+    the reason in a few words, without figures."""
 
     candidate: Candidate
     by: RefusedBy
+    kind: str
     reason: str
     needed: str = ""
 
@@ -31,6 +33,7 @@ class Choice:
 
     chosen: to be applied. refused: the sites that got nothing. costs: every candidate's predicted
     (before, after); worth: what the objective wins by it; doubt: by how much that may be wrong.
+    times: how many sites of its count each of `chosen` is applied at.
     """
 
     chosen: list[Candidate]
@@ -38,6 +41,7 @@ class Choice:
     costs: dict[Candidate, tuple[Cost, Cost]]
     worth: dict[Candidate, float]
     doubt: dict[Candidate, float]
+    times: dict[Candidate, int] = field(default_factory=dict)
 
     def safer(self, given_back: Iterable[Candidate]) -> list[Candidate]:
         """For each site given back, its useful form of least error, where that is a safer one."""
@@ -61,13 +65,16 @@ def choose(
     sensitivity: float,
     weight_bytes: int,
     state_bytes: int = 0,
+    counts: Mapping[Candidate, int] | None = None,
 ) -> Choice:
     """Pick the candidates to apply on `target`.
 
     sensitivity: output error per unit of local error, measured by a probe; 0 where nothing is known
     of errors, and cost alone decides. weight_bytes: of all weights of the program; state_bytes: of
-    its caches, which take device memory too. Raises InfeasibleChoice where no choice fits it.
+    its caches, which take device memory too. counts: how many sites alike each candidate stands for
+    (`Option.count`); one each where it is None. Raises InfeasibleChoice where no choice fits it.
     """
+    counts = counts or dict.fromkeys(candidates, 1)
     held = weight_bytes + state_bytes
     too_large = held > target.memory_bytes
     known: dict[Work, Cost] = {}  # a model repeats its layers
@@ -86,7 +93,7 @@ def choose(
             for pair in dict.fromkeys((c.before, c.after) for c in candidates)
         }
         doubts = {c: pairs[c.before, c.after] for c in candidates}
-    price = _price(worth, sensitivity, tolerance)
+    price = _price(worth, counts, sensitivity, tolerance)
     for c in candidates:
         if objective == "latency" and c.memory_bytes > 0:
             price[c] += PRICE_OF_MEMORY * costs[c][0].seconds
@@ -109,24 +116,26 @@ def choose(
             memory_bytes=c.memory_bytes,
             error=c.error * sensitivity,
             conflicts=frozenset(str(j) for n in c.site.nodes for j in touched[n] if j != i),
+            count=counts[c],
         )
         for i, c in enumerate(useful)
     ]
-    chosen_keys = solve(
+    taken = solve(
         options,
         error_budget=tolerance,
         capacity_bytes=target.memory_bytes,
         base_memory_bytes=held,
-    ).chosen
-    chosen = [c for i, c in enumerate(useful) if str(i) in chosen_keys]
-    spent = sum((c.error * sensitivity) ** 2 for c in chosen)
+    ).times
+    times = {c: taken[str(i)] for i, c in enumerate(useful) if str(i) in taken}
+    chosen = list(times)
+    spent = sum(n * (c.error * sensitivity) ** 2 for c, n in times.items())
 
     def enough(error: float) -> float:
         """The tolerance under which a further error would fit."""
         return (spent + (error * sensitivity) ** 2) ** 0.5
 
     refused = _others(candidates, chosen, costs, worth, doubts, price, target, enough, objective)
-    return Choice(chosen, refused, costs, worth, doubts)
+    return Choice(chosen, refused, costs, worth, doubts, times)
 
 
 NEXT_TO_NOTHING = 0.01
@@ -162,13 +171,16 @@ taken for less than the estimates can tell apart."""
 
 
 def _price(
-    worth: dict[Candidate, float], sensitivity: float, tolerance: float
+    worth: dict[Candidate, float],
+    counts: Mapping[Candidate, int],
+    sensitivity: float,
+    tolerance: float,
 ) -> dict[Candidate, float]:
     """What each candidate's error costs, in the unit of the objective, so that none is spent on
     next to nothing: errors add as squares, and the whole tolerance has the price above."""
     best: dict[Spot, float] = {}
     for c, spot in _spots(list(worth)).items():
-        best[spot] = max(best.get(spot, 0.0), worth[c])
+        best[spot] = max(best.get(spot, 0.0), counts[c] * worth[c])
     whole = PRICE_OF_TOLERANCE * sum(best.values())
     share = {c: min(c.error * sensitivity / tolerance, 1.0) if c.error else 0.0 for c in worth}
     return {c: whole * share[c] ** 2 for c in worth}
@@ -194,8 +206,7 @@ def _gain(before: Cost, after: Cost, candidate: Candidate, objective: Objective)
     """What the objective wins by the candidate, in its own unit."""
     if objective == "memory":  # a second counts as one byte: it only decides between equals
         return before.seconds - after.seconds - candidate.memory_bytes
-    field = {"latency": "seconds", "energy": "energy_joules", "eflops": "eflops"}[objective]
-    return getattr(before, field) - getattr(after, field)
+    return figure(before, objective) - figure(after, objective)
 
 
 def _others(
@@ -210,14 +221,14 @@ def _others(
     objective: Objective,
 ) -> list[Loss]:
     """Why each site that got nothing got nothing; the forms beside a chosen one are no refusals."""
-    taken = {n: c for c in chosen for n in c.site.nodes}
+    taken, won = {n: c for c in chosen for n in c.site.nodes}, set(chosen)
     spots = _spots(candidates)
     sites: dict[Spot, list[Candidate]] = {}
     for c in candidates:
         sites.setdefault(spots[c], []).append(c)
     refused: list[Loss] = []
     for (name, outs), forms in sites.items():
-        if any(c in forms for c in chosen):
+        if not won.isdisjoint(forms):
             continue
         best = max(forms, key=lambda c: worth[c])
         owner = next((taken[n] for n in best.site.nodes if n in taken), None)
@@ -225,29 +236,35 @@ def _others(
         if covered or len(outs) > 1:  # layers side by side: applied so, or each one says why not
             continue
         if worth[best] <= 0:
-            refused.append(Loss(best, "cost", _no_gain(best, *costs[best], target, objective)))
+            refused.append(
+                Loss(best, "cost", "not better", _no_gain(best, *costs[best], target, objective))
+            )
         elif owner is not None and (rivals := _rivals(candidates, name, owner)):
             reason = _rivalry(rivals, owner, worth, costs, objective)
             needed = f"leave {owner.rewrite.name} out of passes= to take this one"
-            refused.append(Loss(best, "cost", reason, needed))
+            kind = f"{owner.rewrite.name} is better there"
+            refused.append(Loss(best, "cost", kind, reason, needed))
         elif owner is not None:
             reason = f"its nodes are part of {owner.rewrite.name} at {owner.at}"
             needed = f"leave {owner.rewrite.name} out of passes= to weigh this one alone"
-            refused.append(Loss(best, "overlap", reason, needed))
+            refused.append(Loss(best, "overlap", f"part of {owner.rewrite.name}", reason, needed))
         elif all(worth[c] <= doubts[c] for c in forms):
-            refused.append(Loss(best, "cost", _no_clear_gain(best, *costs[best], doubts, target)))
+            reason = _no_clear_gain(best, *costs[best], doubts, target)
+            refused.append(Loss(best, "cost", "gain within the doubt", reason))
         elif all(worth[c] <= price[c] for c in forms):
             sides = _sides(best, *costs[best], objective)
             spent = "its error" if best.error else f"{best.memory_bytes} bytes more"
-            refused.append(Loss(best, "cost", f"wins too little for {spent}: {sides}"))
+            kind = f"wins too little for its {'error' if best.error else 'bytes'}"
+            refused.append(Loss(best, "cost", kind, f"wins too little for {spent}: {sides}"))
         elif not best.error:
             reason = f"its {best.memory_bytes} bytes do not fit {target.name} beside the rest"
-            refused.append(Loss(best, "budget", reason, "choose a device with more memory"))
+            needed = "choose a device with more memory"
+            refused.append(Loss(best, "budget", "does not fit the memory", reason, needed))
         else:
             smallest = min(c.error for c in forms if worth[c] > doubts[c])
             reason = f"its error ({smallest:.2g} at the least) does not fit beside the others'"
             needed = f"pass tolerance={enough(smallest) * 1.05:.2g}"
-            refused.append(Loss(best, "budget", reason, needed))
+            refused.append(Loss(best, "budget", "does not fit the tolerance", reason, needed))
     return refused
 
 
@@ -309,6 +326,16 @@ def _sides(candidate: Candidate, before: Cost, after: Cost, objective: Objective
     """Both sides' numbers, in the unit of the objective."""
     form = candidate.variant or candidate.rewrite.name
     return f"{_figure(before, objective)} as it is, {_figure(after, objective)} as {form}"
+
+
+def figure(cost: Cost, objective: Objective) -> float:
+    """What the objective makes small, in its own unit: seconds, bytes of weights, joules, FLOPs."""
+    return getattr(cost, FIGURES[objective])
+
+
+FIGURES: dict[Objective, str] = {
+    "latency": "seconds", "memory": "weight_bytes", "energy": "energy_joules", "eflops": "eflops",
+}  # fmt: skip
 
 
 def _figure(cost: Cost, objective: Objective) -> str:

@@ -47,6 +47,16 @@ def find_sites(passes: Sequence[Pass], graph: fx.Graph) -> list[Found]:
     return found
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Weighed:
+    """What a pass makes of one site: its candidates, or the reason why it has none. site: None
+    where the refusal is of no site: a near miss, or a defect."""
+
+    site: Site | None
+    candidates: Sequence[Candidate] = ()
+    refusal: Refusal | None = None
+
+
 def propose(
     passes: Sequence[Pass], module: fx.GraphModule, setting: Setting
 ) -> tuple[list[Candidate], list[Refusal]]:
@@ -54,24 +64,25 @@ def propose(
 
     A pass that stops with an error is a defect, which costs that pass and not the user's model.
     """
-    return weigh(find_sites(passes, module.graph), module.graph, setting)
+    weighed = weigh(find_sites(passes, module.graph), module.graph, setting)
+    candidates = [c for w in weighed for c in w.candidates]
+    return candidates, [w.refusal for w in weighed if w.refusal is not None]
 
 
-def weigh(
-    found: Sequence[Found], graph: fx.Graph, setting: Setting
-) -> tuple[list[Candidate], list[Refusal]]:
+_MUTATES = "does the graph write memory that others may read?"
+
+
+def weigh(found: Sequence[Found], graph: fx.Graph, setting: Setting) -> list[Weighed]:
     """What the passes make of the sites found, for this target and at these sizes
     (`ridgeline.ir.sizes`)."""
-    candidates: list[Candidate] = []
-    refusals: list[Refusal] = []
-    in_place = mutates(graph)
+    weighed: list[Weighed] = []
+    if _MUTATES not in setting.proofs:
+        setting.proofs[_MUTATES] = mutates(graph)
     for each in found:
         error = each.error
         if error is None:
             try:
-                proposed, refused = _proposals(each, in_place, setting)
-                candidates += proposed
-                refusals += refused
+                weighed += _weighed(each, setting.proofs[_MUTATES], setting)
                 continue
             except Exception as stopped:
                 log.exception(
@@ -79,27 +90,26 @@ def weigh(
                 )
                 error = stopped
         reason = f"the pass stopped ({type(error).__name__}: {error}); please report it"
-        refusals.append(Refusal(each.rewrite, Reject(reason, graph.output_node()), "defect"))
-    return candidates, refusals
+        defect = Refusal(each.rewrite, Reject(reason, graph.output_node()), "defect")
+        weighed.append(Weighed(None, refusal=defect))
+    return weighed
 
 
-def _proposals(
-    found: Found, in_place: bool, setting: Setting
-) -> tuple[list[Candidate], list[Refusal]]:
+def _weighed(found: Found, in_place: bool, setting: Setting) -> list[Weighed]:
     """`weigh` for one pass."""
     rewrite = found.rewrite
-    candidates: list[Candidate] = []
-    refusals = [Refusal(rewrite, miss, "pattern") for miss in found.misses]
+    weighed = [Weighed(None, refusal=Refusal(rewrite, m, "pattern")) for m in found.misses]
     for site in found.sites:
         exact = rewrite.exactness != "approximate"
         answer = (exact and rounds_inside(site)) or rewrite.accepts(site, setting)
         if in_place and not isinstance(answer, Reject) and answer:
             answer = changed_inside(answer[0]) or answer
         if isinstance(answer, Reject):
-            refusals.append(Refusal(rewrite, answer, "precondition"))
+            refusal = Refusal(rewrite, answer, "precondition")
+            weighed.append(Weighed(site, refusal=refusal))
         else:
-            candidates += answer
-    return candidates, refusals
+            weighed.append(Weighed(site, answer))
+    return weighed
 
 
 def _sites(rewrite: Pass, graph: fx.Graph) -> tuple[list[Site], list[Reject]]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from ridgeline.cost_model import Target
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
@@ -35,17 +37,27 @@ class Verdict:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """verdicts: one per entry of the plan. measured: output error with every rewrite applied that
+    was found; allowed: the most it may be. before, after: the program without and with them."""
+
+    verdicts: list[Verdict]
+    measured: float
+    allowed: float
+    before: fx.GraphModule
+    after: fx.GraphModule
+
+
 def verify(
     program: Program,
     applied: Sequence[dict[str, Any]],
     passes: Sequence[Pass],
     target: Target,
     tolerance: float,
-) -> tuple[list[Verdict], float, float]:
+) -> Verified:
     """Check the `applied` entries of a saved plan against the model as it is now.
 
-    Returns a verdict per entry, the measured output error with every one that was found applied,
-    and the error allowed.
     Weights are quantised without calibration data, as the plan's were unless it says GPTQ.
     """
     module = normalize(program.module)
@@ -65,8 +77,9 @@ def verify(
         found.append(candidate.rewrite.prepare(candidate, setting))
         verdicts.append(_verdict(found[-1], tolerance))
     expected = outputs_of(module, program)
-    measured = relative_error(outputs_of(apply(module, found), program), expected)
-    return verdicts, measured, max(tolerance, rounding_limit(module))
+    after = apply(module, found)
+    measured = relative_error(outputs_of(after, program), expected)
+    return Verified(verdicts, measured, max(tolerance, rounding_limit(module)), module, after)
 
 
 def _verdict(candidate: Candidate, tolerance: float) -> Verdict:

@@ -6,7 +6,6 @@ results is kept by the process for all three: fresh pages from the kernel cost s
 any of them computes.
 """
 
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from ridgeline.passes.base import Pass, Setting
 from ridgeline.passes.certify import relative_error
 from ridgeline.passes.propose import propose
 from ridgeline.passes.weights import WeightStore
+from ridgeline.tools.pages import keep_pages
 from ridgeline.tools.predicted import log_timings
 from ridgeline.tools.timing import TimingError, Timings, interleave
 
@@ -44,7 +44,7 @@ def compare(
         results would have to copy them into the layout of eager torch's. target: the CPU at hand.
     Raises TimingError where the pass does not fit, or where results differ by more than rounding.
     """
-    _keep_pages()
+    keep_pages()
     program = capture(model, inputs).program
     module = normalize(program.module)
     inductor = compile_graph(module, program.inputs, dynamic=False)
@@ -70,16 +70,6 @@ def compare(
 
 def _tensors(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, tuple | list) else [result]
-
-
-@functools.cache
-def _keep_pages() -> None:
-    """Let malloc keep what is freed (glibc; elsewhere results are allocated as they are)."""
-    mallopt: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_max, 0)
 
 
 def _unobserved(node: Any) -> Tensor:

@@ -1,15 +1,17 @@
 """`ridgeline calibrate`: refine what is predicted for this CPU by timing ridgeline's own kernels.
 
-At most `calibrate_cases.MOST` micro-benchmarks, interleaved in rounds, the least of each counting:
-what neighbours take slows some rounds and not others. Law and fit: `ridgeline.cost_model.refine`.
-What comes out is stored beside the probe and read by every estimate for "cpu" from then on. It is
-refused where the rounds disagree: half of them against the other half, as the probe does.
+At most `calibrate_cases.MOST` micro-benchmarks, compiled first, then timed as
+`ridgeline.tools.undisturbed` says. Law and fit: `ridgeline.cost_model.refine`. What comes out is
+stored beside the probe and read by every estimate for "cpu" from then on. Where other work disturbs
+the probe or the benchmarks they are taken again until the patience is over. A case that stays in
+doubt by more than MAX_SPREAD is left out; where more than MOST_LEFT_OUT of them are, or the probe
+is in doubt, nothing is stored.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,14 +21,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ridgeline.cost_model import Target, cpu_time, probe, record, refine
+from ridgeline.cost_model import Target, Work, cpu_time, probe, record, refine
 from ridgeline.cost_model.estimate import kind_of
 from ridgeline.ir.errors import RidgelineError
-from ridgeline.tools.calibrate_cases import cases, nothing
+from ridgeline.tools.calibrate_cases import TORCH, cases, nothing
+from ridgeline.tools.pages import keep_pages
+from ridgeline.tools.undisturbed import Samples, time_calls
 
-ROUNDS, SECONDS = 8, 0.004
+ROUNDS, SECONDS = 8, 0.002
+PATIENCE = 60.0
 MAX_SPREAD = probe.MAX_SPREAD
+MOST_LEFT_OUT, NAMED = 0.25, 4
 Status = Callable[[str], AbstractContextManager[None]]
+Built = tuple[str, Callable[[], object], Work]
 
 
 class NoisyMachine(RidgelineError):
@@ -35,35 +42,42 @@ class NoisyMachine(RidgelineError):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """measurements: one a case; spread: by how much two halves of the rounds typically differ."""
+    """measurements: one a case; spread: the doubt about the typical one; left_out: names of cases
+    whose doubt is too large; disturbed: the part of all samples that did not count."""
 
     measurements: tuple[refine.Measurement, ...]
     spread: float
+    left_out: tuple[str, ...] = ()
+    disturbed: float = 0.0
 
 
-def run(console: Console, status: Status, *, dry: bool = False) -> None:
+def run(console: Console, status: Status, *, dry: bool = False, patience: float = PATIENCE) -> None:
     """Measure, fit, print, and store unless `dry`.
 
-    Raises NoisyMachine where the probe or the measurements are in doubt by more than MAX_SPREAD.
+    patience: seconds to wait for an undisturbed probe, and again for undisturbed benchmarks.
+    Raises NoisyMachine where they stay disturbed.
     """
+    keep_pages()
+    with status("compiling ridgeline's kernels"), torch.inference_mode(False):
+        built = [(case.name, *case.build(probe.unrefined_host())) for case in (*cases(), nothing())]
     with status("probing"):
-        host = probe.unrefined_host()
+        host = probe.steady_host(patience)
     if not dry and host.spread > MAX_SPREAD:
-        raise NoisyMachine(_noise("the probe", host.spread))
-    with status("compiling and timing ridgeline's kernels"), torch.inference_mode(False):
-        found = measure(host)
+        raise NoisyMachine(_noise(f"disturbed the probe by {100 * host.spread:.0f} %, where at most"
+                                  f" {100 * MAX_SPREAD:.0f} % is expected"))  # fmt: skip
+    with status("timing ridgeline's kernels"), torch.inference_mode(False):
+        found = measure(host, built, patience)
     refined = refine.refine(found.measurements)
     console.print(table(found, refined))
     for m in found.measurements:
         record.append(host.name, m.kind, f"calibrate: {m.name}", m.predicted(), m.measured)
-    console.print(
-        f"two halves of the rounds differ by {100 * found.spread:.0f} % (median of the cases)"
-    )
+    console.print(Text(_said(found, host)))
     if dry:
         console.print("nothing is stored")
         return
-    if found.spread > MAX_SPREAD:
-        raise NoisyMachine(_noise("the benchmarks", found.spread))
+    all_cases = len(found.measurements) + len(found.left_out)
+    if len(found.left_out) > MOST_LEFT_OUT * all_cases:
+        raise NoisyMachine(_noise(f"disturbed {len(found.left_out)} of {all_cases} benchmarks"))
     path = probe.refinement_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(refine.to_json(refined, host), encoding="utf-8")
@@ -71,82 +85,91 @@ def run(console: Console, status: Status, *, dry: bool = False) -> None:
     console.print(Text(f"stored in {path}"))
 
 
-def _noise(what: str, spread: float) -> str:
+def _noise(what: str) -> str:
     return (
-        f"nothing is stored: other work disturbed {what} by {100 * spread:.0f} %, where at most"
-        f" {100 * MAX_SPREAD:.0f} % is expected; run again on an idle machine, or pass --dry-run to"
-        " see the figures only"
+        f"nothing is stored: other work {what}; run again on an idle machine, wait longer with"
+        " --patience SECONDS, or pass --dry-run to see the figures only"
     )
 
 
-def measure(host: Target, rounds: int = ROUNDS, each: float = SECONDS) -> Measured:
-    """Time every case; all are timed in turn, round by round."""
-    built = [(case.name, *case.build(host)) for case in (*cases(), nothing())]
-    loops = [_loops(call, each) for _, call, _ in built]
-    times: list[list[float]] = [[] for _ in built]
-    for _ in range(rounds):
-        for i, (_, call, _) in enumerate(built):
-            times[i].append(_sample(call, loops[i]))
+def _said(found: Measured, host: Target) -> str:
+    text = (
+        f"on {probe.cpu_model()}, {host.threads} threads; the least samples agree within"
+        f" {100 * found.spread:.0f} % (median of the cases); {100 * found.disturbed:.0f} % of the"
+        " samples were disturbed and do not count"
+    )
+    if found.left_out:
+        named = ", ".join(found.left_out[:NAMED])
+        more = f" and {n} more" if (n := len(found.left_out) - NAMED) > 0 else ""
+        text += f"; left out, as never undisturbed: {named}{more}"
+    return text
+
+
+def measure(host: Target, built: Sequence[Built], patience: float) -> Measured:
+    """Time every case but the last, which does nothing; what calling it takes is subtracted."""
+    samples = time_calls([call for _, call, _ in built], ROUNDS, SECONDS, patience)
     # What it costs to call a graph's Python from here is no part of its kernels.
-    idle = max(0.0, min(times.pop()) - host.launch_s)
-    built.pop()
-    found = []
-    for (name, _, work), samples in zip(built, times, strict=True):
-        parts = [cpu_time.kernel_parts(k, host, 0.0) for k in work.kernels]
-        longest = max(range(len(parts)), key=lambda i: sum(parts[i]))  # the others are calls
-        compute, memory, _ = parts[longest]
-        fixed = sum(part[2] for part in parts)
-        kind = kind_of(work.kernels[longest])
-        found.append(
-            refine.Measurement(
-                kind, name, compute, memory, fixed, max(min(samples) - idle, 0.1 * min(samples))
-            )
-        )
-    halves = [max(h) / min(h) - 1 for t in times for h in [(min(t[::2]), min(t[1::2]))]]
-    return Measured(tuple(found), statistics.median(halves))
+    idle = max(0.0, samples[-1].least - host.launch_s)
+    pairs = list(zip(built[:-1], samples[:-1], strict=True))
+    known = [(case, s) for case, s in pairs if s.doubt <= MAX_SPREAD and math.isfinite(idle)]
+    tried = sum(len(s.seconds) + s.disturbed for s in samples)
+    return Measured(
+        tuple(_measurement(case, s, host, idle) for case, s in known),
+        statistics.median([s.doubt for _, s in known] or [0.0]),
+        tuple(case[0] for case, s in pairs if (case, s) not in known),
+        sum(s.disturbed for s in samples) / tried,
+    )
 
 
-def _sample(call: Callable[[], object], loops: int) -> float:
-    start = time.perf_counter()
-    for _ in range(loops):
-        call()
-    return (time.perf_counter() - start) / loops
-
-
-def _loops(call: Callable[[], object], seconds: float) -> int:
-    call()
-    return max(1, int(seconds / max(_sample(call, 2), 1e-7)))
+def _measurement(case: Built, samples: Samples, host: Target, idle: float) -> refine.Measurement:
+    name, _, work = case
+    parts = [cpu_time.kernel_parts(k, host, 0.0) for k in work.kernels]
+    longest = max(range(len(parts)), key=lambda i: sum(parts[i]))  # the others are calls
+    compute, memory, _ = parts[longest]
+    fixed = sum(part[2] for part in parts)
+    least = samples.least
+    return refine.Measurement(
+        kind_of(work.kernels[longest]), name, compute, memory, fixed, max(least - idle, 0.1 * least)
+    )
 
 
 def table(found: Measured, refined: dict[str, refine.Refinement]) -> Table:
-    """Median error by kind: as predicted, refined, and with each case left out of its fit."""
+    """Median error by kind: as predicted, refined, and of each case by a fit that has not seen
+    it."""
     shown = Table(
         title=Text(f"predicted against measured, {len(found.measurements)} cases"),
         box=box.SIMPLE_HEAD,
     )
-    columns = "kind", "cases", "before", "after", "left out", "compute", "memory", "fixed"
+    columns = "kind", "cases", "before", "after", "held out", "compute", "memory", "fixed"
     for column in columns:
         shown.add_column(column, justify="left" if column == "kind" else "right")
-    before: list[float] = []
-    after: list[float] = []
+    errors: list[tuple[refine.Measurement, tuple[float, float, float]]] = []
     for kind in dict.fromkeys(m.kind for m in found.measurements):
         of = [m for m in found.measurements if m.kind == kind]
         own = refined.get(kind)
-        pair = [[error(m.predicted(r), m.measured) for m in of] for r in (None, own)]
-        before += pair[0]
-        after += pair[1]
+        held_out = [m.predicted() for m in of] if own is None else refine.left_out(of)
+        each = [
+            tuple(error(s, m.measured) for s in (m.predicted(), m.predicted(own), seconds))
+            for m, seconds in zip(of, held_out, strict=True)
+        ]
+        errors += zip(of, each, strict=True)  # pyright: ignore[reportArgumentType]
         factors = ("", "", "") if own is None else (own.compute, own.memory, own.fixed)
         shown.add_row(
             kind,
-            str(len(of)),
-            *(f"{100 * statistics.median(errors):.0f} %" for errors in pair),
-            f"{100 * own.error:.0f} %" if own else "",
+            *_medians(each),
             *(f"x {f:.2f}" if isinstance(f, float) else f for f in factors),
         )
     shown.add_section()
-    medians = (f"{100 * statistics.median(errors):.0f} %" for errors in (before, after))
-    shown.add_row("all", str(len(before)), *medians)
+    ours = [each for m, each in errors if not m.name.startswith(TORCH)]
+    shown.add_row("ridgeline's kernels", *_medians(ours))
+    shown.add_row("all", *_medians([each for _, each in errors]))
     return shown
+
+
+def _medians(errors: Sequence[Sequence[float]]) -> tuple[str, ...]:
+    """How many, and the median of each column."""
+    columns = zip(*errors, strict=True)
+    return str(len(errors)), *(f"{100 * statistics.median(c):.0f} %" for c in columns)
 
 
 def error(predicted: float, measured: float) -> float:

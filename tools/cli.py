@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ridgeline.tools.cli_options import (
+    Batch,
     Bench,
+    Context,
     Format,
     Goal,
     Ignore,
     Model,
     Objective,
     Output,
+    Phase,
     Stage,
     Target,
     Tolerance,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from ridgeline.codegen.kernel import KernelReport
     from ridgeline.ir.program import Program
     from ridgeline.passes.compiler import Compiler
+    from ridgeline.passes.workload import Workload
 
 app = typer.Typer(
     help="Rewrite a PyTorch model for one machine, and see every step.",
@@ -55,6 +59,9 @@ def optimize(
     target: Target = "native",
     tolerance: Tolerance = 0.0,
     objective: Goal = Objective.latency,
+    phase: Phase = "",
+    batch: Batch = "",
+    context: Context = "",
     ignore: Ignore = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 for every linear layer.")] = None,
     average_bits: Annotated[float | None, typer.Option(help="2 to 4, mixed by need.")] = None,
@@ -74,6 +81,7 @@ def optimize(
     """Rewrite and compile MODEL, run it once, and print the plan (-o: save it as json)."""
     with clear_errors(traceback):
         from ridgeline.tools.optimize_command import Request, run
+        from ridgeline.tools.workload_options import workload
 
         request = Request(
             model,
@@ -86,6 +94,7 @@ def optimize(
             calibration,
             tokenizer,
             save,
+            workload(phase, batch, context),
         )
         saved = run(request, out, errors, status)
         if output is not None:
@@ -113,13 +122,20 @@ def explain(
     target: Target = "native",
     tolerance: Tolerance = 0.0,
     objective: Goal = Objective.latency,
+    phase: Phase = "",
+    batch: Batch = "",
+    context: Context = "",
     ignore: Ignore = None,
     detail: Annotated[bool, typer.Option(help="A line per site, with all evidence.")] = False,
     traceback: Trace = False,
 ) -> None:
     """Which rewrites fire for MODEL on a target, which do not, and why. Compiles nothing."""
     with clear_errors(traceback):
-        compiler, program = _capture(model, target, tolerance, objective, ignore)
+        from ridgeline.tools.workload_options import check_phase, workload
+
+        asked = workload(phase, batch, context)
+        compiler, program = _capture(model, target, tolerance, objective, ignore, asked)
+        check_phase(asked, program.phase)
         with status("rewriting and certifying"):
             compiler.rewrite(program)
         compiler.plan.print(detail=detail)
@@ -200,25 +216,29 @@ def whatif(
     """What would fire for MODEL on machines that are not here, at which batch that changes."""
     with clear_errors(traceback):
         from ridgeline.tools import whatif as questions
+        from ridgeline.tools.workload_options import whole_numbers
 
         request = questions.Request(
             model,
             tuple(filter(None, targets.split(","))),
-            questions.whole_numbers(batch, "--batch"),
-            questions.whole_numbers(context, "--context"),
+            whole_numbers(batch, "--batch"),
+            whole_numbers(context, "--context"),
             tuple(filter(None, phase.split(","))),
             dtype,
             objective.value,
             plot,
             largest_batch,
         )
-        questions.run(request, out, status)
+        questions.run(request, out, errors)
 
 
 @app.command()
 def calibrate(
     show: Annotated[bool, typer.Option("--show", help="Only the log of past runs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and store nothing.")] = False,
+    patience: Annotated[
+        float, typer.Option(help="Seconds to try again while other work disturbs.", min=0)
+    ] = 60.0,
     traceback: Trace = False,
 ) -> None:
     """Time ridgeline's kernels on this CPU and refine what is predicted for it."""
@@ -228,7 +248,7 @@ def calibrate(
         if show:
             calibration.show(out)
         else:
-            calibration.run(out, status, dry=dry_run)
+            calibration.run(out, status, dry=dry_run, patience=patience)
 
 
 @app.command()
@@ -295,11 +315,17 @@ def demo(traceback: Trace = False) -> None:
 
 
 def _capture(
-    model: str, target: str, tolerance: float, objective: Objective, ignore: list[str] | None
+    model: str,
+    target: str,
+    tolerance: float,
+    objective: Objective,
+    ignore: list[str] | None,
+    asked: "Workload | None" = None,
 ) -> "tuple[Compiler, Program]":
     from ridgeline.ir.capture import capture
     from ridgeline.passes import PASSES
     from ridgeline.passes.compiler import Compiler
+    from ridgeline.passes.workload import CAPTURED
     from ridgeline.tools.model_file import load_model_file
 
     with status(f"loading {model}"):
@@ -311,6 +337,7 @@ def _capture(
             objective=objective.value,
             passes=PASSES,
             ignore=ignore or (),
+            workload=asked or CAPTURED,
         )
     with status("capturing"):
         import torch

@@ -55,6 +55,9 @@ Model = Annotated[str, typer.Argument(help="file.py:function, program.pt2, or sm
 Target = Annotated[str, typer.Option(help="A name of `ridgeline targets`, or a TOML file.")]
 Tolerance = Annotated[float, typer.Option(help="Output error that approximate rewrites may spend.")]
 Goal = Annotated[Objective, typer.Option(help="What to make small.")]
+Phase = Annotated[str, typer.Option(help="What --batch and --context are meant for; all if none.")]
+Batch = Annotated[str, typer.Option(help="Sequences at once to choose the rewrites for, as 8.")]
+Context = Annotated[str, typer.Option(help="Tokens, of a decode step those before, as 4k.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Module paths to leave alone, as lm_head.")]
 
 

@@ -17,7 +17,6 @@ from rich.text import Text
 from torch import nn
 
 import ridgeline
-from ridgeline.cost_model.record import append
 from ridgeline.ir.capture import capture
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes import PASSES
@@ -29,12 +28,14 @@ from ridgeline.passes.optimize import hessians_of
 from ridgeline.passes.quantization.calibrate import Batch
 from ridgeline.passes.quantization.data import calibration_batches
 from ridgeline.passes.shift_add_vit import freeze
+from ridgeline.passes.workload import CAPTURED, Workload
 from ridgeline.tools import bench_decode, smollm2
 from ridgeline.tools.calibration_file import read_calibration, read_tokenizer
 from ridgeline.tools.demo import generate
 from ridgeline.tools.model_file import SMOLLM2, Example, load_model_file
+from ridgeline.tools.predicted import time_programs
 from ridgeline.tools.progress import stage_bars
-from ridgeline.tools.timing import interleave
+from ridgeline.tools.workload_options import check_phase
 
 Status = Callable[[str], AbstractContextManager[None]]
 """What shows a line while something lasts."""
@@ -42,7 +43,6 @@ Status = Callable[[str], AbstractContextManager[None]]
 TOLERANCE = 0.02
 """Of the lossless 4-bit contender: SmolLM2 is published in 4 bits."""
 PROMPT, NEW, ROUNDS = 64, 32, 3
-LOGGED_ROUNDS = 3
 SAMPLE_TOKENS = 32
 
 
@@ -64,6 +64,7 @@ class Request:
     calibration: Path | None = None
     tokenizer: Path | None = None
     save: Path | None = None
+    workload: Workload = CAPTURED
 
     @property
     def few_bits(self) -> bool:
@@ -111,6 +112,7 @@ def run(request: Request, console: Console, progress: Console, status: Status) -
             passes=PASSES,
             ignore=request.ignore,
             hessians=hessians,
+            workload=request.workload,
         )
     model = example.model
     if request.few_bits:
@@ -177,6 +179,7 @@ def _once(example: Example, compiler: Compiler, status: Status) -> None:
     """Capture one call, compile it, and run it."""
     with status("capturing"), torch.no_grad():
         program = capture(example.model, example.args, example.kwargs).program
+    check_phase(compiler.workload, program.phase)
     with status("rewriting and certifying"):
         rewritten = compiler.rewrite(program)
     with status(f"compiling for {compiler.target.name}"):
@@ -193,9 +196,8 @@ def _log(
     if compiler.target.name != "cpu":
         return
     (predicted,) = (sides["after"]["seconds"] for sides in compiler.plan.predicted.values())
-    times = interleave({"this": lambda: compiled(*inputs)}, baseline="this", rounds=LOGGED_ROUNDS)
     name = type(example.model).__name__
-    append(compiler.target.name, "whole program", name, predicted, times.seconds("this").median)
+    time_programs(name, {"optimized": (compiled, predicted)}, inputs, compiler.target)
 
 
 def _with_speed(model: nn.Module, compiler: Compiler, console: Console, status: Status) -> None:

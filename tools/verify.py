@@ -2,21 +2,28 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
-from ridgeline.cost_model import load_target
+from ridgeline.codegen.lower import lower
+from ridgeline.cost_model import Target, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.program import Program
 from ridgeline.passes import PASSES
+from ridgeline.passes.compiler import graph_figures
+from ridgeline.passes.observe import rehearsal
 from ridgeline.passes.quantization import load_quantized
-from ridgeline.passes.verify import Verdict, verify
+from ridgeline.passes.verify import Verdict, Verified, verify
 from ridgeline.tools.model_file import SMOLLM2, load_model_file
+from ridgeline.tools.predicted import time_programs
 
 FIELDS = ("model", "target", "tolerance", "applied")
 
@@ -49,14 +56,31 @@ def run(file: Path, console: Console) -> bool:
     with torch.no_grad():
         program = capture(model, example.args, example.kwargs).program
     target = load_target(plan["target"])
-    verdicts, measured, allowed = verify(
-        program, plan["applied"], PASSES, target, plan["tolerance"]
-    )
-    console.print(_table(verdicts))
-    holds = measured <= allowed and not any(v.problem for v in verdicts)
-    console.print(f"output error {measured:.1e}, allowed {allowed:.0e}")
+    found = verify(program, plan["applied"], PASSES, target, plan["tolerance"])
+    console.print(_table(found.verdicts))
+    holds = found.measured <= found.allowed and not any(v.problem for v in found.verdicts)
+    console.print(f"output error {found.measured:.1e}, allowed {found.allowed:.0e}")
+    if target.name == "cpu":
+        console.print(Text(_timed(found, program, target, type(model).__name__)))
     console.print("the plan holds" if holds else "the plan does not hold")
     return holds
+
+
+def _timed(found: Verified, program: Program, target: Target, name: str) -> str:
+    """Run the program with and without the rewrites; predicted against measured, which is
+    logged."""
+    runs: dict[str, tuple[Callable[..., Any], float]] = {}
+    for side, module in (("as captured", found.before), ("as planned", found.after)):
+        predicted = graph_figures(module, target)["seconds"]
+        run = lower(module, program.inputs, target, "inductor", program.training).run
+        runs[side] = run, predicted
+    with torch.no_grad(), rehearsal(program) as inputs:
+        timings = time_programs(f"verify {name}", runs, inputs, target)
+    said = (
+        f"{side} {timings.seconds(side).median * 1e3:.3g} ms, predicted {predicted * 1e3:.3g} ms"
+        for side, (_, predicted) in runs.items()
+    )
+    return f"measured here, compiled: {'; '.join(said)}"
 
 
 def _as_planned(model: nn.Module, plan: dict[str, Any], file: Path) -> nn.Module:

@@ -6,9 +6,7 @@ for each pass, the batches at which it starts or ceases to (`ridgeline.tools.wha
 Nothing is run; a model that is given by its config has no weights.
 """
 
-import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +17,23 @@ from rich.text import Text
 from ridgeline.cost_model import Target, load_target
 from ridgeline.passes import PASSES
 from ridgeline.passes.decide import Objective
+from ridgeline.passes.quantized_model import Progress as Report
 from ridgeline.passes.what_if import Answer, WhatIf
+from ridgeline.tools.progress import stage_bars
 from ridgeline.tools.whatif_flips import Ranges, flips, host_bound_below
 from ridgeline.tools.whatif_model import QuestionError, programs
-from ridgeline.tools.whatif_table import answer_tables, flip_lines, host_lines
+from ridgeline.tools.whatif_table import (
+    Row,
+    answer_tables,
+    flip_lines,
+    host_lines,
+    length,
+    refusal_lines,
+)
 
 LARGEST_BATCH = 512
 PIPE_WIDTH = 100
 DTYPES = ("bfloat16", "float16", "float32")
-Status = Callable[[str], AbstractContextManager[None]]
 Key = tuple[str, str, int | None]
 """Phase, target, context."""
 
@@ -54,20 +60,6 @@ class Request:
             raise QuestionError("name at least one target, one batch and one context")
         if self.largest < 1:
             raise QuestionError(f"--largest-batch is {self.largest}; pass at least 1")
-
-
-def whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    """``1,8,64`` or ``1k,32k`` (k = 1024). Raises QuestionError."""
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d*)(k?)", part.strip().lower())
-        if match is None:
-            raise QuestionError(
-                f"{option} is {text!r}; expected positive numbers as 1,8,64 or 1k,32k, found"
-                f" {part!r}"
-            )
-        found.append(int(match[1]) * (1024 if match[2] else 1))
-    return tuple(dict.fromkeys(found))
 
 
 class Questions:
@@ -104,8 +96,8 @@ class Questions:
         return dict(sorted(found.items()))
 
 
-def run(request: Request, console: Console, status: Status) -> dict[Key, dict[str, Ranges]]:
-    """Answer, print, and draw where asked; returns the flips.
+def run(request: Request, console: Console, progress: Console) -> dict[Key, dict[str, Ranges]]:
+    """Answer, print, and draw where asked; returns the flips. progress: where bars are drawn.
 
     Raises QuestionError, UnknownTarget, ModelError, WorkloadError, and CaptureError.
     """
@@ -113,36 +105,21 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
         from ridgeline.tools.whatif_plot import check_plot
 
         check_plot(request.plot)
-    with status(f"capturing {request.model}"):
+    with stage_bars(progress) as report:
+        report("capturing", request.model, 0, 1)
         questions = Questions(request)
-    where = [
-        (phase, target, context)
-        for phase in questions.by_phase
-        for target in questions.targets
-        for context in questions.contexts(phase, request.contexts)
-    ]
-    rows: list[tuple[str, str, int, int | None, Answer]] = []
-    for phase, target, context in where:
-        with status(f"asking about {phase} on {target}"):
-            rows += [
-                (phase, target, batch, context, questions.ask(phase, target, batch, context))
-                for batch in request.batches
-            ]
+        report("capturing", request.model, 1, 1)
+        rows, found, host = _answers(request, questions, report)
     if not console.is_terminal:  # nothing has to wrap there
         console = Console(file=console.file, width=max(console.width, PIPE_WIDTH), highlight=False)
     for part in answer_tables(request.model, rows):
         console.print(part)
-    found: dict[Key, dict[str, Ranges]] = {}
-    host: dict[Key, int | None] = {}
-    for phase, target, context in where:
-        with status(f"looking for flips of {phase} on {target}"):
-
-            def ask(batch: int, at: Key = (phase, target, context)) -> Answer:
-                return questions.ask(at[0], at[1], batch, at[2])
-
-            found[phase, target, context] = flips(ask, request.largest)
-            host[phase, target, context] = host_bound_below(ask, request.largest)
-    for line in (*flip_lines(found, request.largest), *host_lines(host, request.largest)):
+    passes = {phase: [p.name for p in q.passes] for phase, q in questions.by_phase.items()}
+    for line in (
+        *refusal_lines(rows, request.objective, passes),
+        *flip_lines(found, request.largest),
+        *host_lines(host, request.largest),
+    ):
         console.print(Text(line), soft_wrap=True)
     if request.plot is not None:
         from ridgeline.tools.whatif_plot import draw
@@ -150,3 +127,30 @@ def run(request: Request, console: Console, status: Status) -> dict[Key, dict[st
         draw(request, questions)
         console.print(Text(f"wrote {request.plot}"))
     return found
+
+
+def _answers(
+    request: Request, questions: Questions, report: Report
+) -> tuple[list[Row], dict[Key, dict[str, Ranges]], dict[Key, int | None]]:
+    """(a line per decision, flips, where the host bounds)."""
+    where = [
+        (phase, target, context)
+        for phase in questions.by_phase
+        for target in questions.targets
+        for context in questions.contexts(phase, request.contexts)
+    ]
+    rows: list[Row] = []
+    found: dict[Key, dict[str, Ranges]] = {}
+    host: dict[Key, int | None] = {}
+    for done, (phase, target, context) in enumerate(where):
+        at = f"{phase} on {target}" + ("" if context is None else f" at {length(context)}")
+        report("asking", at, done, len(where))
+
+        def ask(batch: int, at: Key = (phase, target, context)) -> Answer:
+            return questions.ask(at[0], at[1], batch, at[2])
+
+        rows += [(phase, target, batch, context, ask(batch)) for batch in request.batches]
+        found[phase, target, context] = flips(ask, request.largest)
+        host[phase, target, context] = host_bound_below(ask, request.largest)
+    report("asking", "done", len(where), len(where))
+    return rows, found, host

@@ -22,27 +22,35 @@ Ask = Callable[[int], Answer]
 @dataclass(frozen=True, slots=True)
 class Ranges:
     """Where a pass fires: (first, last) batches, in order. largest: the last batch that was asked
-    and that fits the memory; capped: is it the machine's memory that ends there?"""
+    and that fits the memory; capped: is it the machine's memory that ends there? form: that it
+    takes most often at the first of these batches."""
 
     fires: tuple[tuple[int, int], ...]
     largest: int
     capped: bool
+    form: str = ""
 
     def __str__(self) -> str:
+        return " ".join(filter(None, self.words))
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """("below batch", "52"): what may stand once for several machines, and the rest."""
         end = f"{self.largest}, the largest that fits" if self.capped else str(self.largest)
         if not self.fires:
-            return "never"
+            return "never", ""
         if self.fires == ((1, self.largest),):
-            return "always" if not self.capped else f"always (to batch {end})"
+            return f"always (to batch {end})" if self.capped else "always", ""
         said = []
         for first, last in self.fires:
             if first == 1:
-                said.append(f"below batch {last + 1}")
+                said.append(("below batch", str(last + 1)))
             elif last == self.largest:
-                said.append(f"from batch {first}")
+                said.append(("from batch", str(first)))
             else:
-                said.append(f"from batch {first} to {last}")
-        return " and ".join(said)
+                said.append(("from batch", f"{first} to {last}"))
+        start, number = said[0]
+        return start, " and ".join([number, *(" ".join(pair) for pair in said[1:])])
 
 
 def flips(ask: Ask, largest: int) -> dict[str, Ranges]:
@@ -61,7 +69,11 @@ def flips(ask: Ask, largest: int) -> dict[str, Ranges]:
             fitting.append(last)
     names = dict.fromkeys(name for batch in fitting for name in ask(batch).firing)
     found = {name: _ranges(name, ask, fitting) for name in names}
-    return {name: Ranges(ranges, last, capped) for name, ranges in found.items() if ranges}
+    return {
+        name: Ranges(ranges, last, capped, ask(ranges[0][0]).firing[name].form)
+        for name, ranges in found.items()
+        if ranges
+    }
 
 
 def _ranges(name: str, ask: Ask, grid: list[int]) -> tuple[tuple[int, int], ...]:

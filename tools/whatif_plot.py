@@ -101,7 +101,7 @@ def _roofline(
         peak = target.peaks[dtype]
         knee = peak / target.bandwidth_bytes_per_s
         axis.plot([low, knee, max(high, knee)], [low / knee * peak, peak, peak], color="0.5", lw=1)
-        axis.annotate(dtype, (max(high, knee), peak), ha="right", va="bottom", fontsize="small")
+        axis.annotate(dtype, (max(high, knee), peak), ha="right", va="bottom", fontsize="x-small")
     if not answer.fits:
         axis.text(0.5, 0.5, "does not fit the memory", transform=axis.transAxes, ha="center")
     axis.legend(loc="lower right", fontsize="small")

@@ -6,7 +6,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ridgeline.passes.what_if import Answer, Firing
+from ridgeline.passes.decide import Objective
+from ridgeline.passes.what_if import Answer, Firing, Unfired
 from ridgeline.tools.whatif_flips import Ranges
 
 BOUNDS = {"compute": "c", "memory": "m", "launch": "l", "communication": "x"}
@@ -75,17 +76,48 @@ def _figures(answer: Answer) -> list[str]:
 def said(name: str, firing: Firing) -> str:
     """A pass with its most frequent form, and its share of the sites."""
     share = "" if firing.made == firing.values else f" {firing.made}/{firing.values}"
-    form = main_form(firing)
-    return f"{name}{share}" + (f" ({form})" if form else "")
+    return f"{name}{share}" + (f" ({firing.form})" if firing.form else "")
 
 
-def main_form(firing: Firing) -> str:
-    """The form taken most often, without how many layers stand side by side."""
-    counts: dict[str, int] = {}
-    for variant, count in firing.variants.items():
-        stem = variant.partition(", ")[0]
-        counts[stem] = counts.get(stem, 0) + count
-    return max(counts, key=lambda v: counts[v], default="")
+def refusal_lines(
+    rows: Sequence[Row], objective: Objective, passes: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """Why passes do not fire: a line per phase, pass and reason, with the first row of each target
+    where that is so; then which of the `passes` found nothing, by phase."""
+    yield (
+        "Why passes do not fire, and the figures of these sites together at the first line of a"
+        " target where that is so (as they stand -> as the best form of the pass):"
+    )
+    for phase, names in passes.items():
+        there: dict[tuple[str, str], dict[str, str]] = {}
+        seen = set[str]()
+        for row in (row for row in rows if row[0] == phase):
+            seen.update(row[4].firing)
+            for u in row[4].unfired:
+                seen.add(u.name)
+                there.setdefault((u.name, u.kind), {}).setdefault(
+                    row[1], _refused(row, u, objective)
+                )
+        for (name, kind), wheres in there.items():
+            figures: dict[str, list[str]] = {}
+            for target, figure in wheres.items():
+                figures.setdefault(figure, []).append(target)
+            told = "; ".join(f"{listed(t)}: {figure}" for figure, t in figures.items())
+            yield f"  {phase}: {name}: {kind}: {told}"
+        if rest := [name for name in names if name not in seen]:
+            yield f"  {phase}: no site of {', '.join(rest)}"
+
+
+def _refused(row: Row, unfired: Unfired, objective: Objective) -> str:
+    sites = f"{unfired.sites} site{'s' * (unfired.sites > 1)}"
+    if unfired.before is None or unfired.after is None:
+        return sites
+    before, after = (figure(value, objective) for value in (unfired.before, unfired.after))
+    _, _, batch, context, _ = row
+    at = f"batch {batch}" + ("" if context is None else f", {length(context)}")
+    doubt = f", doubt {figure(unfired.doubt, objective)}" if unfired.doubt else ""
+    form = f" as {unfired.form}" if unfired.form else ""
+    return f"{before} -> {after}{form}{doubt} ({sites}, {at})"
 
 
 def flip_lines(
@@ -99,13 +131,29 @@ def flip_lines(
         names = dict.fromkeys(name for ranges in there.values() for name in ranges)
         at = phase if context is None else f"{phase}, context {length(context)}"
         for name in names:
-            wheres: dict[str, list[str]] = {}
+            wheres: dict[tuple[str, str], list[str]] = {}
             for target, ranges in there.items():
-                where = str(ranges[name]) if name in ranges else "never"
-                wheres.setdefault("does not fit" if not ranges else where, []).append(target)
-            yield f"  {at}: {name}: " + "; ".join(
-                f"{where} on {', '.join(targets)}" for where, targets in wheres.items()
-            )
+                words = ranges[name].words if name in ranges else ("never", "")
+                wheres.setdefault(words if ranges else ("does not fit", ""), []).append(target)
+            forms = {ranges[name].form for ranges in there.values() if name in ranges}
+            yield f"  {at}: {_wins(name, forms)} {_by_target(wheres)}"
+
+
+def _wins(name: str, forms: set[str]) -> str:
+    """4-bit wins (quantized_linear), or the pass by its name alone where its forms differ."""
+    widths = {form.partition(" ")[0] for form in forms}
+    width = widths.pop() if len(widths) == 1 else ""
+    return f"{width} wins ({name})" if width.endswith("-bit") else f"{name} fires"
+
+
+def _by_target(wheres: Mapping[tuple[str, str], Sequence[str]]) -> str:
+    """below batch 52 on a100, 31 on h100 and l4, always on cpu."""
+    said, last = [], ""
+    for (start, rest), targets in wheres.items():
+        words = rest if rest and start == last else " ".join(filter(None, (start, rest)))
+        said.append(f"{words} on {listed(targets)}")
+        last = start
+    return ", ".join(said)
 
 
 def host_lines(
@@ -125,6 +173,11 @@ def host_lines(
         yield f"  {at}: {'; '.join(said)}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """a100, h100 and l4."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def length(tokens: int) -> str:
     """1024 -> 1k."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
@@ -138,6 +191,15 @@ def seconds(value: float) -> str:
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
+
+
+def figure(value: float, objective: Objective) -> str:
+    """What an objective makes small, in its unit."""
+    if objective == "memory":
+        return gigabytes(value)
+    if objective == "latency":
+        return seconds(value)
+    return f"{value * 1e3:.3g} mJ" if objective == "energy" else f"{value / 1e9:.3g} eGFLOPs"
 
 
 def gigabytes(size: float) -> str:

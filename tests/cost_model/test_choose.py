@@ -1,5 +1,6 @@
 """The joint decision against brute force, its constraints, its ties, its errors."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -61,6 +62,49 @@ def test_equals_brute_force(instance):
     assert choice.gain == pytest.approx(best)
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(instances(), st.lists(st.integers(1, 3), min_size=3, max_size=3))
+def test_counts_are_as_good_as_copies(instance, counts):
+    """Options that stand for several, against each of those by itself."""
+    options, budget, capacity, base = instance
+    joined = any(o.conflicts - {o.key} for o in options)  # those that conflict have one count
+    options = [
+        dataclasses.replace(o, count=counts[0 if joined else i % len(counts)])
+        for i, o in enumerate(options)
+    ]
+    copies = [
+        dataclasses.replace(
+            o, key=f"{o.key}{n}", conflicts=frozenset(f"{k}{n}" for k in o.conflicts), count=1
+        )
+        for o in options
+        for n in range(o.count)
+    ]
+    arguments = {"error_budget": budget, "capacity_bytes": capacity, "base_memory_bytes": base}
+    try:
+        expected = solve(copies, **arguments)
+    except InfeasibleChoice:
+        with pytest.raises(InfeasibleChoice):
+            solve(options, **arguments)
+        return
+    choice = solve(options, **arguments)
+    taken = [o for o in options for _ in range(choice.times.get(o.key, 0))]
+    assert choice.gain == pytest.approx(expected.gain) == sum(o.gain for o in taken)
+    assert choice.memory_bytes == base + sum(o.memory_bytes for o in taken)
+    assert capacity is None or choice.memory_bytes <= capacity
+    assert choice.error**2 == pytest.approx(sum(o.error**2 for o in taken))
+    assert choice.error <= budget + 1e-9
+    assert all(0 < choice.times[o.key] <= o.count for o in options if o.key in choice.chosen)
+
+
+def test_odd_circles_of_conflicts_are_not_shared_out_twice():
+    """Each of five beside its neighbours: two copies take four, though pairs would allow five."""
+    conflicts = [frozenset({str((i + 1) % 5)}) for i in range(5)]
+    options = [Option(str(i), 1.0, 1, 0.0, conflicts[i], count=2) for i in range(5)]
+    assert solve(options).gain == 4
+    large = Option("large", 0.1, 10, count=2)  # all that is wanted does not fit
+    assert solve([*options, large], capacity_bytes=5).gain == 4
+
+
 def test_gains_of_microseconds_are_told_apart():
     rivals = [Option("slow", 1e-7), Option("fast", 1.1e-7, conflicts=frozenset({"slow"}))]
     assert solve(rivals).chosen == ("fast",)
@@ -103,6 +147,7 @@ def test_nothing_to_choose():
         ([Option("a", float("nan"))], "finite gain"),
         ([Option("a", 1.0, error=-1.0)], "error >= 0"),
         ([Option("a", 1.0, conflicts=frozenset("z"))], "unknown"),
+        ([Option("a", 1.0, conflicts=frozenset("b"), count=3), Option("b", 1.0)], "stands for 3"),
     ],
 )
 def test_invalid_options(options, message):

@@ -89,3 +89,28 @@ def test_a_burst_that_slows_some_rounds_costs_neither_the_figures_nor_the_trust(
     assert clock.spread() == pytest.approx(0.02)
     clock.times["quick"] = [3.0, 3.1, 1.0, 1.1, 3.0, 3.1, 1.0, 1.1]  # no two rounds agree
     assert clock.spread() == pytest.approx(2.0)
+
+
+def test_waiting_for_a_core_counts_where_it_slowed_the_best_sample():
+    clock = host_times._Clock(ProbeSizes(rounds=2, repeats=2))
+    clock.times["product"], clock.waited["product"] = [2.0, 1.0, 1.0, 1.5], [0.6, 0.0, 0.02, 0.4]
+    assert clock.spread() == pytest.approx(0.0)
+    clock.waited["product"] = [0.0, 0.5, 0.5, 0.5]  # a neighbour that is always there
+    assert clock.spread() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("patience", "taken", "spread"), [(60.0, 3, 0.05), (0.0, 1, 0.4)])
+def test_a_disturbed_probe_is_taken_again_while_there_is_patience(
+    clean, monkeypatch, described, patience, taken, spread
+):
+    spreads = [0.4, 0.3, 0.05]
+    runs = []
+    monkeypatch.setattr(
+        probe,
+        "probe",
+        lambda sizes: runs.append(1) or {**described, "spread": spreads[len(runs) - 1]},
+    )
+    host = probe.steady_host(patience)
+    assert (len(runs), host.spread) == (taken, spread)
+    assert probe.cache_path().exists() == (spread < 0.15)
+    assert probe.unrefined_host().spread == spread

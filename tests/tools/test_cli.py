@@ -69,6 +69,44 @@ def test_explain_prints_the_plan(model: str):
     assert "plan for a100" in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--batch", "64"), "for batch 64"),
+        (("--batch", "forward=64,prefill=1"), "for batch 64"),
+        (("--phase", "forward", "--batch", "4k"), "for batch 4096"),
+        (("--context", "16"), "context=16 says nothing"),
+        ((), "plan for a100"),
+    ],
+)
+def test_rewrites_are_explained_for_the_workload_asked(model: str, options, said: str):
+    result = invoke("explain", f"{model}:good", "--target", "a100", *options)
+    assert result.exit_code == 0, result.output
+    assert said in " ".join(result.output.split())
+    assert ("rewrites are chosen" in result.output) == ("batch" in said)
+
+
+@pytest.mark.parametrize("command", ["explain", "optimize"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--batch", "0"), "--batch is '0'; expected one positive number, as 8 or 4k"),
+        (("--batch", "1,8"), "--batch is '1,8'; expected one positive number"),
+        (("--context", "1m"), "--context is '1m'"),
+        (("--batch", "decoding=8"), "by phase, give some of prefill, decode, forward"),
+        (("--phase", "forward"), "neither batch nor context is given"),
+        (("--phase", "training", "--batch", "8"), "phase is 'training'; choose one of"),
+        (("--phase", "decode", "--batch", "forward=8"), "leave phase= out"),
+        (("--phase", "decode", "--batch", "8"), "captured as forward"),
+        (("--batch", "prefill=8"), "captured as forward"),
+    ],
+)
+def test_a_workload_without_sense_is_refused(model: str, command: str, options, said: str):
+    result = invoke(command, f"{model}:good", "--target", "a100", *options)
+    assert result.exit_code == 1
+    assert said in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("stage", ["captured", "normalized", "rewritten"])
 def test_dump_text_is_typed(model: str, stage: str):
     result = invoke("dump", f"{model}:good", "--target", "a100", "--stage", stage)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ridgeline.cost_model import record
 from ridgeline.tools.cli import app
 
 MODEL = """
@@ -43,6 +44,20 @@ def test_a_plan_holds_for_the_model_it_was_made_for(saved: Path):
     assert result.exit_code == 0, result.output
     assert "the plan holds" in result.output
     assert "flash_attention" in result.output
+
+
+def test_what_is_predicted_and_measured_is_logged(saved: Path, tmp_path, monkeypatch):
+    monkeypatch.setenv("RIDGELINE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv(record.SWITCH)
+    result = CliRunner().invoke(app, ["verify", str(saved)])
+    logged = {e.what: e for e in record.entries()}
+    assert logged.keys() == {"verify Model: as captured", "verify Model: as planned"}
+    for entry in logged.values():
+        assert entry.predicted > 0
+        said = f"{entry.measured * 1e3:.3g} ms, predicted {entry.predicted * 1e3:.3g} ms"
+        assert said in " ".join(result.output.split())
+    before, after = logged.values()
+    assert before.predicted > after.predicted
 
 
 def test_a_site_that_is_gone_is_named(saved: Path):

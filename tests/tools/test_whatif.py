@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import re
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from ridgeline.tools import whatif
 from ridgeline.tools.cli import app
 from ridgeline.tools.whatif_flips import Ranges, flips
 from ridgeline.tools.whatif_model import QuestionError, programs
-from ridgeline.tools.whatif_table import letter, said
+from ridgeline.tools.whatif_table import flip_lines, letter, said
 
 pytest.importorskip("transformers")
 LLAMA_7B = {
@@ -259,7 +258,10 @@ def test_the_command_prints_tables_and_flips(config):
     ]
     result = CliRunner().invoke(app, ["whatif", config, *options])
     assert result.exit_code == 0, result.stderr
-    assert "decode, context 1k: quantized_linear: always on a100" in result.stdout
+    assert "decode, context 1k: 4-bit wins (quantized_linear) always on a100" in result.stdout
+    assert "decode: rotary: not better: a100: " in result.stdout
+    assert re.search(r"-> [\d.]+ µs, doubt [\d.]+ µs \(2 sites, batch 1, 1k\)", result.stdout)
+    assert "decode: no site of group_rational" in result.stdout
     assert re.search(r"a100 +8 +1k .* -> .* GB|a100 +8 +1k .* -> .* MB", result.stdout)
 
 
@@ -269,8 +271,24 @@ def test_the_plot_is_drawn(config, tmp_path):
     request = whatif.Request(
         config, ("a100", "h100"), (1, 8), (1024,), ("decode",), plot=file, largest=4
     )
-    whatif.run(request, Console(file=io.StringIO()), lambda s: nullcontext())
+    whatif.run(request, *[Console(file=io.StringIO())] * 2)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_targets_share_the_words_of_a_flip():
+    found = {
+        ("decode", "a100", 1024): {"p": Ranges(((1, 51),), 512, False, "4-bit minimum g32")},
+        ("decode", "h100", 1024): {"p": Ranges(((1, 30),), 512, False, "4-bit symmetric g128")},
+        ("decode", "l4", 1024): {"p": Ranges(((1, 30),), 512, False, "4-bit symmetric g128")},
+        ("decode", "v100", 1024): {"p": Ranges(((1, 9),), 9, True, "4-bit symmetric g128")},
+        ("decode", "t4", 1024): {},
+        ("decode", "cpu", 1024): {"p": Ranges(((1, 512),), 512, False, "4-bit minimum g32")},
+    }
+    _, line = flip_lines(found, 512)
+    assert line.strip() == (
+        "decode, context 1k: 4-bit wins (p) below batch 52 on a100, 31 on h100 and l4, always (to"
+        " batch 9, the largest that fits) on v100, does not fit on t4, always on cpu"
+    )
 
 
 def test_letters():

@@ -1,5 +1,6 @@
 """Compilation for the host, and the threads that kernels run on."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -35,15 +36,27 @@ def test_byte_tables_are_left_out_where_less_is_asked_for(monkeypatch):
     assert isa.byte_table_isa() == "avx512"
 
 
-@pytest.mark.parametrize(("named", "has"), [("nehalem", True), ("sapphirerapids", False)])
-def test_code_is_made_for_what_the_cpu_has_whatever_it_is_called(monkeypatch, named, has):
+@pytest.mark.parametrize(("cpu", "there", "said"), [
+    ("rocketlake", True, "+avx512bf16"),
+    ("znver4", False, "-avx512bf16"),
+    ("znver4", True, None),
+])  # fmt: skip
+def test_llvm_is_told_where_the_cpu_differs_from_its_name(monkeypatch, cpu, there, said):
     codegen = pytest.importorskip("tvm.target.codegen")
-    wanted = dict.fromkeys(isa.llvm_features(), has)
-    monkeypatch.setattr(runtime, "llvm_features", lambda: wanted)
-    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: named)
-    target = runtime.host_target.__wrapped__()
-    for name in wanted:
-        assert bool(codegen.llvm_cpu_has_features(name, target)) == has
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: cpu)
+    monkeypatch.setattr(runtime, "llvm_features", lambda: {"avx512bf16": there})
+    target = inspect.unwrap(runtime.host_target)()
+    assert list(target.attrs.get("mattr", ())) == ([said] if said else [])
+    assert bool(codegen.llvm_cpu_has_features("avx512bf16", target)) == there
+
+
+def test_features_of_the_instruction_sets_have_llvms_names():
+    codegen = pytest.importorskip("tvm.target.codegen")
+    names = isa.llvm_features()
+    if not names:
+        pytest.skip("no x86 CPU")
+    target = runtime.host_target()
+    assert {name: bool(codegen.llvm_cpu_has_features(name, target)) for name in names} == names
 
 
 def test_ridgeline_does_not_import_tvm():
