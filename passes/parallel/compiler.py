@@ -62,7 +62,8 @@ class Form:
 
 
 class ParallelCompiler(Compiler):
-    """`Compiler` for a rank's model; splits: weight -> how it is split, as `propagate` takes it."""
+    """`Compiler` for a rank's model; splits: weight -> how it is split, as `propagate` takes it;
+    strict: as `rewrite_collectives` takes it."""
 
     def __init__(
         self,
@@ -72,10 +73,12 @@ class ParallelCompiler(Compiler):
         splits: dict[str, str],
         fuse: When,
         weave: Literal["measured", "always", "never"],
+        strict: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
         self.ranks, self.splits, self.fuse, self.weave = ranks, splits, fuse, weave
+        self.strict = strict
         self._before: fx.GraphModule | None = None
 
     def __call__(self, program: Program) -> Callable[..., Any]:
@@ -101,9 +104,10 @@ class ParallelCompiler(Compiler):
             return self._predicted(program)
         if self.fuse != "measured":
             return self._form(program, fuse=self.fuse == "always")
-        whole, shard = (self._form(program, fuse=fuse) for fuse in (False, True))
+        shard = self._form(program, fuse=True)
         if not any(d.rewrite == NAME for d in shard.plan.applied):
             return shard  # nothing to choose, and its plan says why
+        whole = self._form(program, fuse=False)
         quicker, before, after = self._quicker(program, whole.run, shard.run)
         told = f"{before:.2e} s with norms on all tokens, {after:.2e} s on a shard, run here"
         if quicker:
@@ -202,6 +206,8 @@ class ParallelCompiler(Compiler):
                 self.ranks,
                 splits=self.splits,
                 results=program.results,
+                inputs=program.inputs,
+                strict=self.strict,
                 fuse=self.fuse == "always",
                 label=label,
             )

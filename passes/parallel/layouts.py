@@ -69,7 +69,7 @@ def propagate(
 ) -> dict[fx.Node, Layout]:
     """Write each value's layout to its metadata; node -> layout.
 
-    splits: attribute name -> how that weight is split; others are replicated, as inputs are.
+    splits: name of an attribute or input -> how it is split; others are replicated.
     results: how many of the outputs, the first, are the model's result; the others are this rank's
         caches. None: all.
 
@@ -103,7 +103,7 @@ def _shared_out(graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> list[fx.N
 
 def _split_of(node: fx.Node, splits: Mapping[str, str]) -> str | None:
     """How a weight, seen through views, is split."""
-    if node.op == "get_attr":
+    if node.op in ("get_attr", "placeholder"):
         return splits.get(str(node.target))
     if node.target in _MOVES or is_cast(node):
         return node.args[0].meta.get("split")
