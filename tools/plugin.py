@@ -8,6 +8,7 @@ compiled in step with the other ranks. A graph that cannot be traced, and one ov
 trained, goes to Inductor as it came; the log and the plan say why.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch._guards import tracing
 
 from ridgeline.codegen.code_version import code_version
 from ridgeline.codegen.inductor import inductor_decompositions
@@ -100,7 +102,9 @@ def backend(
         inputs = local.inputs(given)
         return local.outputs(compiled_for(inputs)(*(inputs[i] for i in free)))
 
-    with autocast.disabled():  # the traced graph casts by itself
+    # Dynamo knows the DTensors and not their local tensors, whose sizes it would leave free.
+    unknown = tracing(None) if local.distributed else contextlib.nullcontext()
+    with autocast.disabled(), unknown:  # the traced graph casts by itself
         compiled_for(inputs)
     return autocast.without(call) if autocast.active() else call
 
