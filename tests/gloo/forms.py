@@ -231,25 +231,39 @@ def dtensors() -> dict[str, Any]:
 
 
 def trained() -> dict[str, Any]:
-    """Gradients of a block through the plugin against eager ones."""
+    """Gradients of two products, split by DTensor or by hand, through the plugin against eager
+    ones, and of `optimize` where it can capture them."""
     warnings.simplefilter("ignore")
     plans: list[Plan] = []
-    x, model = (
-        torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1)),
-        by_dtensor(False),
-    )
-    gradients = []
+    x = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
     options = {"target": "a100", "on_plan": plans.append}
-    quick = {"cpp.vec_isa_ok": True, "compile_threads": 1}  # no probes and no pool of processes
-    with torch._inductor.config.patch(quick):
-        for run in (model[0], torch.compile(model[0], backend=backend, options=options)):
-            model.zero_grad()
-            run(x).square().sum().backward()
-            gradients.append([whole(p.grad) for p in model[0].parameters()])
-    return {
-        "errors": [error(ours, theirs) for theirs, ours in zip(*gradients, strict=True)],
-        "notes": plans[0].notes,
-    }
+    answers: dict[str, Any] = {}
+    for form in ("dtensor", "functional"):
+        torch.manual_seed(0)
+        pair = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)))
+        if form == "dtensor":
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            parallelize_module(pair, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        else:
+            pair[0].weight, pair[1] = part(pair[0].weight, 0), Row(pair[1], form)
+        torch._dynamo.reset()
+        runs = {"eager": pair, "plugin": torch.compile(pair, backend=backend, options=options)}
+        if form == "functional":
+            runs["optimize"] = ridgeline.optimize(pair, target="a100", lowering="eager")
+        gradients = {way: gradients_of(run, pair, x) for way, run in runs.items()}
+        eager = gradients.pop("eager")
+        for way, found in gradients.items():
+            answers[f"{form} {way}"] = [error(a, b) for a, b in zip(found, eager, strict=True)]
+    plan = runs["optimize"].plan
+    answers["said"] = [*plans[0].notes, *(d.reason for p in (plans[1], plan) for d in p.refused)]
+    return answers
+
+
+def gradients_of(run: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    given = x.clone().requires_grad_()
+    run(given).square().sum().backward()
+    return [whole(t.grad) for t in (given, *model.parameters())]
 
 
 def whole(x: Any) -> Tensor:
