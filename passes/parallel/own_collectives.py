@@ -15,15 +15,14 @@ import torch
 from torch import fx
 from torch.distributed import distributed_c10d
 
-from ridgeline.cost_model import Target
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.match import Reject
 from ridgeline.ir.program import SHARDED, WEIGHT, Program
 from ridgeline.passes.apply import copy_graph
-from ridgeline.passes.compiler import Compiler, OptimizeError
+from ridgeline.passes.compiler import Compiler, OptimizeError, graph_figures
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.collectives import group_of, is_collective
-from ridgeline.passes.parallel.compiler import ParallelCompiler
+from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
 from ridgeline.passes.parallel.layouts import COLUMN, ROW
 from ridgeline.passes.parallel.rewrite import ParallelDefect, When, refusal
 from ridgeline.passes.parallel.signature import versions
@@ -92,16 +91,11 @@ class MeshCompiler(Compiler):
         """A training step, compiled without any rewrite; the plan says so."""
         label = self.plan.label(program.phase)
         self._labels[id(program)] = label
-        self.plan.predicted[label] = {}
         self.plan.refused.append(refusal(Reject(TRAINED, first, NEEDED), label, "precondition"))
         module, _ = copy_graph(program.module)
+        figures = graph_figures(module, self.target)
+        self.plan.predicted[label] = {"before": figures, "after": figures}
         return self.lower(module, program)
-
-
-def usual(target: Target) -> When:
-    """The cost model answers for a GPU that is not here; elsewhere both ways are run."""
-    absent = target.kind != "cpu" and not torch.cuda.is_available()
-    return "predicted" if absent else "measured"
 
 
 def first_collective(graph: fx.Graph) -> fx.Node | None:

@@ -1,5 +1,7 @@
 """One model whose row-parallel sums are written in every way that is in use."""
 
+import contextlib
+import io
 import warnings
 from typing import Any
 
@@ -254,9 +256,14 @@ def trained() -> dict[str, Any]:
         eager = gradients.pop("eager")
         for way, found in gradients.items():
             answers[f"{form} {way}"] = [error(a, b) for a, b in zip(found, eager, strict=True)]
-    plan = runs["optimize"].plan
-    answers["said"] = [*plans[0].notes, *(d.reason for p in (plans[1], plan) for d in p.refused)]
+    answers["said"] = [printed(plan) for plan in (*plans, runs["optimize"].plan)]
     return answers
+
+
+def printed(plan: Plan) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        plan.print()
+    return " ".join(text.getvalue().split())
 
 
 def gradients_of(run: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
