@@ -23,6 +23,11 @@ _HERE = str(Path(__file__).parent)
 
 _WAYS_OUT = (
     (
+        ("DTensor",),
+        "the model is made of DTensors, for which torch.export has no form: use"
+        " torch.compile(model, backend='ridgeline'), which takes models of parallelize_module",
+    ),
+    (
         ("data-dependent", "unbacked", "Could not guard", "Could not extract specialized"),
         "the graph depends on the values of a tensor: use torch.where instead of `if`,"
         " and avoid .item(), .tolist() and int(tensor)",

@@ -12,6 +12,11 @@ from ridgeline.ir.stopwatch import Stopwatch
 from ridgeline.ir.symbolic import shape_of
 
 Phase = Literal["prefill", "decode", "forward", "training"]
+WEIGHT = "weight"
+"""Metadata of a placeholder that takes a parameter of the model."""
+SHARDED = "sharded_dimension"
+"""Metadata of a placeholder that takes this rank's part of a value: the dimension along which it is
+split, or None where it is a part in another way, as of a sum."""
 
 
 class ProgramError(RidgelineError):

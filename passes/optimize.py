@@ -10,10 +10,12 @@ from ridgeline.cost_model import Target
 from ridgeline.ir.program import Phase
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
-from ridgeline.passes.compiler import Compiler, Objective, OptimizeError
+from ridgeline.passes.compiler import Objective, OptimizeError
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.forced_bits import forced
 from ridgeline.passes.ignore import check_ignore
+from ridgeline.passes.parallel.own_collectives import MeshCompiler
+from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.quantizable import is_linear, unfit
 from ridgeline.passes.quantization import HessiansOnDemand
 from ridgeline.passes.quantization.data import calibration_batches
@@ -36,6 +38,7 @@ def optimize(
     phase: Phase | None = None,
     batch: Number = None,
     context: Number = None,
+    fuse: When | None = None,
     ignore: Sequence[str] = (),
     passes: Sequence[Pass] = PASSES,
     lowering: Literal["inductor", "eager"] = "inductor",
@@ -63,6 +66,8 @@ def optimize(
         "forward") alone; a dict as ``{"prefill": 1, "decode": 64}`` gives each its own. One result
         holds the graphs of all phases. A size that a graph has fixed decides as it is, which the
         plan says; shape and numbers of the example inputs do not change.
+    fuse: for a model that sends things in its forward, on ranks of torch.distributed: whether norms
+        move to a shard of the tokens, as `ridgeline.parallelize` takes it. All ranks call alike.
     ignore: patterns of module paths to leave alone, as ``["lm_head", "*.k_proj"]``.
     lowering: "inductor" compiles what is left of the graph; "eager" runs it op by op.
     strict: raise where a call cannot be captured, instead of running the original code and
@@ -86,8 +91,9 @@ def optimize(
     if max_graphs < 1:
         raise OptimizeError(f"max_graphs is {max_graphs}; keep at least 1")
     forced_bits = bits is not None or average_bits is not None
-    compiler = Compiler(
+    compiler = MeshCompiler(
         target,
+        fuse=fuse,
         tolerance=tolerance,
         objective=objective,
         passes=passes,

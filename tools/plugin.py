@@ -2,10 +2,13 @@
 
 Dynamo hands over a graph of torch functions. It is traced to the vocabulary that passes know
 (pre-dispatch ATen), rewritten as `optimize` does, and given on: for inference to the same lowering,
-for training to AOTAutograd and Inductor, through the gradients that `ridgeline::` ops have. A graph
-that cannot be traced goes to Inductor as it came, and the log says why.
+for training to AOTAutograd and Inductor, through the gradients that `ridgeline::` ops have. Of
+DTensors, the graph of this rank's own tensors is traced, with the collectives that they send; it is
+compiled in step with the other ranks. A graph that cannot be traced, and one over DTensors that is
+trained, goes to Inductor as it came; the log and the plan say why.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,19 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import preserve_node_meta
+from torch._guards import tracing
 
 from ridgeline.codegen.code_version import code_version
 from ridgeline.codegen.inductor import inductor_decompositions
+from ridgeline.cost_model import load_target
 from ridgeline.ir import autocast
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.local_graph import is_distributed, local_graph
 from ridgeline.ir.program import Program
 from ridgeline.ir.sizes import number
 from ridgeline.passes import PASSES
 from ridgeline.passes.apply import copy_graph
-from ridgeline.passes.compiler import Compiler
+from ridgeline.passes.parallel.own_collectives import TRAINED, MeshCompiler, first_collective
+from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ class PluginError(RidgelineError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The backend's `options`; the first four are `optimize`'s.
+    """The backend's `options`; all but the last are `optimize`'s.
 
     on_plan: called with the `Plan` of each compiled graph.
     """
@@ -48,6 +52,7 @@ class Options:
     tolerance: float = 0.0
     objective: str = "latency"
     ignore: tuple[str, ...] = ()
+    fuse: When | None = None
     on_plan: Callable[[Plan], None] | None = None
 
 
@@ -67,14 +72,18 @@ def backend(
     training = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in example_inputs
     )
-    fold = chosen.tolerance > 0 and not training  # only a quantised weight need be a constant
+    if training and any(map(is_distributed, example_inputs)):
+        return _left(gm, example_inputs, chosen, f"it is over DTensors: {TRAINED}")
     try:
-        traced = _traced(gm, example_inputs)
+        local = local_graph(gm, example_inputs)
+        autocast.make_explicit(local.module, autocast.active())
     except Exception as error:  # whatever tracing meets, the user's model must still run
-        log.warning("ridgeline leaves this graph to Inductor: it could not be traced: %s", error)
-        return _inductor(gm, example_inputs)
-    folded = [i for i, x in enumerate(example_inputs) if fold and isinstance(x, nn.Parameter)]
-    free = [i for i in range(len(example_inputs)) if i not in folded]
+        return _left(gm, example_inputs, chosen, f"it could not be traced: {error}")
+    traced, inputs = local.module, local.inputs(example_inputs)
+    # Only a quantised weight need be a constant, and no rank quantises beside the others.
+    fold = chosen.tolerance > 0 and not training and first_collective(traced.graph) is None
+    folded = [i for i, x in enumerate(inputs) if fold and isinstance(x, nn.Parameter)]
+    free = [i for i in range(len(inputs)) if i not in folded]
     # Dynamo gives one graph to all modules of the same code; what it folds is each one's own.
     known: OrderedDict[tuple[int, ...], _Folded] = OrderedDict()
 
@@ -89,11 +98,14 @@ def backend(
                 known.popitem(last=False)
         return found.run
 
-    def call(*inputs: Any) -> Any:
-        return compiled_for(inputs)(*(inputs[i] for i in free))
+    def call(*given: Any) -> Any:
+        inputs = local.inputs(given)
+        return local.outputs(compiled_for(inputs)(*(inputs[i] for i in free)))
 
-    with autocast.disabled():  # the traced graph casts by itself
-        compiled_for(example_inputs)
+    # Dynamo knows the DTensors and not their local tensors, whose sizes it would leave free.
+    unknown = tracing(None) if local.distributed else contextlib.nullcontext()
+    with autocast.disabled(), unknown:  # the traced graph casts by itself
+        compiled_for(inputs)
     return autocast.without(call) if autocast.active() else call
 
 
@@ -115,10 +127,11 @@ def _state(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(w.data_ptr(), w._version) for w in weights]
 
 
-def _compiler(chosen: Options, training: bool = False) -> Compiler:
+def _compiler(chosen: Options, training: bool = False) -> MeshCompiler:
     """training: kernels are put in place, and AOTAutograd and Inductor get the graph from here."""
-    return Compiler(
+    return MeshCompiler(
         chosen.target,
+        fuse=chosen.fuse,
         tolerance=chosen.tolerance,
         objective=chosen.objective,
         passes=PASSES,
@@ -127,10 +140,23 @@ def _compiler(chosen: Options, training: bool = False) -> Compiler:
     )
 
 
+def _left(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Options, why: str
+) -> Callable[..., Any]:
+    """Dynamo's graph, compiled by Inductor alone."""
+    said = f"ridgeline leaves this graph to Inductor: {why}"
+    log.warning(said)
+    if chosen.on_plan is not None:
+        plan = Plan(load_target(chosen.target).name, chosen.tolerance)
+        plan.note(said)
+        chosen.on_plan(plan)
+    return _inductor(gm, example_inputs)
+
+
 def _compiled(program: Program, chosen: Options) -> Callable[..., Any]:
     compiler = _compiler(chosen, program.training)
     try:
-        run = compiler.lower(compiler.rewrite(program), program)
+        run = compiler(program)
         if program.training:
             run = _inductor(run, program.inputs, inductor_decompositions())
     except RidgelineError:
@@ -161,23 +187,6 @@ def _options(options: dict[str, Any] | None, mode: str | None) -> Options:
     if chosen.on_plan is not None and not callable(chosen.on_plan):
         raise PluginError(f"on_plan is {chosen.on_plan!r}; pass a function of a plan")
     return chosen
-
-
-def _traced(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """Dynamo's graph in pre-dispatch ATen, each node with the module and line it came from."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    values = [n.meta.get("example_value") for n in placeholders]
-    # The placeholders' own mode: Dynamo gives back ends another, with the same symbols.
-    modes = [v.fake_mode for v in values if isinstance(v, FakeTensor)]
-    if not modes:
-        raise RidgelineError("the graph's placeholders carry no fake tensors")
-    given = [x if v is None else v for x, v in zip(example_inputs, values, strict=True)]
-    with modes[0], preserve_node_meta():
-        traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(
-            *given
-        )
-    autocast.make_explicit(traced, autocast.active())
-    return traced
 
 
 def _program(

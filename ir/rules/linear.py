@@ -7,12 +7,18 @@ import torch
 from torch import fx
 
 from ridgeline.ir.layout import keep_layout
+from ridgeline.ir.program import WEIGHT
 from ridgeline.ir.rules.common import Rule, insert, reads_changed_memory
 from ridgeline.ir.symbolic import shape_of
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.mT.default, aten.permute.default)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Is the value a weight of the model, held by the graph or given to it?"""
+    return node.op == "get_attr" or WEIGHT in node.meta
 
 
 def _weight(node: fx.Node, before: fx.Node) -> fx.Node | None:
@@ -22,9 +28,9 @@ def _weight(node: fx.Node, before: fx.Node) -> fx.Node | None:
         node = node.args[0]  # the same matrix for every element of the batch
     if shape_of(node) != matrix:
         return None
-    if node.target in _TRANSPOSES and node.args[0].op == "get_attr":
+    if node.target in _TRANSPOSES and _is_constant(node.args[0]):
         return node.args[0]
-    return insert(before, aten.t.default, node) if node.op == "get_attr" else None
+    return insert(before, aten.t.default, node) if _is_constant(node) else None
 
 
 def _linear_from_matmul(node: fx.Node) -> bool:
@@ -58,7 +64,7 @@ def _linear_from_inner(node: fx.Node) -> bool:
     if node.target not in (aten.inner.default, aten.tensordot.default) or node.kwargs:
         return False
     x, weight, *dims = node.args
-    if weight.op != "get_attr" or weight.meta["val"].dim() != 2:
+    if not _is_constant(weight) or weight.meta["val"].dim() != 2:
         return False
     summed, rank = 1, x.meta["val"].dim()
     if rank == 0:
@@ -93,7 +99,7 @@ def _linear_turned_back(node: fx.Node) -> bool:
     else:
         return False
     x = _untransposed(turned)
-    if x is None or weight.op != "get_attr" or weight.meta["val"].dim() != 2:
+    if x is None or not _is_constant(weight) or weight.meta["val"].dim() != 2:
         return False
     linear = insert(node, aten.linear.default, x, weight, *bias)
     node.replace_all_uses_with(linear)
@@ -115,7 +121,7 @@ def _bias_into_linear(node: fx.Node) -> bool:
     for linear, bias in (node.args, node.args[::-1]):
         if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
             continue
-        fits = isinstance(bias, fx.Node) and bias.op == "get_attr"
+        fits = isinstance(bias, fx.Node) and _is_constant(bias)
         if not fits or len(linear.args) != 2 or len(linear.users) != 1:
             continue
         same = linear.meta["val"].dtype == node.meta["val"].dtype == bias.meta["val"].dtype

@@ -3,20 +3,28 @@
     dist.all_reduce(x)                 copy_(x, wait(all_reduce(x))); readers of x read the sum
     wait -> view -> view -> add        the views go along with the sum
     equal all-gathers                  one, as of DTensor's, which gathers for each projection
+    sum of x_r W_rᵀ + b / W            b is added once, to the sum over the W ranks, as of DTensor's
+    ops that have gradients            those without, which send the same
 
-Functional collectives (`torch.distributed._functional_collectives`, `torch.ops._c10d_functional`)
-and what DTensor's redistribution compiles to are in this form from the start.
+Other functional collectives (`torch.distributed._functional_collectives`) are
+`torch.ops._c10d_functional`, and so in this form from the start.
 """
 
+import operator
 from collections import Counter
 
 import torch
 from torch import Tensor, fx
+from torch.distributed import distributed_c10d
 
+from ridgeline.ir.provenance import KEPT
+from ridgeline.ir.rules.common import insert
 from ridgeline.ir.symbolic import shape_of
+from ridgeline.passes.parallel.rows import COPIES, VIEWS, keeps_rows
 
 aten = torch.ops.aten
 functional = torch.ops._c10d_functional
+_AUTOGRAD = "_c10d_functional_autograd"
 _MERGED = (functional.all_gather_into_tensor.default, functional.wait_tensor.default)
 _PURE = (
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.slice.Tensor),
@@ -27,8 +35,15 @@ _PURE = (
 def is_collective(node: fx.Node) -> bool:
     """A call that sends something, and not the wait for it."""
     overload = isinstance(node.target, torch._ops.OpOverload)
-    sends = overload and node.target.namespace == "_c10d_functional"
+    sends = overload and node.target.namespace in ("_c10d_functional", _AUTOGRAD)
     return sends and node.target is not functional.wait_tensor.default
+
+
+def group_of(collective: fx.Node) -> str:
+    """The name of the group that a collective is over: the argument that its schema calls so."""
+    names = [argument.name for argument in collective.target._schema.arguments]
+    at = names.index("group_name")
+    return collective.args[at] if at < len(collective.args) else collective.kwargs["group_name"]
 
 
 def collectives(graph: fx.Graph) -> list[str]:
@@ -51,8 +66,13 @@ def count(graph: fx.Graph) -> Counter[str]:
 def normal_form(module: fx.GraphModule) -> int:
     """Bring the collectives of a graph into the form above; how many all-gathers are left out."""
     for node in list(module.graph.nodes):
+        if is_collective(node) and node.target.namespace == _AUTOGRAD:
+            packet = getattr(functional, node.target._opname)
+            node.target = getattr(packet, node.target._overloadname)
         if node.target in (aten.copy.default, aten.copy_.default):
             _sum_in_place(node)
+        if node.target is functional.wait_tensor.default:
+            _bias_after_sum(node)
     gone = merge_equal(module.graph)
     module.graph.lint()
     module.recompile()
@@ -100,3 +120,51 @@ def _sum_in_place(node: fx.Node) -> None:
         into.replace_all_uses_with(sum_, delete_user_cb=lambda user: user > node)
     node.replace_all_uses_with(sum_)
     node.graph.erase_node(node)
+
+
+def _bias_after_sum(wait: fx.Node) -> None:
+    """sum over W ranks of rows of linear(x, w, b / W) -> sum of linear(x, w), + b."""
+    send = wait.args[0]
+    if send.target not in (functional.all_reduce.default, functional.reduce_scatter_tensor.default):
+        return
+    product = _source_of_rows(send)
+    if product is None or product.target is not aten.linear.default or len(product.args) < 3:
+        return
+    share = product.args[2]
+    if not isinstance(share, fx.Node) or share.target is not aten.div.Tensor:
+        return
+    bias, parts = share.args
+    if send.args[1] != "sum" or parts != distributed_c10d._get_group_size_by_name(group_of(send)):
+        return
+    product.args = product.args[:2]
+    if not share.users:
+        share.graph.erase_node(share)
+    total = insert(wait.next, aten.add.Tensor, wait, bias)
+    total.meta.update({k: wait.meta[k] for k in KEPT if k in wait.meta})
+    wait.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _source_of_rows(send: fx.Node) -> fx.Node | None:
+    """The value whose whole rows, in another order, are all that is sent; nobody else reads it."""
+    node = send.args[0]
+    while len(node.users) == 1:
+        if node.target in COPIES or (node.target in VIEWS and keeps_rows(node.args[0], node)):
+            node = node.args[0]
+        elif node.target is aten.cat.default and (split := _split_of_rows(node)) is not None:
+            node = split.args[0]
+        else:
+            return node
+    return None
+
+
+def _split_of_rows(joined: fx.Node) -> fx.Node | None:
+    """The split, along another dimension than the last, whose parts `joined` puts one after the
+    other."""
+    parts = joined.args[0]
+    split = parts[0].args[0] if parts[0].target is operator.getitem else None
+    if split is None or split.target is not aten.split.Tensor or set(split.users) != set(parts):
+        return None
+    dim = split.args[2] if len(split.args) > 2 else 0
+    rank = split.args[0].meta["val"].dim()
+    along = joined.args[1] if len(joined.args) > 1 else 0
+    return None if rank - 1 in (dim % rank, along % rank) else split

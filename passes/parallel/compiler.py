@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from ridgeline.cost_model import Stack
+from ridgeline.cost_model import Stack, Target
 from ridgeline.cost_model.transport import Transport, transport_of
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import normalize
@@ -85,9 +85,16 @@ def _weaving(at: str, label: str, by: RefusedBy | None, reason: str) -> Decision
     return Decision(token_weave.NAME, at, "reassociating", by, reason, label)
 
 
+def usual(target: Target) -> When:
+    """The cost model answers for a GPU that is not here; elsewhere both ways are run."""
+    absent = target.kind != "cpu" and not torch.cuda.is_available()
+    return "predicted" if absent else "measured"
+
+
 class ParallelCompiler(Compiler):
     """`Compiler` for a rank's model; splits: weight -> how it is split, as `propagate` takes it;
-    stack: the model's shape, by which a GPU's schedule is predicted."""
+    stack: the model's shape, by which a GPU's schedule is predicted; strict: as
+    `rewrite_collectives` takes it."""
 
     def __init__(
         self,
@@ -98,6 +105,7 @@ class ParallelCompiler(Compiler):
         fuse: When,
         weave: When,
         stack: Stack | None = None,
+        strict: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
@@ -106,6 +114,7 @@ class ParallelCompiler(Compiler):
         self.cut: token_weave.Cut | None = None
         self._links: Transport | None = None
         self.timed: list[Timed] = []
+        self.strict = strict
         self._before: fx.GraphModule | None = None
 
     def __call__(self, program: Program) -> Callable[..., Any]:
@@ -130,9 +139,10 @@ class ParallelCompiler(Compiler):
             return self._predicted(program)
         if self.fuse != "measured":
             return self._form(program, fuse=self.fuse == "always")
-        whole, shard = (self._form(program, fuse=fuse) for fuse in (False, True))
+        shard = self._form(program, fuse=True)
         if not any(d.rewrite == NAME for d in shard.plan.applied):
             return shard  # nothing to choose, and its plan says why
+        whole = self._form(program, fuse=False)
         quicker, before, after = self._quicker(program, whole.run, shard.run)
         told = f"{before:.2e} s with norms on all tokens, {after:.2e} s on a shard, run here"
         chosen = shard if quicker else whole
@@ -284,6 +294,8 @@ class ParallelCompiler(Compiler):
                 self.ranks,
                 splits=self.splits,
                 results=program.results,
+                inputs=program.inputs,
+                strict=self.strict,
                 fuse=self.fuse == "always",
                 label=label,
             )

@@ -17,6 +17,7 @@ there: `propagate` raises LayoutError, when the graph is compiled. Source: the s
 DTensor's placements Replicate, Partial and Shard.
 """
 
+import operator
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -50,6 +51,11 @@ _MOVES = (
     *VIEWS,
     *COPIES,
 )
+_JOINS = (
+    *(aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.split.Tensor, operator.getitem),
+    aten.split_with_sizes.default,
+)
+"""Linear in all their operands together."""
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default)
 
 
@@ -69,7 +75,7 @@ def propagate(
 ) -> dict[fx.Node, Layout]:
     """Write each value's layout to its metadata; node -> layout.
 
-    splits: attribute name -> how that weight is split; others are replicated, as inputs are.
+    splits: name of an attribute or input -> how it is split; others are replicated.
     results: how many of the outputs, the first, are the model's result; the others are this rank's
         caches. None: all.
 
@@ -103,7 +109,7 @@ def _shared_out(graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> list[fx.N
 
 def _split_of(node: fx.Node, splits: Mapping[str, str]) -> str | None:
     """How a weight, seen through views, is split."""
-    if node.op == "get_attr":
+    if node.op in ("get_attr", "placeholder"):
         return splits.get(str(node.target))
     if node.target in _MOVES or is_cast(node):
         return node.args[0].meta.get("split")
@@ -187,7 +193,7 @@ def _of_partial(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
     fills = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
     linear = (
         (node.target in _MOVES or is_cast(node))
-        or (node.target in (aten.add.Tensor, aten.sub.Tensor) and set(kinds) == {partial})
+        or (node.target in _JOINS and set(kinds) == {partial})
         or (node.target in _SCALES and kinds.count(partial) == 1 and kinds[0] is partial)
         or (node.target in fills and not node.args[2])
         or (node.target in _PRODUCTS and kinds.count(partial) == 1 and not _has_bias(node))

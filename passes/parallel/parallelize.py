@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ridgeline.cost_model import InvalidStack, Stack, Target, load_target, stack_of
@@ -17,7 +16,7 @@ from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.parallel.agree import Ranks
-from ridgeline.passes.parallel.compiler import ParallelCompiler
+from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
 from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
 from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.parallel.shard import shard, split_parameters
@@ -66,9 +65,7 @@ def parallelize(
     """
     ranks = Ranks.of(mesh, timeout)
     machine = load_target(target)
-    absent = machine.kind != "cpu" and not torch.cuda.is_available()
-    usual: When = "predicted" if absent else "measured"
-    fuse, weave = fuse or usual, weave or usual
+    fuse, weave = fuse or usual(machine), weave or usual(machine)
     with ranks.together():
         plan = plan_parallel(model, ranks.world) if split else None
         compiler = ParallelCompiler(

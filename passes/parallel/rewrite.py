@@ -2,8 +2,8 @@
 
     normal form -> layouts -> region -> agree -> rewrite -> layouts and counts again
 
-It takes graphs of every level: what `ridgeline.ir.capture` gives, and those that AOTAutograd hands
-to a compiler, where DTensor's redistributions have become functional collectives.
+It takes what `ridgeline.ir.capture` gives, and `ridgeline.ir.local_graph`, where what DTensor's
+redistributions send is in the graph.
 """
 
 from collections import Counter
@@ -16,12 +16,13 @@ from torch import Tensor, fx
 
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.match import Reject
-from ridgeline.ir.provenance import source_of
+from ridgeline.ir.program import WEIGHT
+from ridgeline.ir.provenance import operation, source_of
 from ridgeline.passes.base import location
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
 from ridgeline.passes.parallel.collectives import collectives, count, normal_form
-from ridgeline.passes.parallel.layouts import propagate
+from ridgeline.passes.parallel.layouts import LayoutError, propagate
 from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.parallel.token_region import PART, Region, find_regions
 from ridgeline.passes.plan import Decision, RefusedBy
@@ -51,13 +52,17 @@ def rewrite_collectives(
     *,
     splits: dict[str, str] | None = None,
     results: int | None = None,
+    inputs: Sequence[Any] = (),
     fuse: bool = True,
+    strict: bool = True,
     label: str = "forward",
 ) -> Account:
     """Rewrite `module` in place; every rank calls this for the same graph.
 
-    splits, results: as `propagate` takes them. fuse: whether norms move to a shard of the tokens.
-    label: the graph's name in the account.
+    splits, results: as `propagate` takes them. inputs: what the graph's placeholders take, where
+    weights are among it. fuse: whether norms move to a shard of the tokens. strict: whether a
+    LayoutError of the graph as it came is raised, or refuses the rewrite: what a model does with
+    collectives of its own may be right. label: the graph's name in the account.
 
     Raises:
         LayoutError: the graph reads a value that this rank does not hold.
@@ -66,14 +71,21 @@ def rewrite_collectives(
     """
     graph = module.graph
     merged = normal_form(module)
-    layouts = propagate(graph, splits or {}, results)
-    regions, rejects = find_regions(graph, ranks.name, ranks.world, layouts)
+    regions, rejects = [], []
+    try:
+        layouts = propagate(graph, splits or {}, results)
+    except LayoutError as error:
+        if strict:
+            raise
+        rejects.append(Reject(str(error), graph.output_node()))
+    else:
+        regions, rejects = find_regions(graph, ranks.name, ranks.world, layouts)
     ranks.agree(
         f"the captured {label} graph",
         {
             "collectives": "; ".join(collectives(graph)),
             "norms on a shard": "; ".join(map(region_text, regions)),
-            "their weights": digest_of(replicated_weights(module, regions)),
+            "their weights": digest_of(replicated_weights(module, regions, inputs)),
         },
     )
     account = Account(count(graph))
@@ -121,18 +133,28 @@ def refusal(reject: Reject, label: str, by: RefusedBy, name: str = NAME) -> Deci
 
 
 def region_text(region: Region) -> str:
-    """The nodes of a region, and which of them are gathered."""
-    return " ".join(map(str, (*region.nodes, "->", *region.exits)))
+    """The operations of a region, what each reads of it, and what is gathered; by their place,
+    because a rank may have other nodes before them, such as those that pad its vocabulary."""
+    place = {node: i for i, node in enumerate(region.nodes)}
+    lines = [
+        f"{operation(n)}({','.join(str(place[i]) for i in n.all_input_nodes if i in place)})"
+        for n in region.nodes
+    ]
+    return " ".join((*lines, "->", *(str(place[n]) for n in region.exits)))
 
 
 def replicated_weights(
-    module: fx.GraphModule, regions: Sequence[Region]
+    module: fx.GraphModule, regions: Sequence[Region], inputs: Sequence[Any] = ()
 ) -> list[tuple[str, Tensor]]:
     """The weights that regions read, each of which every rank must hold alike."""
     nodes = [node for region in regions for node in region.nodes]
-    read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
-    names = sorted(str(n.target) for n in read)
-    return [(name, _attribute(module, name)) for name in names]
+    read = {n for node in nodes for n in node.all_input_nodes}
+    placeholders = module.graph.find_nodes(op="placeholder")
+    known = {n: _attribute(module, str(n.target)) for n in read if n.op == "get_attr"}
+    known |= {
+        n: x for n, x in zip(placeholders, inputs, strict=False) if n in read and WEIGHT in n.meta
+    }
+    return sorted((str(n.target), value) for n, value in known.items())
 
 
 def _attribute(module: fx.GraphModule, name: str) -> Tensor:

@@ -16,6 +16,7 @@ TIMEOUT = 60.0
 
 PRELOADED = [
     *("torch.distributed", "torch.export._trace", "torch._dynamo.eval_frame", "networkx"),
+    *("torch.distributed.tensor.parallel", "ridgeline.tools.plugin"),
     *("torch._export.non_strict_utils", "torch._functorch.aot_autograd", "torch._inductor"),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gemma", "gemma2", "gpt2")),
     *("transformers.models.llama.modeling_llama", "ridgeline.passes.parallel"),

@@ -1,5 +1,7 @@
 """One model whose row-parallel sums are written in every way that is in use."""
 
+import contextlib
+import io
 import warnings
 from typing import Any
 
@@ -7,9 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
-from torch._functorch.aot_autograd import aot_module_simplified
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -21,10 +21,12 @@ from torch.distributed.tensor.parallel import (
 
 import ridgeline
 from gloo.work import PLAIN, Sent, error
-from ridgeline.passes.parallel.agree import Ranks
-from ridgeline.passes.parallel.rewrite import Account, rewrite_collectives
+from ridgeline.passes.plan import Plan
+from ridgeline.tools.plugin import backend
 
-BLOCKS, WIDTH = 2, 32
+BLOCKS, WIDTH, VOCABULARY = 2, 32, 53
+WAYS = ("parallelize", "optimize", "plugin")
+OPTIMIZE = {k: v for k, v in PLAIN.items() if k != "weave"}
 
 
 class Norm(nn.Module):
@@ -112,46 +114,54 @@ def by_dtensor(sequence: bool) -> nn.Sequential:
 
 
 def rewritten(form: str, level: str) -> dict[str, Any]:
-    """What is rewritten in the network of that form, seen at "export" or "aot" level."""
+    """What is rewritten in the network of that form, by `parallelize`, `optimize` or the plugin."""
     warnings.simplefilter("ignore")
     x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1))
     sequence = form == "sequence"
     model = by_dtensor(sequence) if form in ("dtensor", "sequence") else by_hand(form)
     with torch.no_grad():
         expected = network()(x)
-        if level == "export":
-            fast = ridgeline.parallelize(model, split=False, **PLAIN)
-            fast.capture(x)
-            with Sent() as sent:
-                got = fast(x)
-            applied, notes = fast.plan.applied, fast.plan.notes
+        sent = Sent()
+        if level == "plugin":
+            got, plan = plugged(model, entered(x) if sequence else x, sent)
         else:
-            sent, accounts = Sent(), []
-            run = torch.compile(model, backend=backend(accounts, sent), fullgraph=True)
-            got = run(entered(x) if sequence else x)
-            applied, notes = accounts[0].applied, accounts[0].notes
-    whole = got.full_tensor() if isinstance(got, DTensor) else got
+            make = ridgeline.parallelize if level == "parallelize" else ridgeline.optimize
+            options = PLAIN | {"split": False} if level == "parallelize" else OPTIMIZE
+            fast = make(model, **options)
+            fast.capture(x)
+            with sent:
+                got = fast(x)
+            plan = fast.plan
+    return told(got, expected, sent, plan)
+
+
+def told(got: Tensor, expected: Tensor, sent: Sent, plan: Plan) -> dict[str, Any]:
     return {
-        "error": error(whole, expected),
-        "applied": len(applied),
+        "error": error(whole(got), expected),
+        "applied": [d.rewrite for d in plan.applied],
+        "refused": [d.reason for d in plan.refused],
         "sent": dict(sent.count),
-        "notes": notes,
+        "notes": plan.notes,
     }
 
 
-def backend(accounts: list[Account], sent: Sent) -> Any:
-    """A backend of torch.compile that rewrites AOTAutograd's graph, and counts what it sends."""
+def plugged(model: nn.Module, x: Tensor, sent: Sent, **options: Any) -> tuple[Any, Plan]:
+    """A call through `torch.compile(backend="ridgeline")`; `sent` counts what the graph sends."""
+    plans: list[Plan] = []
+    options = {"target": "a100", "fuse": "always", "on_plan": plans.append} | options
 
-    def compiled(module: Any, example: Any) -> Any:
-        accounts.append(rewrite_collectives(module, Ranks.of(None)))
+    def counting(module: Any, example: Any) -> Any:
+        run = backend(module, example, options=options)
 
-        def run(*args: Any) -> Any:
+        def counted(*args: Any) -> Any:
             with sent:
-                return module.forward(*args)
+                return run(*args)
 
-        return make_boxed_func(run)
+        return counted
 
-    return lambda module, example: aot_module_simplified(module, example, fw_compiler=compiled)
+    torch._dynamo.reset()
+    got = torch.compile(model, backend=counting, fullgraph=True)(x)
+    return got, plans[-1]
 
 
 def entered(x: Tensor) -> DTensor:
@@ -161,11 +171,123 @@ def entered(x: Tensor) -> DTensor:
 
 
 def all_forms() -> dict[str, Any]:
-    """Every form at every level that can see it, and in one process of ranks, for speed."""
-    told: dict[str, Any] = {}
-    for form in ("functional", "in place", "raw"):
-        for level in ("export", "aot"):
-            told[f"{form} {level}"] = rewritten(form, level)
-    told["dtensor aot"] = rewritten("dtensor", "aot")
-    told["sequence aot"] = rewritten("sequence", "aot")
-    return told
+    """Every form by every way that can see it, in one process of ranks, for speed."""
+    ways = [(f, w) for f in ("functional", "in place", "raw") for w in WAYS]
+    ways += [("dtensor", "plugin"), ("sequence", "plugin")]
+    return {f"{form} {way}": rewritten(form, way) for form, way in ways}
+
+
+class Biased(nn.Module):
+    """An embedding, attention, an MLP with biases, norms of torch, a head, and as many ids as no
+    number of ranks divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+        self.q, self.k, self.v, self.o, self.up = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.down, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = self.norms[0](x)
+        q, k, v = (f(y).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1)
+        x = x + self.o((scores @ v).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return self.head(self.norms[2](x))
+
+
+def biased(split: bool = True) -> Biased:
+    torch.manual_seed(0)
+    model = Biased().eval()
+    if split:
+        columns = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
+        ends = {
+            "embed": RowwiseParallel(input_layouts=Replicate()),
+            "head": ColwiseParallel(output_layouts=Replicate()),
+        }
+        rows = {name: RowwiseParallel() for name in ("o", "down")}
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(model, mesh, columns | ends | rows)
+    return model
+
+
+def dtensors() -> dict[str, Any]:
+    """`Biased` through the plugin, with its passes; what `optimize` says of it."""
+    warnings.simplefilter("ignore")
+    ids = torch.randint(0, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+    model, sent = biased(), Sent()
+    with torch.no_grad():
+        expected, eager = biased(split=False)(ids), model(ids)
+        got, plan = plugged(model, ids, sent)
+        fast = ridgeline.optimize(model, target="a100")
+        fallback = error(fast(ids), expected)
+        lossy = plugged(model, ids, Sent(), tolerance=0.02, fuse="measured")[1]
+    return told(got, expected, sent, plan) | {
+        "eager": error(got, eager),
+        "fallback": fallback,
+        "why": list(fast.fallbacks.values()),
+        "lossy": lossy.notes,
+    }
+
+
+def trained() -> dict[str, Any]:
+    """Gradients of two products, split by DTensor or by hand, through the plugin against eager
+    ones, and of `optimize` where it can capture them."""
+    warnings.simplefilter("ignore")
+    plans: list[Plan] = []
+    x = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
+    options = {"target": "a100", "on_plan": plans.append}
+    answers: dict[str, Any] = {}
+    for form in ("dtensor", "functional"):
+        torch.manual_seed(0)
+        pair = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)))
+        if form == "dtensor":
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            parallelize_module(pair, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        else:
+            pair[0].weight, pair[1] = part(pair[0].weight, 0), Row(pair[1], form)
+        torch._dynamo.reset()
+        runs = {"eager": pair, "plugin": torch.compile(pair, backend=backend, options=options)}
+        if form == "functional":
+            runs["optimize"] = ridgeline.optimize(pair, target="a100", lowering="eager")
+        gradients = {way: gradients_of(run, pair, x) for way, run in runs.items()}
+        eager = gradients.pop("eager")
+        for way, found in gradients.items():
+            answers[f"{form} {way}"] = [error(a, b) for a, b in zip(found, eager, strict=True)]
+    answers["said"] = [printed(plan) for plan in (*plans, runs["optimize"].plan)]
+    return answers
+
+
+def printed(plan: Plan) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        plan.print()
+    return " ".join(text.getvalue().split())
+
+
+def gradients_of(run: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    given = x.clone().requires_grad_()
+    run(given).square().sum().backward()
+    return [whole(t.grad) for t in (given, *model.parameters())]
+
+
+def whole(x: Any) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def plugged_apart(odd: int) -> list[str]:
+    """Rank `odd` compiles for another target; then one has another norm weight than the others."""
+    model, x = by_dtensor(False), torch.randn(2, 6, WIDTH)
+    said = []
+    for odd_one, options in ((False, {"target": "h100"}), (True, {})):
+        mine = dist.get_rank() == odd
+        if mine and odd_one:
+            model[BLOCKS].weight.data[0] += 1
+        with torch.no_grad():
+            try:
+                plugged(model, x, Sent(), **(options if mine else {}))
+            except Exception as error:  # Dynamo wraps it
+                said.append(str(error))
+    return said

@@ -1,23 +1,22 @@
-"""Row-parallel sums in every form in use, at export's and at AOTAutograd's level."""
+"""Row-parallel sums in every form in use, by every way that takes models which send."""
 
 from gloo import on_ranks
-from gloo.forms import BLOCKS, all_forms
+from gloo.forms import BLOCKS, WAYS, all_forms, dtensors, plugged_apart, trained
 
-LEVELS = [
-    f"{form} {level}" for form in ("functional", "in place", "raw") for level in ("export", "aot")
-]
+FORMS = [f"{form} {way}" for form in ("functional", "in place", "raw") for way in WAYS]
 
 
 def test_every_form_is_rewritten() -> None:
     for told in on_ranks(2, all_forms):
         assert "error" not in told, told
-        for form in [*LEVELS, "dtensor aot"]:
+        for form in [*FORMS, "dtensor plugin"]:
             assert told[form]["error"] <= 1e-6, form
-            assert told[form]["applied"] == BLOCKS, form
+            assert told[form]["applied"].count("allreduce_rms_norm") == BLOCKS, form
             sent = {"all_to_all_single": BLOCKS, "all_gather_into_tensor": BLOCKS}
             assert told[form]["sent"] == sent, form
-        sequence = told["sequence aot"]
+        sequence = told["sequence plugin"]
         assert sequence["error"] <= 1e-6
+        assert not [reason for reason in sequence["refused"] if "not better" not in reason]
         # gate and up read one gather of each block; two more are of the last norm and the result
         gathers = BLOCKS + 2
         assert sequence["sent"] == {
@@ -25,3 +24,35 @@ def test_every_form_is_rewritten() -> None:
             "all_gather_into_tensor": gathers,
         }
         assert f"{BLOCKS} all_gather of values gathered before are left out" in sequence["notes"][0]
+
+
+def test_a_model_of_dtensors_gets_the_other_passes_too() -> None:
+    """Its biases are added once, its vocabulary and its 14 tokens do not divide by 4 ranks."""
+    for told in on_ranks(4, dtensors):
+        assert "trace" not in told, told
+        assert max(told["error"], told["eager"]) <= 1e-6
+        applied = told["applied"]
+        assert applied.count("allreduce_rms_norm") == 3  # the embedding, attention and the MLP
+        assert "flash_attention" in applied
+        # what three norms give, and the logits
+        assert told["sent"] == {"all_to_all_single": 3, "all_gather_into_tensor": 4}
+        assert told["fallback"] <= 1e-6
+        assert "backend='ridgeline'" in told["why"][0]
+        assert any("no approximate rewrites" in note for note in told["lossy"])
+
+
+def test_gradients_are_those_of_eager() -> None:
+    for told in on_ranks(2, trained):
+        assert "trace" not in told, told
+        for way in ("dtensor plugin", "functional plugin", "functional optimize"):
+            assert max(told[way]) <= 1e-6, way
+        assert len(told["said"]) == 3
+        assert all("for inference only" in said for said in told["said"])
+
+
+def test_ranks_that_compile_apart_are_told_so() -> None:
+    for told in on_ranks(2, plugged_apart, 1):
+        target, weights = told
+        assert "RankMismatch" in target
+        assert "target differs (rank 0: a100, rank 1: h100)" in target
+        assert "their weights differs (rank 0: " in weights
