@@ -94,6 +94,8 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         out = 16 if dtype != "fp32" else 32
         s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
         s["quantized"] = float(dtype == "fp8")
+        s["whole"] = float(dtype == "fp8")  # scaled products of CUTLASS, as engines call them
+        s["serial"] = float(dtype in ("w8a16", "w4a16"))
     elif op in ("attn_prefill", "attn_decode"):
         read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
         s["itemsize"] = float(ITEMSIZE[dtype])

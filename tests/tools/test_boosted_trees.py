@@ -1,4 +1,4 @@
-"""Boosted trees: steps are found, held-out points too; numbers and arrays agree, edge cases hold."""
+"""Boosted trees: steps are found on points held out; numbers and arrays agree; edge cases hold."""
 
 import numpy as np
 
