@@ -14,7 +14,7 @@ decode, with b h_kv (1 if heads are packed) blocks, each over kv/splits keys:
     splits    = min(⌈kv/128⌉, 2 C/blocks, √(kv key/part)), the last where a chain of loads and the
                 merging take the least; 1 where every head has keys of its own
     t_compute = kv/splits · key: a core's chain of loads
-    t_memory  = root of squares of (⌈share⌉ - 1) block and of K and V once, by whole pages of 16
+    t_memory  = root of squares of (⌈share⌉ - 1) block √(d/128) and of K and V once, by whole pages of 16
                 keys, from DRAM or, where they fit, from L2
     t_fixed   = floor + (splits > 1) merge + splits · part + a copy of the queries
 Sources: FlashAttention-2 (Dao, 2023), Flash-Decoding (Dao et al., 2023) and their launch code,
@@ -88,7 +88,8 @@ def prefill(
     seen = pairs(q, kv, s["window"])
     # Tiles on the diagonal and on the window's edge are computed whole; while they are masked, the
     # exponentials don't hide behind the products: half as long again.
-    edges = 128.0 + 0.5 * least(s["window"] + 160.0, 288.0)
+    queries = _TILE / (packed * h / kh + 1 - packed)  # of one tile, if q has as many
+    edges = queries + 0.5 * least(s["window"] + 160.0, 288.0)
     mean = seen / q + 32.0 + windowed * edges
     narrow = 128.0 / d
     u = 4.0 * _TILE * d * cores * (1 + v * machine["vector"] * narrow) / (machine["boost"] * e_c)
@@ -132,9 +133,10 @@ def decode(
     splits = choose(shared > 0, largest(least(most, best), 1.0), 1.0)
     serial = chain / splits
     moved = 2.0 * s["itemsize"] * b * d * (kh * kv + h)
-    later = (ceil(share) - 1) * block * 1e-6
+    start = block * 1e-6 * machine["start"] * (d / 128.0) ** 0.5
+    later = (ceil(share) - 1) * start
     memory = (_streamed(moved, machine, e_m, resident, cache) ** 2 + later * later) ** 0.5
     several = (splits > 1) * 1.0
-    fixed = empty + shared * grouped + several * (merge + part * splits)
+    fixed = empty + shared * grouped + several * (merge * machine["merge"] + part * splits)
     fixed = (fixed + copy * _copied(machine, s)) * machine["slow"] + per_batch * b
     return fixed * 1e-6, serial * 1e-6, memory

@@ -112,6 +112,10 @@ def machine_of(
         "copies": 0.0 if modern else 1.0,
         # FlashAttention-3 and its successors lay the queries of a group of heads into one tile.
         "packed": 1.0 if asynchronous else 0.0,
+        # A kernel may be launched before the one it depends on ends; and, on B200, one block a
+        # core walks over the sequences.
+        "merge": 0.5 if asynchronous else 1.0,
+        "start": 0.5 if asynchronous and t.arch == "sm_100" else 1.0,
     }
     name = t.name
     if world is not None and per_node is not None:
