@@ -1,6 +1,7 @@
 """Seconds of attention: a prefill over tiles of 128 queries, a decode over splits of the keys.
 
-prefill, with b h ⌈q/128⌉ thread blocks on C cores, share = blocks/C:
+prefill, with b h ⌈q/128⌉ thread blocks (b h_kv ⌈q h/h_kv/128⌉ where kernels pack a group's queries
+into one tile) on C cores, share = blocks/C:
     u         = 128 · 4 d C (1 + v r 128/d) / (boost e_c) seconds a key of one tile: exponentials
                 take the same time whatever the head's width, products of matrices don't;
                 r: the tensor cores' peak over the vector units', an A100's being 1
@@ -10,12 +11,14 @@ prefill, with b h ⌈q/128⌉ thread blocks on C cores, share = blocks/C:
                 block of min(h_kv d, 512) threads for each token: those that a core holds at once
                 take a chain of loads
     t_power   = 4 b h d pairs / (sustained attention FLOP/s e_p)
+    t_fixed   = floor; of a chunk (q < kv), which was measured as the kernel alone, a launch, and
+                no t_write
 decode, with b h_kv (1 if heads are packed) blocks, each over kv/splits keys:
     splits    = min(⌈kv/128⌉, 2 C/blocks, √(kv key/part)), the last where a chain of loads and the
                 merging take the least; 1 where every head has keys of its own
     t_compute = kv/splits · key: a core's chain of loads
-    t_memory  = root of squares of (⌈share⌉ - 1) block √(d/128) and of K and V once, by whole pages of 16
-                keys, from DRAM or, where they fit, from L2
+    t_memory  = root of squares of (⌈share⌉ - 1) block √(d/128) and of K and V once, by whole pages
+                of 16 keys, from DRAM or, where they fit, from L2
     t_fixed   = floor + (splits > 1) merge + splits · part + a copy of the queries
 Sources: FlashAttention-2 (Dao, 2023), Flash-Decoding (Dao et al., 2023) and their launch code,
 which copies the queries of grouped heads when there are several sequences and several key heads.
@@ -36,8 +39,7 @@ from ridgeline.cost_model.elementwise import (
 PREFILL = {
     "floor_us": 10.0, "compute": 1.0, "power": 1.1, "memory": 1.0, "block_us": 3.0,
     "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 1.0,
-    "cache": 1.0, "write": 1.0, "alone": 0.7, "bare_us": 2.4,
-    "token_us": 3.5,
+    "cache": 1.0, "write": 1.0, "alone": 0.7, "bare_us": 2.4, "token_us": 3.5,
 }  # fmt: skip
 DECODE = {
     "floor_us": 11.0, "memory": 1.0, "block_us": 3.5, "key_us": 0.02, "merge_us": 4.0,
@@ -77,7 +79,8 @@ def prefill(
 
     c: PREFILL in order; s: batch, heads, kv_heads, head_dim, q_len, kv_len, window, itemsize.
     """
-    empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, alone, bare, token = c
+    empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, *rest = c
+    alone, bare, token = rest
     b, h, d, q, kv = s["batch"], s["heads"], s["head_dim"], s["q_len"], s["kv_len"]
     cores, kh = machine["cores"], s["kv_heads"]
     packed = choose(q > 1, machine["packed"], 1.0)
@@ -106,9 +109,9 @@ def prefill(
     threads = b * q * least(kh * d, 512.0) / (machine["threads"] * cores)
     written = (written * written + (threads * token * 1e-6 * machine["cycle"]) ** 2) ** 0.5
     single = _copied(machine, s) * (q == 1)
-    later = (q < kv) * 1.0
-    written = written * (1 - later)
-    fixed = (later * bare + (1 - later) * empty + copy * single) * machine["slow"] + per_batch * b
+    chunk = ((q < kv) & (q > 1)) * 1.0
+    written = written * (1 - chunk)
+    fixed = (chunk * bare + (1 - chunk) * empty + copy * single) * machine["slow"] + per_batch * b
     return fixed * 1e-6, compute + written, memory + written
 
 

@@ -40,7 +40,7 @@ TILES = np.array(
 _FITTED = np.array(
     [(tm, 0, s, w) for tm in (64, 128, 192, 256) for s in (1, 2, 4) for w in (1, 2)], np.float64
 )
-"""Rows and parts of tiles that are as wide as fills this many waves."""
+"""Rows, no columns, parts and waves of tiles that are as wide as just fills so many waves."""
 _WAVES_PER_PART = _FITTED[:, 3] / _FITTED[:, 2]
 _WIDEST = np.minimum(256.0, 40960 // _FITTED[:, 0] // 8 * 8)  # an accumulator's numbers, at most
 _NONE = 1e-3  # columns of a tile that is no candidate: none is slower
@@ -70,8 +70,8 @@ def gemm(
     """(fixed, compute, memory) seconds of the fastest candidate.
 
     c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on the way, 0:
-    not), whole (1: the sum over k is never split), serial (1: a step of the loop waits
-    for its chain of instructions); arrays need a last axis of one, over which the candidates are laid.
+    not), whole (1: the sum over k is never split), serial (1: a step of the loop waits for its
+    chain of instructions); arrays need a last axis of one, over which the candidates are laid.
     """
     floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, *rest = c
     row_q, rate_q, again = rest
