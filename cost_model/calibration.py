@@ -1,10 +1,11 @@
 """Fitted constants, residuals and intervals by group of operators and machine: `calibration.json`.
 
-    ln seconds = ln total(law(constants, machine, shape)) + Σ wᵢ exp(-|x - cᵢ|² / 2) + w₀
+    ln seconds = ln total(law(constants, machine, shape)) + residual(features of the shape)
 
 groups: key -> {law, constants, interval, machines: name -> {constants, interval, residual}}, where
 the group's own constants and interval hold for a machine that was not measured. An interval is one
-pair of logarithms for each of the parts that may be the largest.
+pair of logarithms for each of the parts that may be the largest. A residual is a sum of symmetric
+trees (`tools/boosted_trees.py`): features and cuts [tree, depth], values [tree, leaf], offset.
 """
 
 import functools
@@ -64,7 +65,7 @@ class Model:
             return 0.0
         if any(isinstance(v, np.ndarray) for v in s.values()):
             s, machine = _flat(s), _flat(machine)
-        return smooth(residual, shapes.features(group.law, s, machine))
+        return of_trees(residual, shapes.features(group.law, s, machine))
 
     def log_seconds(
         self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
@@ -82,23 +83,27 @@ class Model:
 
 def _arrays(residual: Mapping[str, Any]) -> dict[str, np.ndarray]:
     found = {k: np.asarray(v) for k, v in residual.items()}
-    return {**found, "norms": (found["centres"] ** 2).sum(-1)}
+    trees, leaves = found["values"].shape if found["values"].size else (0, 1)
+    # Leaves of all trees in one row: where each tree's begin, and what an answer adds to that.
+    found["begin"] = np.arange(trees) * leaves
+    found["weights"] = leaves >> np.arange(1, leaves.bit_length())
+    found["values"] = found["values"].ravel()
+    return found
 
 
 def _flat(s: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v[..., 0] if np.ndim(v) > 1 else v for k, v in s.items()}
 
 
-def smooth(residual: Mapping[str, np.ndarray], at: tuple[Any, ...]) -> Any:
-    """Σ wᵢ exp(-|x - cᵢ|² / 2) + w₀, with x in units of `scale`: ridge regression on Gaussians."""
-    c, norms = residual["centres"], residual["norms"]
-    if all(isinstance(a, float | int) for a in at):
-        x = np.array(at) / residual["scale"]
-        near = np.exp(c @ x - 0.5 * (norms + x @ x))
-    else:
-        x = np.stack(np.broadcast_arrays(*at), -1) / residual["scale"]
-        near = np.exp(x @ c.T - 0.5 * (norms + (x * x).sum(-1)[..., None]))
-    return near @ residual["weights"] + residual["offset"]
+def of_trees(residual: Mapping[str, np.ndarray], at: tuple[Any, ...]) -> Any:
+    """The trees' sum at features `at`, numbers or arrays of one shape."""
+    if not len(residual["begin"]):
+        return float(residual["offset"])
+    alone = isinstance(at[0], float)
+    x = np.array(at) if alone else np.stack(np.broadcast_arrays(*at), -1)
+    answers = x[..., residual["features"]] > residual["cuts"]
+    leaf = answers @ residual["weights"] + residual["begin"]
+    return residual["values"][leaf].sum(-1) + residual["offset"]
 
 
 @functools.cache

@@ -1,19 +1,24 @@
 """Seconds of attention: a prefill over tiles of 128 queries, a decode over splits of the keys.
 
-prefill, with b h ⌈q/128⌉ thread blocks on C cores, share = blocks/C:
+prefill, with b h ⌈q/128⌉ thread blocks (b h_kv ⌈q h/h_kv/128⌉ where kernels pack a group's queries
+into one tile) on C cores, share = blocks/C:
     u         = 128 · 4 d C (1 + v r 128/d) / (boost e_c) seconds a key of one tile: exponentials
                 take the same time whatever the head's width, products of matrices don't;
                 r: the tensor cores' peak over the vector units', an A100's being 1
     t_clock   = largest of  share' (block + mean keys · u)  and  block + most keys · u · alone
     share'    = w ⌈share⌉ + (1 - w) max(share, 1); keys: those of the mask, by whole tiles
-    t_write   = the new keys and values into their pages, read and written
+    t_write   = the new keys and values into their pages, read and written, by a kernel that has a
+                block of min(h_kv d, 512) threads for each token: those that a core holds at once
+                take a chain of loads
     t_power   = 4 b h d pairs / (sustained attention FLOP/s e_p)
+    t_fixed   = floor; of a chunk (q < kv), which was measured as the kernel alone, a launch, and
+                no t_write
 decode, with b h_kv (1 if heads are packed) blocks, each over kv/splits keys:
     splits    = min(⌈kv/128⌉, 2 C/blocks, √(kv key/part)), the last where a chain of loads and the
                 merging take the least; 1 where every head has keys of its own
     t_compute = kv/splits · key: a core's chain of loads
-    t_memory  = root of squares of (⌈share⌉ - 1) block and of K and V once, by whole pages of 16
-                keys, from DRAM or, where they fit, from L2
+    t_memory  = root of squares of (⌈share⌉ - 1) block √(d/128) and of K and V once, by whole pages
+                of 16 keys, from DRAM or, where they fit, from L2
     t_fixed   = floor + (splits > 1) merge + splits · part + a copy of the queries
 Sources: FlashAttention-2 (Dao, 2023), Flash-Decoding (Dao et al., 2023) and their launch code,
 which copies the queries of grouped heads when there are several sequences and several key heads.
@@ -34,7 +39,7 @@ from ridgeline.cost_model.elementwise import (
 PREFILL = {
     "floor_us": 10.0, "compute": 1.0, "power": 1.1, "memory": 1.0, "block_us": 3.0,
     "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 1.0,
-    "cache": 1.0, "write": 1.0, "alone": 0.7,
+    "cache": 1.0, "write": 1.0, "alone": 0.7, "bare_us": 2.4, "token_us": 3.5,
 }  # fmt: skip
 DECODE = {
     "floor_us": 11.0, "memory": 1.0, "block_us": 3.5, "key_us": 0.02, "merge_us": 4.0,
@@ -75,23 +80,25 @@ def prefill(
     c: PREFILL in order; s: batch, heads, kv_heads, head_dim, q_len, kv_len, window, itemsize, pairs
     (of a head, that the mask keeps).
     """
-    empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, alone = c
+    empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, *rest = c
+    alone, bare, token = rest
     b, h, d, q, kv = s["batch"], s["heads"], s["head_dim"], s["q_len"], s["kv_len"]
     cores, kh = machine["cores"], s["kv_heads"]
-    rows = ceil(q / _TILE)
-    blocks = b * choose(q > 1, h, kh) * rows
+    packed = choose(q > 1, machine["packed"], 1.0)
+    blocks = b * (packed * kh * ceil(q * h / kh / _TILE) + (1 - packed) * h * ceil(q / _TILE))
     share = blocks / cores
     windowed = (s["window"] > 0) * (s["window"] < kv) * 1.0
     wide = choose(windowed > 0, least(s["window"] + 2 * _TILE, kv), kv)
     seen = s["pairs"]
     # Tiles on the diagonal and on the window's edge are computed whole; while they are masked, the
     # exponentials don't hide behind the products: half as long again.
-    edges = 128.0 + 0.5 * least(s["window"] + 160.0, 288.0)
+    queries = _TILE / (packed * h / kh + 1 - packed)  # of one tile, if q has as many
+    edges = queries + 0.5 * least(s["window"] + 160.0, 288.0)
     mean = seen / q + 32.0 + windowed * edges
     narrow = 128.0 / d
     u = 4.0 * _TILE * d * cores * (1 + v * machine["vector"] * narrow) / (machine["boost"] * e_c)
     busy = wave * ceil(share) + (1 - wave) * largest(share, 1.0)
-    start = block * 1e-6
+    start = block * 1e-6 * machine["cycle"] ** 0.5
     clocked = root4(busy * (start + mean * u), start + wide * u * alone)
     x = machine["attention"]
     sustained = machine["attention_peak"] * e_p / (x + (1 - x) * narrow)
@@ -100,8 +107,12 @@ def prefill(
     moved = 2.0 * s["itemsize"] * b * d * (h * q + kh * kept)
     memory = _streamed(moved, machine, e_m, resident, cache)
     written = _streamed(4.0 * s["itemsize"] * b * d * kh * q, machine, write, resident, cache)
+    threads = b * q * least(kh * d, 512.0) / (machine["threads"] * cores)
+    written = (written * written + (threads * token * 1e-6 * machine["cycle"]) ** 2) ** 0.5
     single = _copied(machine, s) * (q == 1)
-    fixed = (empty + copy * single) * machine["slow"] + per_batch * b
+    chunk = ((q < kv) & (q > 1)) * 1.0
+    written = written * (1 - chunk)
+    fixed = (chunk * bare + (1 - chunk) * empty + copy * single) * machine["slow"] + per_batch * b
     return fixed * 1e-6, compute + written, memory + written
 
 
@@ -126,9 +137,10 @@ def decode(
     splits = choose(shared > 0, largest(least(most, best), 1.0), 1.0)
     serial = chain / splits
     moved = 2.0 * s["itemsize"] * b * d * (kh * kv + h)
-    later = (ceil(share) - 1) * block * 1e-6
+    start = block * 1e-6 * machine["start"] * (d / 128.0) ** 0.5
+    later = (ceil(share) - 1) * start
     memory = (_streamed(moved, machine, e_m, resident, cache) ** 2 + later * later) ** 0.5
     several = (splits > 1) * 1.0
-    fixed = empty + shared * grouped + several * (merge + part * splits)
+    fixed = empty + shared * grouped + several * (merge * machine["merge"] + part * splits)
     fixed = (fixed + copy * _copied(machine, s)) * machine["slow"] + per_batch * b
     return fixed * 1e-6, serial * 1e-6, memory

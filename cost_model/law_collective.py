@@ -37,7 +37,7 @@ def collective(
     latency = (floor * machine["slow"] + step * s["phases"] * (p - 1)) * 1e-6
     wire = size * s["wire"] / (machine["link"] * link * (p / 2.0) ** ranks)
     wire = wire + (wire * half * latency) ** 0.5
-    start = (direct * machine["slow"] + per_rank * (p - 1)) * 1e-6
+    start = (direct + per_rank * (p - 1)) * 1e-6
     speed = machine["link"] * e_direct
     once = size * (p - 1) / speed
     twice = second * 1e-6 + 2 * size * (p - 1) / p / speed

@@ -2,7 +2,9 @@
 
 b products of (m, k) by (k, n) on C cores; share = ⌈m/Tm⌉ ⌈n/Tn⌉ b s / C thread blocks a core:
     waves     = q ⌈share⌉ + (1 - q) max(share, 1)
-    t_clock   = waves · 2 Tm Tn (⌈k/s⌉₆₄ + fill) C / (boost e_c e(T)) + ⌈k/s⌉₆₄/64 · step
+    t_clock   = ⌈k/s⌉₆₄/64 · (pace⁴ + step⁴)^¼ + fill/64 · pace: units or loads pace the loop;
+                pace + step where each step also unpacks weights
+    pace      = waves · 2 Tm Tn 64 C / (boost e_c e(T)) seconds for 64 of the depth
     t_power   = 2 b m n k / (sustained e_p): what the board's power allows; idle cores draw none
     t_compute = (t_clock⁴ + t_power⁴)^¼
     e(T)      = 1 / (1 + loss · 64 (1/Tm + 1/Tn)), relative to that of 256 x 128
@@ -11,6 +13,8 @@ b products of (m, k) by (k, n) on C cores; share = ⌈m/Tm⌉ ⌈n/Tn⌉ b s / C
     t_fixed   = floor + row log₂(1 + m) + split-K's second pass
                 + m row_q + m k / (rate_q C clock), a kernel in front that quantizes rows of x
                 + m n · unfused bytes / bandwidth, where scales are multiplied after the product
+Matrix units that read shared memory by themselves (Hopper's, B200's) come with kernels whose tiles
+have any multiple of 8 columns: among the candidates are those that just fill one or two waves.
 Sources: the tile and wave model follows NeuSight (Lee et al., ASPLOS 2025) and LLMCompass (Zhang et
 al., ISCA 2024); the set of tiles is cuBLAS's and CUTLASS's.
 """
@@ -33,15 +37,27 @@ TILES = np.array(
     dtype=np.float64,
 )  # fmt: skip
 """Rows, columns and parts of the sum: what a library's kernels may work on at once."""
-_TM, _TN, _SPLIT = TILES.T
-_PER_TM, _PER_TN, _PER_DEPTH = 1 / _TM, 1 / _TN, 1 / (64 * _SPLIT)
-_AREA = 2 * _TM * _TN
-_EDGES = 64 * (1 / _TM + 1 / _TN)
+_FITTED = np.array(
+    [(tm, 0, s, w) for tm in (64, 128, 192, 256) for s in (1, 2, 4) for w in (1, 2)], np.float64
+)
+"""Rows, no columns, parts and waves of tiles that are as wide as just fills so many waves."""
+_WAVES_PER_PART = _FITTED[:, 3] / _FITTED[:, 2]
+_WIDEST = np.minimum(256.0, 40960 // _FITTED[:, 0] // 8 * 8)  # an accumulator's numbers, at most
+_NONE = 1e-3  # columns of a tile that is no candidate: none is slower
+_NEVER = 1.0  # second that splitting takes where kernels don't
 _LARGEST_EDGES = 64 * (1 / 256 + 1 / 128)
-_SPLITS = (_SPLIT > 1).astype(np.float64)
+
+
+def _table(tiles: np.ndarray) -> tuple[np.ndarray, ...]:
+    tm, tn, split = tiles.T
+    several = (split > 1).astype(np.float64)
+    return tm, tn, split, 1 / tm, 1 / (64 * split), several, several * split
+
+
+_FIXED, _ALL = _table(TILES), _table(np.concatenate([TILES, _FITTED[:, :3]]))
 
 CONSTANTS = {
-    "floor_us": 3.0, "compute": 1.0, "loss": 0.25, "fill": 150.0, "step_us": 0.16,
+    "floor_us": 3.0, "compute": 1.0, "loss": 0.43, "fill": 150.0, "step_us": 0.28,
     "wave_share": 0.45, "memory": 0.95, "saturation": 0.3, "split_us": 2.2, "partial": 0.3,
     "row_us": 0.01, "resident": 0.2, "cache": 1.0, "power": 1.0,
     "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0,
@@ -54,30 +70,41 @@ def gemm(
     """(fixed, compute, memory) seconds of the fastest candidate.
 
     c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on the way, 0:
-    not); arrays need a last axis of one, over which the candidates are laid.
+    not), whole (1: the sum over k is never split), serial (1: a step of the loop waits for its
+    chain of instructions); arrays need a last axis of one, over which the candidates are laid.
     """
     floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, *rest = c
     row_q, rate_q, again = rest
     m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
     cores, bandwidth = machine["cores"], machine["bandwidth"]
     moved = s["bytes"]
-    share = np.ceil(m * _PER_TM) * np.ceil(n * _PER_TN)
-    share = share * (_SPLIT * (b / cores))
-    q = q * machine["uneven"]
+    fine = machine["fine"]
+    table = _ALL if (fine if isinstance(fine, float) else fine.max()) > 0 else _FIXED
+    tm, tn, parts, per_tm, per_depth, several, written = table
+    down = np.ceil(m * per_tm)
+    if table is _ALL:
+        tn = _columns(tn, down, n, b, machine)
+    per_tn = 1 / tn
+    share = down * np.ceil(n * per_tn) * (parts * (b / cores))
     waves = q * np.ceil(share) + (1 - q) * np.maximum(share, 1.0)
-    depth = np.ceil(k * _PER_DEPTH)
-    work = _AREA * ((1 + loss * _EDGES) * (64 / (1 + loss * _LARGEST_EDGES)))
-    rate = cores / (machine["boost"] * e_c)
-    clocked = waves * work * (depth + fill * machine["prologue"] / 64) * rate
-    clocked = clocked + depth * (step * 1e-6 * machine["cycle"] ** 0.5)
+    depth = np.ceil(k * per_depth)
+    # Tm Tn / e(T), with the machine's share of its rate
+    work = tm * tn + (64 * loss) * (tm + tn)
+    rate = 2 * 64 / (1 + loss * _LARGEST_EDGES) * cores / (machine["boost"] * e_c)
+    pace = waves * work * rate
+    chain = step * 1e-6 * machine["chain"]
+    square, serial = pace * pace, s["serial"]
+    each = np.sqrt(np.sqrt(square * square + (chain * (1 - serial)) ** 4)) + chain * serial
+    clocked = depth * each
+    clocked = clocked + pace * (fill * machine["prologue"] / 64)
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
     square = clocked * clocked
     compute = np.sqrt(np.sqrt(square * square + power**4))
     hit = 1 / (1 + (moved / (machine["l2"] * resident)) ** 4)
     streamed = moved * ((1 - hit) / (bandwidth * e_m) + hit / (machine["l2_bandwidth"] * cache))
     memory = streamed / np.minimum(1.0, share / g)
-    twice = _SPLITS * (split * 1e-6 * machine["floor"])
-    twice = twice + (_SPLITS * _SPLIT) * (8.0 * partial / 3 * b * m * n / bandwidth)
+    twice = several * (split * 1e-6 * machine["floor"] + _NEVER * s["whole"])
+    twice = twice + written * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
     total = np.sqrt(np.sqrt(square_c * square_c + square_m * square_m)) + twice
     fixed = (floor + row * log2(1 + m)) * (machine["floor"] * 1e-6)
@@ -90,3 +117,18 @@ def gemm(
     at = best[:, None]
     chosen = [np.take_along_axis(x, at, -1)[:, 0] for x in (twice, compute, memory)]
     return fixed[:, 0] + chosen[0], chosen[1], chosen[2]
+
+
+def _columns(
+    tn: np.ndarray, down: np.ndarray, n: Numbers, b: Numbers, machine: Mapping[str, Numbers]
+) -> np.ndarray:
+    """Columns of every candidate's tile; tn: of the fixed ones, and zeros; down: rows of tiles."""
+    fixed = len(TILES)
+    per_wave = machine["cores"] / b
+    across = np.floor(_WAVES_PER_PART * per_wave / down[..., fixed:])
+    fitted = np.ceil(n / 8 / np.maximum(across, 1.0)) * 8
+    possible = (across >= 1) & (fitted <= _WIDEST) & (machine["fine"] > 0)
+    fitted = np.where(possible, fitted, _NONE)
+    if fitted.ndim == 1:
+        return np.concatenate([tn[:fixed], fitted])
+    return np.concatenate([np.broadcast_to(tn[:fixed], (len(fitted), fixed)), fitted], -1)

@@ -33,9 +33,15 @@ UNTHROTTLED = 0.9  # of the boost, by products that no power limit slows
 _HALVED_L2 = {"sm_80", "sm_90", "sm_100"}
 # float32 multiply-adds of a core in a cycle, where they aren't 128
 _LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
+# Threads that a core holds at once, where they aren't 2048
+_THREADS = {"sm_75": 1024.0, "sm_86": 1536.0, "sm_89": 1536.0, "sm_120": 1536.0}
 # FLOPs of a core in a cycle, 16-bit operands and float32 sums; the published peaks of Hopper and
 # Blackwell are for a lower clock than the boards keep under light load.
 _TENSOR = {"sm_90": 4096, "sm_100": 8192}
+# Matrix units that read operands from shared memory while threads do something else; sm_120 has
+# units of the older kind, and so have kernels that unpack weights or are written for int8.
+_ASYNCHRONOUS = {"sm_90", "sm_100"}
+_ASYNCHRONOUS_DTYPES = {"bf16", "fp16", "fp8"}
 # Matrix units that multiply float32 at twice the vectors' rate, and libraries that use them.
 _MATRIX_FP32 = {"gfx908", "gfx90a"}
 # Kernels for int8 still issue the older instructions, which reach this much of Hopper's peak.
@@ -74,6 +80,7 @@ def machine_of(
     slow = t.launch_s / REFERENCE_LAUNCH_S
     clock = t.peaks["float32"] / (2 * t.cores * _LANES.get(t.arch, 128))
     modern = t.arch.startswith("sm_") and int(t.arch.removeprefix("sm_")) >= 90
+    asynchronous = t.arch in _ASYNCHRONOUS and dtype in _ASYNCHRONOUS_DTYPES
     peak, sustained, boost = _rates(t, op, dtype, clock)
     # Below, the board's power is taken to limit what the file's fractions say.
     throttled = SUSTAINED * t.gemm_efficiency < UNTHROTTLED
@@ -82,6 +89,7 @@ def machine_of(
         "boost": boost,
         "intensity": _unit_peak(t, dtype) / t.bandwidth_bytes_per_s,
         "cores": float(t.cores),
+        "threads": _THREADS.get(t.arch, 2048.0),
         "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
         "l2": t.l2_bytes * (0.5 if t.arch in _HALVED_L2 else 1.0),
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
@@ -93,15 +101,22 @@ def machine_of(
         "cycle": REFERENCE_CLOCK_HZ / clock,
         "clock": clock,
         # Warp-specialized kernels begin a tile's loads while the last one is written.
-        "prologue": REFERENCE_CLOCK_HZ / clock * (0.5 if modern else 1.0),
-        # Tiles of any multiple of 8 columns even out the last wave.
-        "uneven": 0.5 if modern else 1.0,
+        "prologue": REFERENCE_CLOCK_HZ / clock * (0.5 if asynchronous else 1.0),
+        # They keep about twice as many of a tile's loads in flight, and have tiles of any width.
+        "chain": (REFERENCE_CLOCK_HZ / clock) ** 0.5 * (0.5 if asynchronous else 1.0),
+        "fine": 1.0 if asynchronous else 0.0,
         # Hopper's tensor memory accelerator keeps about twice as many bytes in flight a core.
         "key": (REFERENCE_CLOCK_HZ / clock) ** 0.5 * (0.5 if modern else 1.0),
         # Products in 8 bits scale rows and columns in their epilogue only since Hopper.
         "unfused": 0.0 if modern else 1.0,
         # FlashAttention-2 copies grouped queries; the kernels of newer cores read them in place.
         "copies": 0.0 if modern else 1.0,
+        # FlashAttention-3 and its successors lay the queries of a group of heads into one tile.
+        "packed": 1.0 if asynchronous else 0.0,
+        # A kernel may be launched before the one it depends on ends; and, on B200, one block a
+        # core walks over the sequences.
+        "merge": 0.5 if asynchronous else 1.0,
+        "start": 0.5 if asynchronous and t.arch == "sm_100" else 1.0,
     }
     name = t.name if _is_built_in(t) else f"{t.name} as described by others"
     if world is not None and per_node is not None:

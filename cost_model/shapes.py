@@ -94,6 +94,8 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         out = 16 if dtype != "fp32" else 32
         s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
         s["quantized"] = float(dtype == "fp8")
+        s["whole"] = float(dtype == "fp8")  # scaled products of CUTLASS, as engines call them
+        s["serial"] = float(dtype in ("w8a16", "w4a16"))
     elif op in ("attn_prefill", "attn_decode"):
         read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
         s["itemsize"] = float(ITEMSIZE[dtype])
@@ -129,24 +131,31 @@ def weight_bytes(op: str, dtype: str, shape: Mapping[str, int]) -> float:
     return shape["batch"] * shape["n"] * shape["k"] * GEMM_BITS[dtype][1] / 8
 
 
+_TILES = ((128, 128), (256, 128), (128, 256), (64, 64), (128, 64))
+
+
 def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Where a shape lies, for the smooth residual: log2 sizes and what is left of a last wave."""
+    """Where a shape lies, for the residual: log2 sizes, waves of thread blocks and what the last
+    of them leaves idle, and what is left over of whole tiles."""
+    cores = machine["cores"]
     if law == "gemm":
-        share = ceil(s["m"] / 128) * ceil(s["n"] / 128) * s["batch"] / machine["cores"]
-        idle = (share <= 8) * (ceil(share) - share)
-        odd = 1.0 - (s["n"] % 64 == 0) * (s["m"] % 16 == 0)
-        return log2(s["m"]), log2(s["n"]), log2(s["k"]), log2(s["batch"]), 2 * idle, odd
+        m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
+        out = [log2(m), log2(n), log2(k), log2(b), log2(m * n * b), log2(s["bytes"])]
+        for rows, columns in _TILES:
+            share = ceil(m / rows) * ceil(n / columns) * b / cores
+            out += [share, ceil(share) / share]
+        left = [m % 8, m % 16, m % 64, m % 128, n % 16, n % 32, n % 64, n % 128, k % 64]
+        return (*out, *left)
     if law in ("prefill", "decode"):
-        group, windowed = log2(s["heads"] / s["kv_heads"]), 3.0 * (s["window"] > 0)
-        return (
-            log2(s["batch"]),
-            log2(s["heads"]),
-            group,
-            log2(s["kv_len"]),
-            log2(s["head_dim"]),
-            windowed,
-        )
+        b, h, kh, q, kv = s["batch"], s["heads"], s["kv_heads"], s["q_len"], s["kv_len"]
+        blocks = b * (h * ceil(q / 128) if law == "prefill" else kh) / cores
+        sizes = (b, h, h / kh, q, kv, s["head_dim"], s["bytes"], b * kh * kv)
+        window = 1.0 * (s["window"] > 0)
+        return (*map(log2, sizes), window, blocks, ceil(blocks) / blocks, q % 128)
     if law == "stream":
-        return log2(s["rows"]), log2(s["width"])
-    across = 4.0 * (s["per_node"] < s["world"])
-    return log2(s["bytes"]), 2 * log2(s["world"]), across, log2(s["per_node"]), 4.0 * s["direct"]
+        rows, width = s["rows"], s["width"]
+        last = ceil(rows / cores) * cores / rows
+        return log2(rows), log2(width), log2(s["bytes"]), width % 1024, last
+    across = 1.0 * (s["per_node"] < s["world"])
+    sizes = (s["bytes"], s["world"], s["per_node"])
+    return (*map(log2, sizes), across, s["direct"], s["wire"], s["phases"])

@@ -4,7 +4,7 @@ For each group of operators:
     1. constants over all machines: least soft-L1 loss of ln(measured / law), every machine of
        equal weight;
     2. each machine's own: the same loss plus a ridge towards 1;
-    3. a machine's residual: ridge regression on Gaussians around shapes that were measured;
+    3. a machine's residual: boosted trees over features of the shapes that were measured;
     4. intervals: quantiles of the errors by what bounds the kernel, of machines left out of 1 for a
        machine that wasn't measured, of shapes held out of 2 and 3 for one that was.
 """
@@ -20,12 +20,12 @@ from scipy.optimize import least_squares
 
 from ridgeline.cost_model import laws, shapes
 from ridgeline.cost_model.calibration import CALIBRATION, Model
+from ridgeline.tools.boosted_trees import boosted
 from ridgeline.tools.kernel_times import Times, read
 
 SEED = 0
 ROWS = 1200  # of a machine that a fit of constants reads
 FEW = 24  # rows below which a machine has no constants of its own
-CENTRES = 400
 # How far constants are expected to lie from where a fit begins, and a machine's from all, on the
 # fit's scale; target files measure what "power" corrects, and physics gives "vector".
 PRIOR, OWN_PRIOR = 1.5, 3.0
@@ -38,9 +38,12 @@ PULL = 0.01  # of the mean error that moving a constant that far must save
 # holds for all machines.
 BARE = "llmservingsim flash_attn2"
 # Batched products were timed from the host, one by one: none took less.
-BEGIN = {"bmm.fp32": {"floor_us": 40.0}}
-LENGTHS = {"gemm": 2.0, "prefill": 1.5, "decode": 1.5, "stream": 1.5, "collective": 1.8}
-RIDGE = 0.1
+BEGIN = {
+    "bmm.fp32": {"floor_us": 40.0},
+    # A step loads as many bytes, hence twice the depth.
+    **{key: {"step_us": 0.14} for key in ("gemm.fp8", "gemm.int8")},
+    **{key: {"loss": 0.25, "step_us": 0.16} for key in ("gemm.w8a16", "gemm.w4a16")},
+}
 UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
 FEWEST = 20  # errors that quantiles are taken of
 WIDER = 1.25  # intervals of machines that were not measured
@@ -78,26 +81,12 @@ def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
 
 
 def residual(t: Times, model: Model) -> dict[str, Any]:
-    """Gaussians around some of the shapes of `t`, ridge-fitted to what the law leaves."""
+    """Trees over the features of `t`'s shapes, fitted to what the law leaves."""
     left = t.log_s - model.log_seconds(t.group, t.name[0], t.machine, t.s)
     machine = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.machine.items()}
     flat = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.s.items()}
     at = np.stack(np.broadcast_arrays(*shapes.features(t.group.law, flat, machine)), -1)
-    scale = LENGTHS[t.group.law]
-    x = at / scale
-    rng = np.random.default_rng(SEED)
-    c = np.unique(np.round(x[rng.permutation(len(x))[: 4 * CENTRES]], 2), axis=0)
-    c = c[rng.permutation(len(c))[:CENTRES]]
-    basis = np.exp(-0.5 * ((x[:, None] - c) ** 2).sum(-1))
-    offset = float(np.median(left))
-    weight, w = np.ones(len(left)), np.zeros(len(c))
-    for _ in range(8):  # iteratively reweighted: an L1 loss
-        a = basis * weight[:, None]
-        w = np.linalg.solve(a.T @ basis + RIDGE * np.eye(len(c)), a.T @ (left - offset))
-        error = np.abs(left - offset - basis @ w)
-        weight = 1 / np.maximum(error / 0.05, 1.0)
-    rounded = {"centres": np.round(c, 2).tolist(), "weights": np.round(w, 3).tolist()}
-    return {"scale": scale, "offset": round(offset, 4), **rounded}
+    return boosted(at, left, SEED)
 
 
 def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
@@ -238,7 +227,7 @@ def _quantiles(e: np.ndarray) -> tuple[float, float]:
 
 def main(folder: Annotated[Path, typer.Argument(help="A folder of measured kernel times.")]):
     """Write cost_model/calibration.json from the CSV files of FOLDER."""
-    CALIBRATION.write_text(json.dumps(fit(folder), indent=None) + "\n", encoding="utf-8")
+    CALIBRATION.write_text(json.dumps(fit(folder), separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
