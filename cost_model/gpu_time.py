@@ -60,7 +60,7 @@ weight, where 4-bit codes come two at a time), a power of two of shift codes. As
 DECODE_ROWS = 64
 """Queries of one key head that share a tile; then keys are split over cores."""
 BARE: Mapping[str, Mapping[str, float]] = {
-    "prefill": {"floor_us": 1.9, "copy_us": 0.0, "write": math.inf},
+    "prefill": {"floor_us": 1.9, "bare_us": 1.9, "copy_us": 0.0, "write": math.inf, "token_us": 0.0},
     "decode": {"floor_us": 3.0, "copy_us": 0.0, "grouped_us": 0.0},
 }
 """Constants of attention's own kernels. The floors are a bare prefill's as measured on an A6000,

@@ -79,11 +79,11 @@ class Constants:
 
 
 FITTED = Constants(
-    gemm=1.23,
-    expert=1.61,
-    attention=0.792,
-    wire=0.856,
-    interference=0.14,
+    gemm=1.26,
+    expert=1.62,
+    attention=0.694,
+    wire=0.854,
+    interference=0.262,
     moe_host_us=624.0,
 )
 

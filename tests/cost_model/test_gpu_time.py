@@ -113,7 +113,7 @@ def test_codes_are_predicted_with_the_bytes_that_they_take(name):
     shape = {"m": 1, "n": 8192, "k": 8192}
     for bits, called in ((4, "w4a16"), (8, "w8a16")):
         expected = predict(name, "gemm", called, **shape).seconds
-        assert seconds(coded(bits, dtype=FP16), name) == pytest.approx(expected, rel=0.05)
+        assert seconds(coded(bits, dtype=FP16), name) == pytest.approx(expected, rel=0.1)
     assert seconds(coded(4, group=32), name) > seconds(coded(4), name)
 
 
