@@ -8,6 +8,9 @@ GEMM, least over tiles (Tm, Tn) and split-K s:
                 + ceil(k/s / 64) · step
     t_memory  = bytes / (bandwidth · efficiency · min(1, blocks / (SATURATION cores)))
     t_extra   = s > 1: the partial sums through L2
+    Ours with a rational function: tiles of its own without a split, the rate of the library's times
+    OWN_RATE, and, as nothing is taken to overlap, waves Tm (Tn e_output + k e_input) / vector rate,
+    e the operations per element: an element of the input is computed anew for each column of tiles.
 Attention: tiles of 128 queries, or with few queries the keys split over the cores.
 Stream: bytes / bandwidth with a share of the bytes in L2 where the working set fits.
 Binary attention: its additions on the vector unit at half of its rate, its bytes as a stream's.
@@ -54,6 +57,13 @@ GEMM_FLOOR = 1.2e-6  # setup and epilogue beyond the launch floor
 SPLIT_FLOOR = 1.9e-6
 DEQUANTIZE_FLOOR = 2.5e-6
 DEQUANTIZE_EFFICIENCY = 0.97
+# Rate of ridgeline's dense products over cuBLAS's, large fp16 shapes of Triton's matrix product:
+# Triton's tutorial as users measured it on A100 (triton-lang/triton issue 6523, from 2304 on 0.90 to
+# 0.99) and on H100 (issue 3672, from 2816 on 0.81 to 0.90). Others: assumed.
+OWN_RATE, OTHER_RATE = {"sm_80": 0.93, "sm_86": 0.93, "sm_89": 0.93, "sm_90": 0.82}, 0.7
+# Of a rational function, in flops of the fp32 unit: per coefficient, and of the division and the
+# rest. sm_80's code has 10 FFMA and 10 others per element for 10 coefficients.
+TERM_FLOPS, DIVISION_FLOPS = 2, 20
 ATTENTION_FLOOR = 1.5e-6
 ATTENTION_QUANTIZATION, ATTENTION_SATURATION = 0.5, 0.17
 QUERY_TILE, KEY_TILE = 128, 256
@@ -73,6 +83,9 @@ _AREA = _TM * _TN
 _FLOPS_PER_K = 2 * _AREA / _TILE_EFFICIENCY
 _SPLITS = _SPLIT > 1
 _PARTIAL_BYTES = _SPLITS * 8.0 * _SPLIT  # fp32, written and read
+OWN_TILES = ((128, 128), (128, 64), (64, 64), (32, 64), (16, 64))
+"""Of ridgeline's dense products (`codegen.triton.choose`)."""
+_NOT_OWN = np.array([(tm, tn) not in OWN_TILES or s > 1 for tm, tn, s in TILES.tolist()])
 
 Parts = tuple[float, float, float]
 
@@ -114,6 +127,13 @@ def _gemm(g: Gemm, target: Target) -> Parts:
         fixed, step = fixed + DEQUANTIZE_FLOOR, DEQUANTIZE_STEP
         step += PLANE_STEP * g.weight_bits * (g.scheme == "binary")
         step += SHIFT_STEP * g.terms * (g.scheme == "shift")
+    rational = (0.0, 0.0)
+    if g.library == "ridgeline" and g.weight_bits is None:
+        rate *= OWN_RATE.get(target.arch, OTHER_RATE)
+        vector = target.cores / target.peak(torch.float32)
+        terms = (g.output_terms, g.input_terms)
+        flops = ((TERM_FLOPS * t + DIVISION_FLOPS) * (t > 0) for t in terms)
+        rational = tuple(each * vector for each in flops)
     bandwidth = target.bandwidth_bytes_per_s * target.bandwidth_efficiency
     compute, memory, extra = _best_tile(
         (g.m, g.n, g.k, g.batch),
@@ -122,6 +142,8 @@ def _gemm(g: Gemm, target: Target) -> Parts:
         moved / bandwidth,
         target.l2_bandwidth_bytes_per_s,
         step,
+        rational,
+        g.library == "ridgeline" and g.weight_bits is None,
     )
     return compute, memory, fixed + extra
 
@@ -134,21 +156,25 @@ def _best_tile(
     memory_s: float,
     l2_bandwidth: float,
     step: float,
+    rational: tuple[float, ...],
+    own: bool,
 ) -> Parts:
     """(compute, memory, extra) seconds of the fastest tile and split.
 
-    rate: FLOP/s of one core with the largest tile; memory_s: with DRAM saturated.
+    rate: FLOP/s of one core with the largest tile; memory_s: with DRAM saturated; rational: seconds
+    of a core per element of the output, and of the input; own: of OWN_TILES.
     """
     m, n, k, batch = shape
     share = np.ceil(m / _TM) * np.ceil(n / _TN) * (batch * _SPLIT / cores)
     waves = QUANTIZATION * np.ceil(share) + (1 - QUANTIZATION) * np.maximum(share, 1.0)
     depth = np.ceil(k / _SPLIT / 64) * 64
     compute = waves * (_FLOPS_PER_K * (depth + FILL_K) / rate) + depth / 64 * step
+    compute = compute + waves * _TM * (_TN * rational[0] + k * rational[1])
     memory = memory_s / np.minimum(1.0, share / SATURATION)
     extra = _SPLITS * SPLIT_FLOOR + _PARTIAL_BYTES * (batch * m * n / l2_bandwidth)
     # The fourth power and root by squares and square roots, which numpy does much faster.
     total = np.sqrt(np.sqrt(np.square(compute * compute) + np.square(memory * memory))) + extra
-    best = int(np.argmin(total))
+    best = int(np.argmin(np.where(_NOT_OWN, np.inf, total) if own else total))
     return float(compute[best]), float(memory[best]), float(extra[best])
 
 
