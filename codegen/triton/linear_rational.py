@@ -1,6 +1,6 @@
 """A linear layer with a rational function of its results, or of its input, in Triton.
 
-Law, P/Q with one row of coefficients, or one per group of adjacent channels, as in `group_rational`:
+Law, P/Q with one row of coefficients, or one per group of adjacent channels (`group_rational`):
 
     y[m,n] = round(P(t) / Q(t)),                t = sum_k x[m,k] w[n,k] + b[n]        OUTPUT
     y[m,n] = round(sum_k z[m,k] w[n,k] + b[n]), z = round(P(x[m,k]) / Q(x[m,k]))      otherwise
