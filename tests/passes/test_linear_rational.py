@@ -59,7 +59,7 @@ def seed() -> None:
 CASES = {
     "narrow": ((192, 768, 192), 1576, BRAIN),
     "wide": ((768, 3072, 768), 1576, BRAIN),
-    "few-results": ((192, 64, 16), 12608, BRAIN),
+    "few_results": ((192, 64, 16), 12608, BRAIN),
     "float32": ((192, 768, 192), 1576, torch.float32),
 }
 
