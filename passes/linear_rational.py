@@ -27,14 +27,15 @@ from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.dataflow import stranger
 from ridgeline.passes.rational_sites import (
     DTYPES,
     Found,
     above,
     below,
+    put,
     rational_at,
     rational_functions,
-    set_in_place,
     stands_between,
     whole_channels,
 )
@@ -85,16 +86,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     first, second = (layer, found.out) if side == "output" else (found.out, layer)
     if refusal := _unfit(site, found, layer, setting) or whole_channels(found, layer):
         return refusal
-    interior = set(site.nodes)
-    for inner in site.nodes:
-        stranger = next((u for u in inner.users if u not in interior), None)
-        if inner not in site.outs and stranger is not None:
-            return Reject(
-                f"{said(inner)}, between {said(first)} and {said(second)}, is also read by"
-                f" {said(stranger)}",
-                inner,
-                f"drop the other use of {said(inner)} ({said(stranger)})",
-            )
+    if problem := stranger(site.nodes, site.outs):
+        return problem
     x, weight, bias = (argument(layer, i) for i in range(3))
     rational = found.call
     if side == "input":
@@ -169,18 +162,11 @@ def apply(
 ) -> fx.Node:
     """Put the operation where the second of the two is computed."""
     call: Call = candidate.call
-    out = copied[candidate.site.outs[0]]
     operands = (call.x, call.weight, call.bias, call.numerator, call.denominator)
-    with module.graph.inserting_before(out):
-        new = module.graph.call_function(
-            LINEAR_RATIONAL.overload,
-            tuple(None if n is None else copied[n] for n in operands),
-            {"form": call.form, "side": call.side},
-        )
-        layer = candidate.site.bind["layer"]
-        new.meta = {**out.meta, "val": out.meta["val"].new_empty(layer.meta["val"].shape)}
-        set_in_place(new, out)
-    return new
+    shape = candidate.site.bind["layer"].meta["val"].shape
+    return put(
+        candidate, copied, LINEAR_RATIONAL, operands, {"form": call.form, "side": call.side}, shape
+    )
 
 
 LINEAR_RATIONAL_PASS = Pass(

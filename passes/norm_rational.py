@@ -22,15 +22,16 @@ from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.dataflow import stranger
 from ridgeline.passes.norm_work import norm_work
 from ridgeline.passes.norms import DTYPES, GPU_SIZE
 from ridgeline.passes.rational_sites import Call as Rational
 from ridgeline.passes.rational_sites import (
     Found,
     above,
+    put,
     rational_at,
     rational_functions,
-    set_in_place,
     stands_between,
     whole_channels,
 )
@@ -79,13 +80,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             out,
             "call eval() for inference",
         )
-    stranger = next((user for user in norm.users if user not in found.nodes), None)
-    if stranger is not None:
-        return Reject(
-            f"{said(norm)} is also read by {said(stranger)}",
-            norm,
-            f"drop the other use of {said(norm)} ({said(stranger)})",
-        )
+    if problem := stranger(site.nodes, site.outs):
+        return problem
     if apart := whole_channels(found, norm):
         return apart
     size = shape_of(call.x)[-1]
@@ -153,17 +149,16 @@ def apply(
 ) -> fx.Node:
     """Put the operation where the rational function is computed."""
     call: Call = candidate.call
-    out = copied[candidate.site.outs[0]]
     operands = (call.x, call.weight, call.bias, call.numerator, call.denominator)
-    with module.graph.inserting_before(out):
-        new = module.graph.call_function(
-            LAYER_NORM_RATIONAL.overload,
-            tuple(None if n is None else copied[n] for n in operands),
-            {"eps": call.eps, "form": call.form},
-        )
-        new.meta = {**out.meta, "val": out.meta["val"].new_empty(call.x.meta["val"].shape)}
-        set_in_place(new, out)
-    return new
+    shape = call.x.meta["val"].shape
+    return put(
+        candidate,
+        copied,
+        LAYER_NORM_RATIONAL,
+        operands,
+        {"eps": call.eps, "form": call.form},
+        shape,
+    )
 
 
 NORM_RATIONAL = Pass(

@@ -7,8 +7,9 @@ powers and KAT's stacked powers are one pattern. The form is what the graph comp
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,11 +19,13 @@ from ridgeline.cost_model import Stream, Work, work_of
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import is_cast
+from ridgeline.ir.op import Op
 from ridgeline.ir.provenance import said
 from ridgeline.ir.rational_terms import Rational, read_quotient
 from ridgeline.ir.sizes import numbers
 from ridgeline.ir.symbolic import shape_of
-from ridgeline.passes.dataflow import VIEWS
+from ridgeline.passes.base import Candidate
+from ridgeline.passes.dataflow import VIEWS, stranger
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,14 +142,8 @@ def rational_at(node: fx.Node) -> Found | Reject | None:
             "cast the coefficients to the activations' dtype",
         )
     interior = (reader.nodes | around) - {call.x, call.numerator, call.denominator}
-    for inner in sorted(interior - {out}):
-        stranger = next((u for u in inner.users if u not in interior), None)
-        if stranger is not None:
-            return Reject(
-                f"{said(inner)}, inside the site, is also read by {said(stranger)}",
-                inner,
-                f"drop the other use of {said(inner)} ({said(stranger)})",
-            )
+    if problem := stranger(interior, (out,)):
+        return problem
     return Found(call, tuple(n for n in node.graph.nodes if n in interior), out)
 
 
@@ -213,6 +210,25 @@ def whole_channels(found: Found, layer: fx.Node) -> Reject | None:
         layer,
         "let the layer see all channels, and split groups for the rational function alone",
     )
+
+
+def put(
+    candidate: Candidate,
+    copied: Mapping[fx.Node, fx.Node],
+    op: Op,
+    operands: Sequence[fx.Node | None],
+    attributes: dict[str, Any],
+    shape: Sequence[Any],
+) -> fx.Node:
+    """Put one call of `op`, whose result is [..., C] of this shape, where the site's output is
+    computed; that may be [..., G, C / G]."""
+    out = copied[candidate.site.outs[0]]
+    with out.graph.inserting_before(out):
+        args = tuple(None if n is None else copied[n] for n in operands)
+        new = out.graph.call_function(op.overload, args, attributes)
+        new.meta = {**out.meta, "val": out.meta["val"].new_empty(shape)}
+        set_in_place(new, out)
+    return new
 
 
 def set_in_place(new: fx.Node, out: fx.Node) -> None:
