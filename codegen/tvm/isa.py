@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 
 import torch
 
@@ -26,6 +27,16 @@ def executes(isa: str) -> bool:
     """Does this CPU have what `isa`, one of `ISAS` or `BYTE_TABLES`, needs?"""
     has = torch.cpu.get_capabilities()
     return all(has.get(flag) for flag in _NEEDS[isa])
+
+
+def llvm_features() -> dict[str, bool]:
+    """What the kernels' instruction sets need, by LLVM's names: does this CPU have it? Empty off
+    x86."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {}
+    has = torch.cpu.get_capabilities()
+    flags = dict.fromkeys(flag for needs in _NEEDS.values() for flag in needs)
+    return {flag.replace("_", ""): bool(has.get(flag)) for flag in flags}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ridgeline.codegen.tvm.isa import best_isa, executes, host_isa
+from ridgeline.codegen.tvm.isa import best_isa, executes, host_isa, llvm_features
 from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
 from ridgeline.ir.errors import RidgelineError
 
@@ -37,11 +37,22 @@ def import_tvm() -> Any:
 
 @functools.cache
 def host_target() -> Any:
-    """TVM's description of this machine, with the CPU name that LLVM detects (e.g. "znver4")."""
+    """TVM's description of this machine, with the CPU name that LLVM detects (e.g. "znver4").
+
+    What the CPU reports counts where it differs from what LLVM knows of that name: a hypervisor may
+    show one model's number and another one's instructions, and LLVM ends the process over an
+    instruction that its CPU lacks.
+    """
     tvm = import_tvm()
     from tvm.target import codegen
 
-    return tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    named = tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    differing = [
+        f"{'+' if there else '-'}{name}"
+        for name, there in llvm_features().items()
+        if there != bool(codegen.llvm_cpu_has_features(name, named))
+    ]
+    return tvm.target.Target({"kind": "llvm", "mcpu": named.attrs["mcpu"], "mattr": differing})
 
 
 def compile_kernel(prim_func: Any, isa: str | None = None) -> Callable[..., None]:

@@ -35,6 +35,17 @@ def test_byte_tables_are_left_out_where_less_is_asked_for(monkeypatch):
     assert isa.byte_table_isa() == "avx512"
 
 
+@pytest.mark.parametrize(("named", "has"), [("nehalem", True), ("sapphirerapids", False)])
+def test_code_is_made_for_what_the_cpu_has_whatever_it_is_called(monkeypatch, named, has):
+    codegen = pytest.importorskip("tvm.target.codegen")
+    wanted = dict.fromkeys(isa.llvm_features(), has)
+    monkeypatch.setattr(runtime, "llvm_features", lambda: wanted)
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: named)
+    target = runtime.host_target.__wrapped__()
+    for name in wanted:
+        assert bool(codegen.llvm_cpu_has_features(name, target)) == has
+
+
 def test_ridgeline_does_not_import_tvm():
     program = "import ridgeline, sys; assert 'tvm' not in sys.modules"
     root = Path(__file__).parents[3]
