@@ -27,6 +27,7 @@ from ridgeline.passes.propose import propose
 from ridgeline.passes.quantization import Codec, quantize
 from ridgeline.passes.quantization.layer import QuantizedLinear
 from ridgeline.passes.weights import WeightStore
+from tests.passes.test_group_rational import Model, kat
 
 
 class Attend(nn.Module):
@@ -40,19 +41,6 @@ def _attention() -> tuple[nn.Module, list[Tensor]]:
 
 def _linear() -> tuple[nn.Module, list[Tensor]]:
     return nn.Linear(128, 96), [torch.randn(2, 5, 128)]
-
-
-class Rational(nn.Module):
-    """Degrees 2 and 1 by Horner's rule, two groups, the denominator without signs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.rand(1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        z, a = x.view(2, 5, 2, 24), self.a
-        top = (a[:, 2, None] * z + a[:, 1, None]) * z + a[:, 0, None]
-        return (top / (1 + self.b[:, 0, None].abs() * z.abs())).view(2, 5, 48)
 
 
 class Beside(nn.Module):
@@ -71,7 +59,9 @@ def _beside() -> tuple[nn.Module, list[Tensor]]:
 
 
 def _rational() -> tuple[nn.Module, list[Tensor]]:
-    return Rational(), [torch.randn(2, 5, 48)]
+    """As KAT's public code has it, with the denominator of its kernels."""
+    model = Model(lambda x, a, b: kat(x, a, b, magnitudes=True))
+    return model, [torch.randn(2, 5, 48)]
 
 
 def _norm_rational() -> tuple[nn.Module, list[Tensor]]:
