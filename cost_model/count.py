@@ -201,7 +201,7 @@ def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return default
 
 
-def _linear(node: fx.Node) -> Kernel:
+def _linear(node: fx.Node) -> Gemm:
     x, weight = _shape(_val(node, 0)), _shape(_val(node, 1))
     dtype = _val(node, 0).dtype
     n = weight[0] if len(weight) == 2 else 1
@@ -330,6 +330,12 @@ def _norm_rational(node: fx.Node) -> Kernel:
     return dataclasses.replace(norm, terms=numerator[1] + denominator[1])
 
 
+def _linear_rational(node: fx.Node) -> Kernel:
+    terms = sum(_shape(_val(node, i))[1] for i in (3, 4))
+    side = f"{_argument(node, 'side')}_terms"
+    return dataclasses.replace(_linear(node), library="ridgeline", **{side: terms})
+
+
 def _convolution(node: fx.Node) -> Kernel:
     """An implicit GEMM: rows are output positions (input positions when transposed)."""
     image, weight = _val(node, 0), _val(node, 1)
@@ -377,5 +383,6 @@ _RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
     "group_rational": _group_rational,
     "group_rational_backward": _group_rational,
     "layer_norm_rational": _norm_rational,
+    "linear_rational": _linear_rational,
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), _norm),
 }

@@ -17,7 +17,8 @@ multiplied faster than a plain product is that is handed as few bytes. Attention
 what serving engines run around it: metadata kernels (so floors of bare kernels), copies of queries,
 pages of keys written; and keys are split whether or not heads share them. A mask is read on the
 way. Vector FLOPs of a stream run beside its bytes, those of binary attention are additions at half
-of the rate. Picked rows are copied as others are. A weight, or a decoded key, is found in L2 only
+of the rate; a rational function beside a product is added to it, at the rate of Triton's products.
+Picked rows are copied as others are. A weight, or a decoded key, is found in L2 only
 if the program's other weights leave it there.
 """
 
@@ -57,12 +58,23 @@ UNALIGNED = 2.0
 PLANE_US, SHIFT_US = 0.015, 0.02
 """Beyond a step's unpacking of integers: a plane of binary codes (a bit and a signed sum per
 weight, where 4-bit codes come two at a time), a power of two of shift codes. Assumed."""
+# Rate of ridgeline's dense products over cuBLAS's: that of the matrix product in Triton's tutorial,
+# fp16, as users measured it on A100 (triton-lang/triton issue 6523, 2304 to 2944: 0.89 to 0.99) and
+# on H100 (issue 3672, 2816 to 3072: 0.81 to 0.90). Of others and of fp32 it is assumed.
+OWN_RATE, OTHER_RATE = {"sm_80": 0.93, "sm_86": 0.93, "sm_89": 0.93, "sm_90": 0.82}, 0.7
+OWN_TILES = ((128, 128), (128, 64), (64, 64), (32, 64), (16, 64))
+"""Of ridgeline's dense products (`codegen.triton.choose`), whose sums are never split."""
+# Of a rational function, in flops of the fp32 unit: per coefficient, and of the division and the
+# rest. sm_80's code has 10 FFMA and 10 others per element for 10 coefficients.
+TERM_FLOPS, DIVISION_FLOPS = 2, 20
 DECODE_ROWS = 64
 """Queries of one key head that share a tile; then keys are split over cores."""
 BARE: Mapping[str, Mapping[str, float]] = {
-    "prefill": {"floor_us": 1.9, "bare_us": 1.9, "copy_us": 0.0, "write": math.inf, "token_us": 0.0},
+    "prefill": {
+        "floor_us": 1.9, "bare_us": 1.9, "copy_us": 0.0, "write": math.inf, "token_us": 0.0,
+    },
     "decode": {"floor_us": 3.0, "copy_us": 0.0, "grouped_us": 0.0},
-}
+}  # fmt: skip
 """Constants of attention's own kernels. The floors are a bare prefill's as measured on an A6000,
 and that of a product, which also loads its operands and leaves."""
 WIDTH = 4096
@@ -153,7 +165,8 @@ def _gemm(g: Gemm, target: Target, cold: bool) -> Price:
     unit = _unit(g.dtype, target)
     bits = g.weight_bits
     if bits is None or bits >= 8 * g.dtype.itemsize:
-        return _product(g, unit, target, cold)
+        found = _product(g, unit, target, cold)
+        return _own(g, found, target) if g.library == "ridgeline" else found
     unpack = PLANE_US * bits * (g.scheme == "binary") + SHIFT_US * g.terms * (g.scheme == "shift")
     found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, cold, unpack)
     # No faster than a product that is handed as few bytes.
@@ -183,6 +196,29 @@ def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0)
     counted = {"bytes": sum(g.bytes.values()), "quantized": 0.0}
     s = shapes.law_inputs("gemm", law, shape) | counted
     return _by_law("gemm", law, (machine, name), s, changed)
+
+
+def _own(g: Gemm, found: Price, target: Target) -> Price:
+    """What ridgeline's kernel takes where the library's takes `found`: a slower loop on its best
+    tile, then its rational functions, as nothing is taken to overlap; an element of the input is
+    computed anew for each column of tiles."""
+    slower = 1 / OWN_RATE.get(target.arch, OTHER_RATE)
+    rate = target.peak(g.dtype) * target.gemm_efficiency / (target.cores * slower)
+    vector = target.peak(torch.float32) / target.cores
+    of_output, of_input = (
+        (TERM_FLOPS * terms + DIVISION_FLOPS) * (terms > 0) / vector
+        for terms in (g.output_terms, g.input_terms)
+    )
+
+    def taken(tile: tuple[int, int]) -> tuple[float, float]:
+        rows, columns = tile
+        blocks = g.batch * math.ceil(g.m / rows) * math.ceil(g.n / columns)
+        work = max(blocks / target.cores, 1.0) * rows
+        return work * 2 * columns * g.k / rate, work * (columns * of_output + g.k * of_input)
+
+    products, rational = min(map(taken, OWN_TILES), key=sum)
+    compute = max(found.compute * slower, products) + rational
+    return dataclasses.replace(found, compute=compute)
 
 
 def _constant(op: str, dtype: str, name: str, key: str) -> float:

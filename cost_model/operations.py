@@ -8,6 +8,7 @@
                   by α, per 32 columns one by the activations' step
     shift         a product; `terms` shifts and terms - 1 additions per weight
     shift int16   no product: `terms` shifts and additions per weight and row; scalings as above
+    rational      of results or left operands: a product per coefficient, and a division
     attention     (d + dv) products per kept pair
     binary attention  additions, and a division per query
 
@@ -60,6 +61,10 @@ def _products(count: int, dtype: torch.dtype) -> Operations:
 def _gemm(g: Gemm) -> Operations:
     weights, outputs = g.copies * g.n * g.k, g.batch * g.m * g.n
     found = Counter({("add", "float32"): outputs * g.bias})
+    for elements, terms in ((outputs, g.output_terms), (g.batch * g.m * g.k, g.input_terms)):
+        if terms:
+            found += _products(elements * terms, torch.float32)
+            found["divide", "float32"] += elements
     if g.weight_bits is None:
         return found + _products(outputs * g.k, g.dtype)
     groups = ceil(g.k / (g.group_size or g.k))

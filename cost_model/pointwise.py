@@ -1,4 +1,4 @@
-"""Work of two elementwise chains: in Inductor's loops, and in our kernels.
+"""Work of elementwise chains: in Inductor's loops, and in our kernels.
 
 Inductor fuses a chain, so both sides read each operand and write each result once. On a CPU they
 differ in vector operations per element and in calls: ours is called from Python, which costs what
@@ -10,6 +10,10 @@ for the same graph): 8 calls in one graph, SwiGLU of 64 x 1536 0.54 ns per eleme
 rotary of 64 positions, 12 heads of 64, 0.60 ns against 0.31. For one row of 1536 SwiGLU takes 5.3
 us against 6.1: a call of ours costs one launch more. One position is turned in 12.3 us, by two
 loops, against 7.6.
+
+Activations alone stand in the ratio to a rational function that `ridgeline bench group-rational`
+prints: torch's tanh, which GELU by tanh calls too, takes four times as long, its erf twice, and
+what is one exponential little more; ReLU is bound by memory and gains nothing.
 """
 
 from collections.abc import Sequence
@@ -20,6 +24,8 @@ from ridgeline.cost_model.work import Stream, Work
 
 _INDUCTOR = {"silu": 54, "sigmoid": 54, "relu": 4, "gelu": 54, "gelu_tanh": 60}
 _OURS = {"silu": 38, "sigmoid": 38, "relu": 4, "gelu": 46, "gelu_tanh": 42}
+_ALONE = {"silu": 35, "sigmoid": 35, "relu": 4, "gelu": 46, "gelu_tanh": 115, "tanh": 108}
+_RATIONAL = 27
 _INDUCTOR_TURN, _OUR_TURN = 48, 20
 _GATED_CALLS, _ROTARY_CALLS = 1, {"cpu": 1, "cuda": 2, "hip": 2}
 _COMPLEX_CALLS = 2  # a view as complex and the product, both called from Inductor's code
@@ -34,6 +40,16 @@ def gated_work(
     each = (_OURS if ours and kind == "cpu" else _INDUCTOR)[activation]
     calls = (_CALL,) * _GATED_CALLS if ours else ()
     return Work((Stream(2 * moved, moved, each * elements, dtype), *calls))
+
+
+def activation_work(
+    elements: int, dtype: torch.dtype, activation: str, *, kind: str, rational: bool
+) -> Work:
+    """An activation of `elements` elements on a target of this kind, as Inductor's loop or as a
+    rational function of ours with degrees 5 and 4."""
+    moved = elements * dtype.itemsize
+    each = _RATIONAL if rational and kind == "cpu" else _ALONE[activation]
+    return Work((Stream(moved, moved, each * elements, dtype), *((_CALL,) * rational)))
 
 
 def rotary_work(

@@ -39,6 +39,9 @@ class Gemm:
     left_elements: elements of the left operand really in memory, where fewer than b m k (the
         implicit GEMM of a convolution reads its image once).
     bias: the epilogue adds n elements.
+    library: whose kernel it is of a product of plain numbers, "vendor" or "ridgeline"; the latter's
+        takes a rational function of `output_terms` coefficients of each result, or one of
+        `input_terms` of each element of the left operand, as often as it is loaded (0: none).
     """
 
     m: int
@@ -58,6 +61,9 @@ class Gemm:
     centred: bool = True
     scale_bytes: int = 2
     beside_bytes: int = 0
+    library: str = "vendor"
+    output_terms: int = 0
+    input_terms: int = 0
 
     @property
     def flops(self) -> int:

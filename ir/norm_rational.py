@@ -10,6 +10,8 @@ backward, so that nothing would be saved. Source: Yang and Wang, Kolmogorov-Arno
 (2024), section 4, whose block applies a rational to the output of its norm.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def reference(
     denominator: Tensor,
     *,
     eps: float,
-    form: str = "abs_terms",
+    form: str = group_rational.FORMS[0],
 ) -> Tensor:
     """The law above in plain torch: x [..., C], weight and bias [C], numerator [1 or G, m+1],
     denominator [1 or G, n] -> [..., C], x.dtype. Raises RationalError for operands or a form that
@@ -47,3 +49,22 @@ LAYER_NORM_RATIONAL = Op(
         x.shape
     ),
 )
+
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
+"""x, weight, bias, numerator, denominator of the law."""
+
+
+def implement(key: str, kernel: Callable[[Operands, float, str], Tensor | None]) -> None:
+    """Let `kernel` (operands, eps, form) compute the law for tensors of torch's dispatch key `key`;
+    it is asked for what the law defines, and returns None where the reference is to run."""
+
+    def run(*operands: Tensor | None, eps: float, form: str = group_rational.FORMS[0]):
+        x, weight, bias, numerator, denominator = operands
+        assert x is not None
+        assert numerator is not None
+        assert denominator is not None
+        group_rational.check_attributes(form, 0)
+        group_rational.group_count(x, numerator, denominator)
+        return kernel((x, weight, bias, numerator, denominator), eps, form)
+
+    LAYER_NORM_RATIONAL.implement(key, run)

@@ -47,6 +47,19 @@ class Op:
                 self.qualified, self.backward, setup_context=self.setup_context
             )
 
+    def implement(self, key: str, kernel: Callable[..., Any]) -> None:
+        """Let `kernel` compute the operation for tensors of torch's dispatch key `key`.
+
+        It is called as the schema says, defaults left out; where it returns None the reference
+        runs, which is also who raises for operands that the law does not define.
+        """
+
+        def run(*operands: Any, **attributes: Any) -> Any:
+            made = kernel(*operands, **attributes)
+            return self.reference(*operands, **attributes) if made is None else made
+
+        LIBRARY.impl(self.name, run, key)
+
     def _refuse_transforms(self, *args: Any, **kwargs: Any) -> Any:
         raise TransformError(
             f"{self.qualified} expects to be called outside torch.func's transforms (grad, jvp,"

@@ -5,6 +5,7 @@ from ridgeline.passes.coded_products import CODED_PRODUCTS
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
 from ridgeline.passes.gated import GATED
 from ridgeline.passes.group_rational import GROUP_RATIONAL_PASS
+from ridgeline.passes.linear_rational import LINEAR_RATIONAL_PASS
 from ridgeline.passes.merged_coded import MERGED_CODED
 from ridgeline.passes.merged_linear import MERGED_LINEAR
 from ridgeline.passes.norm_rational import NORM_RATIONAL
@@ -19,6 +20,7 @@ PASSES: tuple[Pass, ...] = (
     GATED,
     GROUP_RATIONAL_PASS,
     NORM_RATIONAL,
+    LINEAR_RATIONAL_PASS,
     NORMS,
     MERGED_LINEAR,
     MERGED_CODED,

@@ -1,10 +1,10 @@
 """LayerNorm and the group-wise rational function that reads it -> `ridgeline::layer_norm_rational`.
 
 Law: `ridgeline.ir.norm_rational`. One pass over memory instead of two; the normalised rows are not
-rounded in between. Anchored at `ridgeline::group_rational`, as `ridgeline.nn.GroupRational` calls
-it. A training step keeps the normalised rows for the rational function's backward anyway, and is
-left alone. Equal in real arithmetic. Source: the block of Yang and Wang, Kolmogorov-Arnold
-Transformer (2024).
+rounded in between. Anchored at the rational function, whatever spells it
+(`ridgeline.passes.rational_sites`). A training step keeps the normalised rows for the rational
+function's backward anyway, and is left alone. Equal in real arithmetic. Source: the block of Yang
+and Wang, Kolmogorov-Arnold Transformer (2024).
 """
 
 import dataclasses
@@ -15,16 +15,26 @@ import torch
 from torch import fx
 
 import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels
-from ridgeline.codegen.kernel import argument, keyword
-from ridgeline.cost_model import Work, work_of
-from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
+from ridgeline.codegen.kernel import argument
+from ridgeline.cost_model import Work
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.base import Candidate, Pass, Setting
+from ridgeline.passes.dataflow import stranger
 from ridgeline.passes.norm_work import norm_work
 from ridgeline.passes.norms import DTYPES, GPU_SIZE
+from ridgeline.passes.rational_sites import Call as Rational
+from ridgeline.passes.rational_sites import (
+    Found,
+    above,
+    put,
+    rational_at,
+    rational_functions,
+    stands_between,
+    whole_channels,
+)
 
 aten = torch.ops.aten
 _EPS = 1e-5
@@ -45,33 +55,35 @@ class Call:
 
 
 def search(graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
-    """Every rational function of a LayerNorm."""
-    found = []
-    for node in graph.find_nodes(op="call_function", target=GROUP_RATIONAL.overload):
-        norm = node.args[0]
-        if norm.target is aten.layer_norm.default:
-            found.append(Site({"x": norm.args[0]}, {}, (norm, node), (node,), "layer_norm"))
-    return found, []
+    """Every rational function of a LayerNorm, and what stands between other ones."""
+    found, misses = [], []
+    for node, rational in rational_functions(graph):
+        norm, between = above(rational.call.x, aten.layer_norm.default)
+        if norm is not None and between is not None:
+            misses.append(stands_between(between, norm, rational.out))
+        elif norm is not None:
+            nodes = tuple(sorted((norm, *rational.nodes)))
+            bind = {"x": norm.args[0], "norm": norm, "rational": node}
+            found.append(Site(bind, {}, nodes, (rational.out,), "layer_norm"))
+    return found, misses
 
 
 def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     """Check who else reads the norm, its dimensions and dtypes; state the work on both sides."""
-    norm, rational = site.nodes
-    call = _call(norm, rational)
+    norm, found = site.bind["norm"], rational_at(site.bind["rational"])
+    assert isinstance(found, Found)
+    call, out = _call(norm, found.call), found.out
     if setting.training:
         return Reject(
             "the model is being trained, and the backward of the rational function reads the"
             " normalised rows, so that nothing would be saved",
-            rational,
+            out,
             "call eval() for inference",
         )
-    stranger = next((user for user in norm.users if user is not rational), None)
-    if stranger is not None:
-        return Reject(
-            f"{said(norm)} is also read by {said(stranger)}",
-            norm,
-            f"drop the other use of {said(norm)} ({said(stranger)})",
-        )
+    if problem := stranger(site.nodes, site.outs):
+        return problem
+    if apart := whole_channels(found, norm):
+        return apart
     size = shape_of(call.x)[-1]
     if len(norm.args[1]) != 1 or not size.is_Integer:  # pyright: ignore[reportArgumentType]
         return Reject(
@@ -87,16 +99,16 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         )
     given = (call.x, call.weight, call.bias, call.numerator, call.denominator)
     operands = [n for n in given if n is not None]
-    unknown = {n.meta["val"].dtype for n in (*operands, rational)} - set(DTYPES)
-    if unknown or call.x.meta["val"].dtype != rational.meta["val"].dtype:
+    unknown = {n.meta["val"].dtype for n in (*operands, out)} - set(DTYPES)
+    if unknown or call.x.meta["val"].dtype != out.meta["val"].dtype:
         return Reject(
-            f"{said(norm)} and {said(rational)} compute in"
+            f"{said(norm)} and {said(out)} compute in"
             f" {sorted(str(n.meta['val'].dtype) for n in operands)}; the kernels take"
             f" {', '.join(map(str, DTYPES))}, and give the rows' dtype",
-            rational,
+            out,
             "use one of these dtypes",
         )
-    before, after = _works(norm, rational)
+    before, after = _works(norm, found)
     return [
         Candidate(
             rewrite=NORM_RATIONAL,
@@ -113,21 +125,23 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     ]
 
 
-def _call(norm: fx.Node, rational: fx.Node) -> Call:
+def _call(norm: fx.Node, rational: Rational) -> Call:
     x, _, weight, bias, eps = (argument(norm, i, _EPS if i == 4 else None) for i in range(5))
-    _, numerator, denominator = rational.args
-    form = keyword(rational, "form") or FORMS[0]
-    return Call(x, weight, bias, numerator, denominator, eps, form)  # pyright: ignore[reportArgumentType]
+    return Call(x, weight, bias, rational.numerator, rational.denominator, eps, rational.form)
 
 
-def _works(norm: fx.Node, rational: fx.Node) -> tuple[Work, Work]:
+def _works(norm: fx.Node, found: Found) -> tuple[Work, Work]:
     x = norm.args[0]
     alone = Site({}, {}, (norm,), (norm,), "")
     before, after = norm_work(alone, x, [x], center=True, residual=False)  # pyright: ignore[reportArgumentType]
-    terms = sum(int(n.meta["val"].shape[1]) for n in rational.args[1:3])  # pyright: ignore
-    first, *rest = after.kernels
-    after = Work((dataclasses.replace(first, terms=terms), *rest))  # pyright: ignore[reportArgumentType]
-    return before + work_of(rational), after
+    if found.one_loop:
+        return _with_terms(before, found.terms), _with_terms(after, found.terms)
+    return before + found.work, _with_terms(after, found.terms)
+
+
+def _with_terms(work: Work, terms: int) -> Work:
+    norm, *rest = work.kernels
+    return Work((dataclasses.replace(norm, terms=terms), *rest))  # pyright: ignore[reportArgumentType]
 
 
 def apply(
@@ -135,17 +149,16 @@ def apply(
 ) -> fx.Node:
     """Put the operation where the rational function is computed."""
     call: Call = candidate.call
-    out = copied[candidate.site.outs[0]]
     operands = (call.x, call.weight, call.bias, call.numerator, call.denominator)
-    with module.graph.inserting_before(out):
-        new = module.graph.call_function(
-            LAYER_NORM_RATIONAL.overload,
-            tuple(None if n is None else copied[n] for n in operands),
-            {"eps": call.eps, "form": call.form},
-        )
-    new.meta = dict(out.meta)
-    out.replace_all_uses_with(new)
-    return new
+    shape = call.x.meta["val"].shape
+    return put(
+        candidate,
+        copied,
+        LAYER_NORM_RATIONAL,
+        operands,
+        {"eps": call.eps, "form": call.form},
+        shape,
+    )
 
 
 NORM_RATIONAL = Pass(

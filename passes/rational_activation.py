@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels
 from ridgeline.codegen.kernel import buffer, hints
-from ridgeline.cost_model import Stream, Work, work_of
+from ridgeline.cost_model.pointwise import activation_work
 from ridgeline.ir.group_rational import GROUP_RATIONAL, reference
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
@@ -38,7 +38,7 @@ aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEGREES = (5, 4)
 _MARGIN = 1.25
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **FUNCTIONS,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
@@ -103,20 +103,22 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
             x,
             "capture with inputs like those to come",
         )
-    function = _FUNCTIONS[site.pattern]
+    function = ACTIVATIONS[site.pattern]
     fitted = fit(function, *_DEGREES, float(reach))
     sample = values.sample.double()
     error = relative_error([_value(fitted, sample)], [function(sample)])
     elements, dtype = math.prod(hints(x)), x.meta["val"].dtype
-    moved = elements * dtype.itemsize
-    flops = 2 * (sum(_DEGREES) + 1) * elements
+    before, after = (
+        activation_work(elements, dtype, site.pattern, kind=setting.target.kind, rational=rational)
+        for rational in (False, True)
+    )
     return [
         Candidate(
             rewrite=RATIONAL_ACTIVATION,
             site=site,
             call=Call(x, fitted),
-            before=sum((work_of(n) for n in site.nodes), Work()),
-            after=Work((Stream(moved, moved, flops, dtype),)),
+            before=before,
+            after=after,
             variant=f"{site.pattern} as a rational over |x| <= {reach:g}",
             error=error,
             preconditions=(

@@ -59,6 +59,8 @@ def group_rational(rounds: int, console: Console) -> None:
         console.print(timings.table(title))
     for title, timings in bench_group_rational.norms(rounds):
         console.print(timings.table(title))
+    for title, timings in bench_group_rational.activations(rounds):
+        console.print(timings.table(title))
     for name, (dx, da, db) in bench_group_rational.errors().items():
         console.print(Text(f"{name:16s} error of dx {dx:.1e}, da {da:.1e}, db {db:.1e}"))
 

@@ -1,8 +1,8 @@
 """The rational function on this CPU: ridgeline's TVM kernels against eager PyTorch and Inductor.
 
-x [8192, 768] fp32, 8 groups, degrees 5 and 4, form "abs_terms", and with a LayerNorm before it at
-three sizes. Every contender allocates its results per call, and forward + backward runs through
-autograd, so that only the kernels differ.
+x [8192, 768] fp32, 8 groups, degrees 5 and 4, form "abs_terms"; with a LayerNorm before it at three
+sizes; and in the place of activations that it was fitted to. Every contender allocates its results
+per call, and forward + backward runs through autograd, so that only the kernels differ.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +14,17 @@ from torch import Tensor
 import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels
 from ridgeline.ir.group_rational import GROUP_RATIONAL
 from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
+from ridgeline.ir.rational_fit import fit
+from ridgeline.passes.rational_activation import ACTIVATIONS
 from ridgeline.tools.timing import Timings, interleave
 
 BASELINE = "Inductor, Horner"
 ROWS, CHANNELS, GROUPS = 8192, 768, 8
 NORMS = ((8192, 768), (1576, 192), (1632, 64))
 """Rows and channels: beyond the caches; eight images of KAT-T; the batch of `examples/kat.py`."""
+NAMES = ("gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu")
+ACTIVATION_ROWS = 256
+"""Few enough that fp32 stays in the second-level cache."""
 
 
 def horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -109,6 +114,26 @@ def norms(rounds: int) -> Iterator[tuple[str, Timings]]:
         }
         title = f"LayerNorm and group_rational, {rows} x {channels} fp32, {GROUPS} groups"
         yield title, interleave(functions, baseline=BASELINE, rounds=rounds)
+
+
+def activations(rounds: int) -> Iterator[tuple[str, Timings]]:
+    """(title, timings) of activations and of rational functions fitted to them over |x| <= 4."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(ACTIVATION_ROWS, CHANNELS, generator=generator).to(dtype)
+        for name, function in ACTIVATIONS.items():
+            if name == "identity":
+                continue
+            found = fit(function, 5, 4, 4.0)
+            a, b = (torch.tensor([c]).float() for c in (found.numerator, found.denominator))
+            compiled = torch.compile(function, dynamic=False)
+            functions = {
+                BASELINE: lambda x=x, f=compiled: f(x),
+                "ridgeline": lambda x=x, a=a, b=b: GROUP_RATIONAL.overload(x, a, b),
+            }
+            title = f"{name}, {ACTIVATION_ROWS} x {CHANNELS} {dtype}, as a rational function"
+            quiet = {n: torch.no_grad()(f) for n, f in functions.items()}
+            yield title, interleave(quiet, baseline=BASELINE, rounds=rounds)
 
 
 def errors() -> dict[str, tuple[float, float, float]]:

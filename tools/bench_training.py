@@ -13,7 +13,7 @@ import ridgeline
 from ridgeline.tools.timing import Timings, interleave
 
 BASELINE = "eager"
-BATCH, LENGTH, VOCABULARY = 2, 512, 1024
+BATCH, LENGTH, VOCABULARY, LAYERS = 2, 512, 1024, 4
 
 
 def llama() -> nn.Module:
@@ -25,7 +25,7 @@ def llama() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
         use_cache=False,

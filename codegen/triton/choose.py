@@ -65,6 +65,16 @@ _LINEAR = (
 )
 _LINEAR_FP32 = ((16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
 
+# BLOCK_M, BLOCK_N and then (BLOCK_K, warps, stages) of the linear layer with a rational function,
+# from the largest tile: the sizes are those of `cost_model.gpu_time.OWN_TILES`.
+_RATIONAL = (
+    ((128, 128), ((64, 8, 3), (32, 8, 3))),
+    ((128, 64), ((64, 4, 3), (32, 4, 3))),
+    ((64, 64), ((64, 4, 4), (64, 4, 3), (32, 4, 3))),
+    ((32, 64), ((64, 4, 4), (32, 4, 3))),
+    ((16, 64), ((64, 4, 4), (32, 4, 3))),
+)
+
 # With the rows of one key head at most this many, attention is bound by reading the keys.
 DECODE_ROWS = 64
 MOST_SPLITS = 128
@@ -134,6 +144,39 @@ def linear_candidates(arch: Arch, *, tokens: int, compute: torch.dtype) -> tuple
         Config((("BLOCK_M", m), ("BLOCK_N", n)), warps, stages if arch.warp_size == 32 else 2)
         for m, n, warps, stages in tiles
     )
+
+
+def rational_candidates(
+    arch: Arch, *, tokens: int, n: int, width: int, item: int, multiprocessors: int
+) -> tuple[Config, ...]:
+    """Configurations of `linear_rational_forward`, best first: the largest tiles of which there is
+    one for each multiprocessor, or else the smallest; then smaller ones.
+
+    width: channels of a group where the function is of the input, of which blocks of K are to be
+    parts, 0 where it is not; item: bytes of an element.
+    """
+    rows, columns = padded(min(tokens, 128)), max(64, padded(min(n, 128)))
+    fitting = [tile for tile in _RATIONAL if tile[0][0] <= rows and tile[0][1] <= columns]
+    full = (
+        at for at, ((m, n_), _) in enumerate(fitting)
+        if -(-tokens // m) * -(-n // n_) >= multiprocessors
+    )  # fmt: skip
+    found = [
+        Config(
+            (("BLOCK_M", m), ("BLOCK_N", n_), ("BLOCK_K", k)),
+            warps,
+            stages if arch.warp_size == 32 else 2,
+        )
+        for (m, n_), rest in fitting[next(full, len(fitting) - 1) :] + fitting[-1:]
+        for k, warps, stages in rest
+        if item < 4 or k == 32
+    ]
+    return tuple(sorted(dict.fromkeys(found), key=lambda c: _straddles(c, width)))
+
+
+def _straddles(config: Config, width: int) -> bool:
+    """Do the blocks of K straddle groups?"""
+    return bool(width) and width % config.constexprs()["BLOCK_K"] != 0
 
 
 def splits(programs: int, steps: int, multiprocessors: int, *, least_steps: int = 1) -> int:

@@ -21,6 +21,9 @@ _DEFAULTS = {
         (("BLOCK_T", 32), ("BLOCK_M", 32)), num_warps=4, num_stages=2, splits=2
     ),
     "group_rational": Config((("BLOCK_M", 128), ("BLOCK_C", 8)), num_warps=4, num_stages=1),
+    "linear_rational": Config(
+        (("BLOCK_M", 64), ("BLOCK_N", 64), ("BLOCK_K", 32)), num_warps=4, num_stages=3
+    ),
     "norm": Config((("BLOCK_M", 2), ("BLOCK_N", 1024)), num_warps=4, num_stages=1),
 }
 _SPLIT = ("attention_decode", "quantized_linear", "coded_linear", "binary_attention")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import fx
@@ -16,6 +17,7 @@ from ridgeline.codegen.triton.cuda_text import cuda_of_binary_attention, cuda_of
 from ridgeline.codegen.triton.emit import standalone_source
 from ridgeline.codegen.triton.group_rational_launch import compile_group_rational
 from ridgeline.codegen.triton.linear_nodes import compile_linear_node, place_linear_node
+from ridgeline.codegen.triton.linear_rational_launch import compile_linear_rational
 from ridgeline.codegen.triton.masks import mask_kind
 from ridgeline.codegen.triton.norm_ops import compile_norm
 from ridgeline.codegen.triton.problems import compile_attention
@@ -25,6 +27,7 @@ from ridgeline.ir.binary_attention import BINARY_ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import FORMS, GROUP_RATIONAL
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from ridgeline.ir.linear_rational import LINEAR_RATIONAL
 from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
@@ -165,6 +168,25 @@ def _compile_norm_rational(node: fx.Node, target: Target) -> KernelReport:
     return _report(LAYER_NORM_RATIONAL.qualified, compiled, target)
 
 
+def _compile_linear_rational(node: fx.Node, target: Target) -> KernelReport:
+    x, weight, bias, numerator, denominator = (argument(node, i) for i in range(5))
+    b = hints(denominator)
+    compiled = compile_linear_rational(
+        math.prod(hints(x)[:-1]),
+        *hints(weight),
+        dtype=node.meta["val"].dtype,
+        arch=target.arch,
+        numerator=hints(numerator),  # pyright: ignore[reportArgumentType]
+        denominator=(b[0], max(b[1], 1)),
+        form=node.kwargs.get("form", FORMS[0]),
+        side=node.kwargs.get("side", "output"),
+        bias=None if bias is None else bias.meta["val"].dtype,
+        coefficient_dtype=numerator.meta["val"].dtype,
+        multiprocessors=target.cores,
+    )
+    return _report(LINEAR_RATIONAL.qualified, compiled, target)
+
+
 def _place_gated(node: fx.Node, module: fx.GraphModule) -> None:
     node.target = torch.ops.ridgeline.triton_gated_activation.default
 
@@ -190,6 +212,7 @@ def _report(op: str, compiled: Compiled, target: Target) -> KernelReport:
         for f in (
             *("attention_decode", "attention_backward", "attention", "quantized_linear", "norm"),
             *("gated", "rotary", "group_rational", "coded_linear", "binary_attention"),
+            "linear_rational",
         )
         if compiled.kernel.startswith(f)
     )
@@ -234,6 +257,7 @@ KERNELS = (
         for op in (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM)
     ),
     Kernel(LAYER_NORM_RATIONAL.qualified, "triton", _KINDS, _stays, _compile_norm_rational),
+    Kernel(LINEAR_RATIONAL.qualified, "triton", _KINDS, _stays, _compile_linear_rational),
     Kernel(GATED_ACTIVATION.qualified, "triton", _KINDS, _place_gated, _compile_gated),
     Kernel(ROTARY.qualified, "triton", _KINDS, _place_rotary, _compile_rotary),
 )

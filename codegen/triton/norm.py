@@ -20,17 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORMS = ("abs_terms", "abs_coefficients", "abs_sum")
+from ridgeline.codegen.triton.rational_parts import FORMS, rational, rational_constants
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@triton.jit
-def _coefficient(
-    pointer, column, inside, POWER: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Coefficient POWER of each element's group, fp32 [1, BLOCK_N]; WIDTH 0: of all elements."""
-    at = POWER + column * 0 if WIDTH == 0 else column // WIDTH * COUNT + POWER
-    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -88,32 +80,15 @@ def norm_forward(
     if BIAS:
         y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if FORM >= 0:
-        top = tl.zeros_like(y)
-        for i in tl.static_range(M + 1):
-            top = top * y + _coefficient(numerator_ptr, column, inside, M - i, M + 1, WIDTH_A)
-        z = tl.abs(y) if FORM == 0 else y
-        bottom = tl.zeros_like(y)
-        for i in tl.static_range(N):
-            c = _coefficient(denominator_ptr, column, inside, N - 1 - i, N, WIDTH_B)
-            bottom = (bottom + (c if FORM == 2 else tl.abs(c))) * z
-        y = top / (1.0 + (tl.abs(bottom) if FORM == 2 else bottom))
+        y = rational(
+            y, numerator_ptr, denominator_ptr, 0, column, inside,
+            FORM, M, N, WIDTH_A, WIDTH_B, BLOCK_N,
+        )  # fmt: skip
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
 def _shape(coefficients: Tensor | None) -> tuple[int, int] | None:
     return None if coefficients is None else tuple(coefficients.shape)  # pyright: ignore
-
-
-def rational_constants(
-    size: int, numerator: tuple[int, int] | None, denominator: tuple[int, int] | None, form: str
-) -> dict[str, int]:
-    """The kernel's constants for coefficients of these shapes, or for none."""
-    if numerator is None or denominator is None:
-        return {"FORM": -1, "M": 0, "N": 0, "WIDTH_A": 0, "WIDTH_B": 0}
-    widths = (0 if rows == 1 else size // rows for rows in (numerator[0], denominator[0]))
-    names = ("FORM", "M", "N", "WIDTH_A", "WIDTH_B")
-    values = (FORMS.index(form), numerator[1] - 1, denominator[1], *widths)
-    return dict(zip(names, values, strict=True))
 
 
 def norm(

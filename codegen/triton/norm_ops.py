@@ -52,7 +52,8 @@ def compile_norm(
             f" {', '.join(map(str, _POINTERS))}; found {size} elements of {given}"
         )
     require_triton()
-    from ridgeline.codegen.triton.norm import norm_forward, rational_constants
+    from ridgeline.codegen.triton.norm import norm_forward
+    from ridgeline.codegen.triton.rational_parts import rational_constants
 
     rows = _POINTERS[dtype]
     pointers = {

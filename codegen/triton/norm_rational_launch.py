@@ -11,30 +11,17 @@ from torch import Tensor
 from ridgeline.codegen.triton.group_rational_launch import available, single
 from ridgeline.codegen.triton.norm_ops import MAX_SIZE, compile_norm
 from ridgeline.codegen.triton.ops import device_arch
-from ridgeline.ir.group_rational import check_attributes, group_count
-from ridgeline.ir.norm_rational import reference
-from ridgeline.ir.op import LIBRARY
+from ridgeline.ir.norm_rational import Operands, implement
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def layer_norm_rational(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    numerator: Tensor,
-    denominator: Tensor,
-    *,
-    eps: float,
-    form: str = "abs_terms",
-) -> Tensor:
-    """The law of `ridgeline.ir.norm_rational.reference` on the GPU that holds x."""
-    check_attributes(form, 0)
-    group_count(x, numerator, denominator)
-    given = [t for t in (x, weight, bias, numerator, denominator) if t is not None]
+def _launch(operands: Operands, eps: float, form: str) -> Tensor | None:
+    x, weight, bias, numerator, denominator = operands
+    given = [t for t in operands if t is not None]
     narrow = {t.dtype for t in given} <= _DTYPES and numerator.dtype == denominator.dtype
     if not narrow or x.shape[-1] > MAX_SIZE or not x.numel() or not available():
-        return reference(x, weight, bias, numerator, denominator, eps=eps, form=form)
+        return None
     from ridgeline.codegen.triton.norm import norm
 
     a, b = single(numerator), single(denominator)
@@ -56,4 +43,4 @@ def layer_norm_rational(
     return y
 
 
-LIBRARY.impl("layer_norm_rational", layer_norm_rational, "CUDA")
+implement("CUDA", _launch)

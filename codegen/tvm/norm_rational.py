@@ -17,9 +17,7 @@ from ridgeline.codegen.tvm.group_rational import available, single
 from ridgeline.codegen.tvm.isa import host_isa
 from ridgeline.codegen.tvm.norm import DTYPES, PARALLEL_ELEMENTS
 from ridgeline.codegen.tvm.runtime import compile_kernel, import_tvm
-from ridgeline.ir.group_rational import check_attributes, group_count
-from ridgeline.ir.norm_rational import reference
-from ridgeline.ir.op import LIBRARY
+from ridgeline.ir.norm_rational import Operands, implement
 
 _ABSENT = torch.zeros(1)
 
@@ -73,34 +71,22 @@ def table(numerator: Tensor, denominator: Tensor, size: int, form: str) -> Tenso
     return made.view(-1, size)
 
 
-def layer_norm_rational(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    numerator: Tensor,
-    denominator: Tensor,
-    *,
-    eps: float,
-    form: str = "abs_terms",
-) -> Tensor:
-    """The law of `ridgeline.ir.norm_rational.reference` on the CPU."""
-    check_attributes(form, 0)
-    group_count(x, numerator, denominator)
-    given = [t for t in (weight, bias) if t is not None]
-    narrow = {x.dtype, numerator.dtype, denominator.dtype, *(t.dtype for t in given)} <= set(DTYPES)
+def _run(operands: Operands, eps: float, form: str) -> Tensor | None:
+    x, weight, bias, numerator, denominator = operands
+    narrow = {t.dtype for t in operands if t is not None} <= set(DTYPES)
     if not narrow or not x.numel() or not available():
-        return reference(x, weight, bias, numerator, denominator, eps=eps, form=form)
+        return None
     size = x.shape[-1]
     coefficients = table(numerator, denominator, size, form)
     rational = (numerator.shape[1] - 1, max(denominator.shape[1], 1), form)
     dtypes = (None if t is None else t.dtype for t in (weight, bias))
     parallel = torch.get_num_threads() > 1 and x.numel() >= PARALLEL_ELEMENTS
-    run = _kernel(*_fields(size, x.dtype, *dtypes, rational, parallel))
+    kernel = _kernel(*_fields(size, x.dtype, *dtypes, rational, parallel))
     y = x.new_empty(x.shape)
     rows, out = x.contiguous().view(-1, size), y.view(-1, size)
     held = (_ABSENT if t is None else t.contiguous() for t in (weight, bias))
-    run(rows, rows, *held, out, out, coefficients, eps, 0.0)
+    kernel(rows, rows, *held, out, out, coefficients, eps, 0.0)
     return y
 
 
-LIBRARY.impl("layer_norm_rational", layer_norm_rational, "CPU")
+implement("CPU", _run)

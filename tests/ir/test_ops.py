@@ -18,6 +18,7 @@ from ridgeline.ir.binary_attention import BINARY_ATTENTION
 from ridgeline.ir.gated import GATED_ACTIVATION
 from ridgeline.ir.group_rational import GROUP_RATIONAL, GROUP_RATIONAL_BACKWARD
 from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from ridgeline.ir.linear_rational import LINEAR_RATIONAL
 from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.op import Op
 from ridgeline.ir.quantized_linear import MANY_ROWS, QUANTIZED_LINEAR, pack_codes, unpack_codes
@@ -88,6 +89,23 @@ CALLS: dict[str, tuple[Op, tuple[Any, ...], dict[str, Any]]] = {
             *(_drawn(n, 3, seed=n, dtype=torch.float32) for n in (1, 2)),
         ),
         {"eps": 1e-5, "form": "abs_sum"},
+    ),
+    "linear_rational": (
+        LINEAR_RATIONAL,
+        (
+            *(_drawn(2, 3, 5), _drawn(8, 5, seed=1), _drawn(8, seed=2)),
+            *(_drawn(2, 4, seed=3), _drawn(1, 2, seed=4)),
+        ),
+        {},
+    ),
+    "linear_rational of its input in bfloat16": (
+        LINEAR_RATIONAL,
+        (
+            *(_drawn(n, 6, seed=n, dtype=torch.bfloat16) for n in (3, 4)),
+            None,
+            *(_drawn(n, 3, seed=n, dtype=torch.float32) for n in (1, 2)),
+        ),
+        {"form": "abs_sum", "side": "input"},
     ),
     "quantized_linear": (
         QUANTIZED_LINEAR,

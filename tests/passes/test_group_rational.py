@@ -74,7 +74,11 @@ def kat(x: Tensor, a: Tensor, b: Tensor, magnitudes: bool = False) -> Tensor:
         above.append(above[-1] * z.abs() if magnitudes else powers[-1])
     a = a.repeat(4 // len(a), 1)
     top = torch.bmm(a.unsqueeze(1), torch.stack(powers, dim=1)).squeeze(1)
-    c = torch.cat([torch.ones(4, 1), b, torch.zeros(4, a.shape[1] - b.shape[1] - 1)], dim=1)
+    ones, zeros = (
+        f(4, n, dtype=b.dtype)
+        for f, n in ((torch.ones, 1), (torch.zeros, a.shape[1] - b.shape[1] - 1))
+    )
+    c = torch.cat([ones, b, zeros], dim=1)
     bottom = torch.bmm(c.abs().unsqueeze(1), torch.stack(above, dim=1)).squeeze(1)
     y = top.div(bottom).view(4, batch, length, channels // 4)
     return y.permute(1, 2, 0, 3).contiguous().view(batch, length, channels)

@@ -1,11 +1,13 @@
 """Activations refitted to rational functions: under the tolerance, on data, never unasked."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ridgeline
-from ridgeline.cost_model import load_target
+from ridgeline.cost_model import estimate, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.group_rational import GROUP_RATIONAL
 from ridgeline.ir.normalize import normalize
@@ -38,11 +40,11 @@ class Between(nn.Module):
         return self.last(self.act(self.first(x)))
 
 
-def proposed(model: nn.Module, x: Tensor, tolerance: float = 0.1):
+def proposed(model: nn.Module, x: Tensor, tolerance: float = 0.1, target: str = "cpu"):
     program = capture(model, [x]).program
     module = normalize(program.module)
     observed = Observation(module, program)
-    setting = Setting(load_target("cpu"), program.training, tolerance, observed, WeightStore())
+    setting = Setting(load_target(target), program.training, tolerance, observed, WeightStore())
     return module, *propose((RATIONAL_ACTIVATION,), module, setting)
 
 
@@ -71,6 +73,25 @@ def test_the_stated_error_is_what_the_site_shows(name):
     assert candidate.error < bound
     torch.testing.assert_close(rewritten(x)[0], model(x), rtol=0, atol=0.1)
     assert "eighths of the domain" in candidate.preconditions[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "pays"), [("tanh", True), ("gelu_tanh", True), ("relu", False)])
+def test_a_cpu_gains_where_the_activation_is_costly_and_a_gpu_never(name, pays):
+    """By torch's tanh, several times; ReLU moves the same bytes and computes nothing."""
+    _, (candidate,), _ = proposed(Between(ACTIVATIONS[name][0]).eval(), torch.randn(4096, 24))
+    a100 = load_target("a100")
+    cpu = dataclasses.replace(
+        a100,
+        **{"name": "desk", "kind": "cpu", "arch": "x86_64", "peaks": {"float32": 2e11}},
+        **{"bandwidth_bytes_per_s": 4e10, "threads": 2, "launch_s": 1e-6},
+    )
+    before, after = (estimate(w, cpu).seconds for w in (candidate.before, candidate.after))
+    assert (before > 1.5 * after) == pays
+    on_gpu = proposed(Between(ACTIVATIONS[name][0]).eval(), torch.randn(64, 24), target="a100")
+    (candidate,) = on_gpu[1]
+    before, after = (estimate(w, a100).seconds for w in (candidate.before, candidate.after))
+    assert before <= after
 
 
 @torch.no_grad()

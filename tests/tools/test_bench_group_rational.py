@@ -17,7 +17,8 @@ def test_the_contenders_compute_the_law():
 def test_a_round_of_each_case(monkeypatch):
     monkeypatch.setattr(bench, "ROWS", 16)
     monkeypatch.setattr(bench, "NORMS", ((4, 24),))
+    monkeypatch.setattr(bench, "ACTIVATION_ROWS", 2)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    cases = [*bench.cases(1), *bench.norms(1)]
-    assert [timings.speedup("ridgeline").median > 0 for _, timings in cases] == [True] * 3
+    cases = [*bench.cases(1), *bench.norms(1), *bench.activations(1)]
+    assert [timings.speedup("ridgeline").median > 0 for _, timings in cases] == [True] * 15
     assert max(max(errors) for errors in bench.errors().values()) < 1e-5

@@ -38,6 +38,7 @@ def test_every_case_agrees_with_float64() -> None:
     [
         *("attention", "attention_decode", "quantized_linear", "norm", "gated", "rotary"),
         *("group_rational", "coded_linear", "binary_attention", "attention_backward"),
+        "linear_rational",
     ],
 )
 def test_emitted_file_checks_itself(kernel: str, tmp_path: Path) -> None:
