@@ -18,8 +18,9 @@ what serving engines run around it: metadata kernels (so floors of bare kernels)
 pages of keys written; and keys are split whether or not heads share them. A mask is read on the
 way. Vector FLOPs of a stream run beside its bytes, those of binary attention are additions at half
 of the rate; a rational function beside a product is added to it, at the rate of Triton's products.
-Picked rows are copied as others are. A weight, or a decoded key, is found in L2 only
-if the program's other weights leave it there.
+Picked rows are copied as others are. Products have no residual: it is what one library chose at one
+size, and would weigh in what is chosen between libraries. A weight, or a decoded key, is found in
+L2 only if the program's other weights leave it there.
 """
 
 import dataclasses
@@ -125,8 +126,8 @@ def _by_law(
     changed: Mapping[str, float] | None = None,
     like: bool = True,
 ) -> Price:
-    """By the law of `op`; changed: constants in place of the fitted ones; like: is the shape like
-    those that residuals were fitted to?"""
+    """By the law of `op`; changed: constants in place of the fitted ones; like: is the kernel
+    like those that residuals were fitted to?"""
     group, (machine, name), model = shapes.group_of(op, dtype), known, calibration()
     constants = model.constants(group, name)
     if changed:
@@ -134,7 +135,7 @@ def _by_law(
         constants = [changed.get(key, value) for key, value in named]
     fixed, compute, memory = laws.LAWS[group.law](constants, machine, s)
     parts = (fixed, compute, memory)
-    interval = model.interval(group, name, max(range(3), key=parts.__getitem__))
+    interval = model.interval(group, name if like else "", max(range(3), key=parts.__getitem__))
     factor = math.exp(model.residual(group, name, machine, s)) if like else 1.0
     if group.law not in BARE:  # whose floor no residual was fitted around
         fixed *= factor
@@ -195,7 +196,7 @@ def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0)
     # x comes in the dtype of the products
     counted = {"bytes": sum(g.bytes.values()), "quantized": 0.0}
     s = shapes.law_inputs("gemm", law, shape) | counted
-    return _by_law("gemm", law, (machine, name), s, changed)
+    return _by_law("gemm", law, (machine, name), s, changed, like=False)
 
 
 def _own(g: Gemm, found: Price, target: Target) -> Price:

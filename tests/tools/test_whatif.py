@@ -114,7 +114,7 @@ def test_a_tied_embedding_stays_beside_its_quantised_head(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**LLAMA_7B, "num_hidden_layers": 1, "tie_word_embeddings": True}))
     question = WhatIf(programs(str(file), ("decode",), torch.bfloat16)["decode"], PASSES)
-    answer = question.at(load_target("a100"), 1, 1024)
+    answer = question.at(load_target("l4"), 1, 1024)
     assert answer.firing["quantized_linear"].made == 8
     table, layer = 2 * 32000 * 4096, 4 * 4096**2 + 3 * 4096 * 11008
     bits = 4 + 16 / 128
