@@ -63,6 +63,9 @@ weight, where 4-bit codes come two at a time), a power of two of shift codes. As
 # fp16, as users measured it on A100 (triton-lang/triton issue 6523, 2304 to 2944: 0.89 to 0.99) and
 # on H100 (issue 3672, 2816 to 3072: 0.81 to 0.90). Of others and of fp32 it is assumed.
 OWN_RATE, OTHER_RATE = {"sm_80": 0.93, "sm_86": 0.93, "sm_89": 0.93, "sm_90": 0.82}, 0.7
+TILE_ROWS = 16
+"""Rows of the law's lowest tile, that of a matrix instruction. Vector units multiply fewer rows by
+themselves; no product of theirs was measured with less than 512."""
 OWN_TILES = ((128, 128), (128, 64), (64, 64), (32, 64), (16, 64))
 """Of ridgeline's dense products (`codegen.triton.choose`), whose sums are never split."""
 # Of a rational function, in flops of the fp32 unit: per coefficient, and of the division and the
@@ -196,7 +199,10 @@ def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0)
     # x comes in the dtype of the products
     counted = {"bytes": sum(g.bytes.values()), "quantized": 0.0}
     s = shapes.law_inputs("gemm", law, shape) | counted
-    return _by_law("gemm", law, (machine, name), s, changed, like=False)
+    found = _by_law("gemm", law, (machine, name), s, changed, like=False)
+    if unit not in MATRIX_UNITS and g.m < TILE_ROWS:
+        found = dataclasses.replace(found, compute=found.compute * g.m / TILE_ROWS)
+    return found
 
 
 def _own(g: Gemm, found: Price, target: Target) -> Price:

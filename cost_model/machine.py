@@ -13,7 +13,14 @@ from dataclasses import replace
 
 from ridgeline.cost_model import shapes
 from ridgeline.cost_model.shapes import InvalidShape
-from ridgeline.cost_model.target import FOLDER, HOST, Target, UnknownTarget, load_target
+from ridgeline.cost_model.target import (
+    FOLDER,
+    HOST,
+    InvalidTarget,
+    Target,
+    UnknownTarget,
+    load_target,
+)
 
 TOPOLOGIES = ("nvswitch", "pairwise", "pcie")
 REFERENCE_LAUNCH_S = 2.4e-6  # an A100's: floors are fitted in units of it
@@ -120,6 +127,11 @@ def machine_of(
     }
     name = t.name if _is_built_in(t) else f"{t.name} as described by others"
     if world is not None and per_node is not None:
+        if world > 1 and t.link_bytes_per_s <= 0:
+            raise InvalidTarget(
+                f"target {t.name!r}: key 'link_gb_per_s': expected a positive number for {op} over"
+                f" {world} ranks, found 0"
+            )
         machine["link"] = ring_bytes_per_s(t, topology, world, per_node)
         whole = topology == "nvswitch" and op == "all_reduce" and per_node == world >= 4
         machine["link"] *= IN_SWITCH if modern and whole else 1.0

@@ -7,6 +7,7 @@ and no kernel here uses it. A number without a source string is an error, as is 
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -183,7 +184,7 @@ def parse_target(described: Mapping[str, Any], origin: str) -> Target:
     return Target(
         name=check.text("name"),
         kind=kind,
-        arch=check.text("arch"),
+        arch=check.architecture(kind),
         peaks=peaks,
         bandwidth_bytes_per_s=bandwidth,
         memory_bytes=int(n["memory_gb"] * 1e9),
@@ -205,6 +206,9 @@ def parse_target(described: Mapping[str, Any], origin: str) -> Target:
         features=check.features(),
         sources=check.sources((*numbers, *lists), peaks),
     )
+
+
+_ARCHITECTURES = {"cuda": (r"sm_\d{2,3}", "'sm_90'"), "hip": (r"gfx[0-9a-f]{3,4}", "'gfx942'")}
 
 
 class _Checked:
@@ -231,6 +235,13 @@ class _Checked:
         if not isinstance(value, kind) or isinstance(value, bool):
             self.fail(key, expected, value)
         return value
+
+    def architecture(self, kind: str) -> str:
+        found = self.text("arch")
+        pattern, such_as = _ARCHITECTURES.get(kind, (".+", "'x86_64'"))
+        if not re.fullmatch(pattern, found):
+            self.fail("arch", f"a name such as {such_as}", found)
+        return found
 
     def text(self, key: str) -> str:
         return self.get(key, str, "a string")

@@ -84,7 +84,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
     layer, found, side = site.bind["layer"], rational_at(site.bind["rational"]), site.pattern
     assert isinstance(found, Found)
     first, second = (layer, found.out) if side == "output" else (found.out, layer)
-    if refusal := _unfit(site, found, layer, setting) or whole_channels(found, layer):
+    apart = side == "input" and shape_of(layer.args[0]) != shape_of(found.call.x)
+    if refusal := _unfit(site, found, layer, setting) or whole_channels(found, layer, apart):
         return refusal
     if problem := stranger(site.nodes, site.outs):
         return problem

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import fx
 
+from ridgeline.codegen.triton.arch import unknown
 from ridgeline.ir.aliases import mutates
 from ridgeline.ir.match import Reject, Site, find
 from ridgeline.passes.base import Candidate, Pass, Setting
@@ -101,7 +102,8 @@ def _weighed(found: Found, in_place: bool, setting: Setting) -> list[Weighed]:
     weighed = [Weighed(None, refusal=Refusal(rewrite, m, "pattern")) for m in found.misses]
     for site in found.sites:
         exact = rewrite.exactness != "approximate"
-        answer = (exact and rounds_inside(site)) or rewrite.accepts(site, setting)
+        answer = (exact and rounds_inside(site)) or _kernels_missing(rewrite, site, setting)
+        answer = answer or rewrite.accepts(site, setting)
         if in_place and not isinstance(answer, Reject) and answer:
             answer = changed_inside(answer[0]) or answer
         if isinstance(answer, Reject):
@@ -110,6 +112,19 @@ def _weighed(found: Found, in_place: bool, setting: Setting) -> list[Weighed]:
         else:
             weighed.append(Weighed(site, answer))
     return weighed
+
+
+def _kernels_missing(rewrite: Pass, site: Site, setting: Setting) -> Reject | None:
+    """A refusal where the operation would run by its reference, slower than what it replaces."""
+    target = setting.target
+    problem = "" if target.kind == "cpu" or rewrite.op is None else unknown(target.arch)
+    if not problem:
+        return None
+    return Reject(
+        f"no kernel of {rewrite.name} is built for {target.name}: {problem}",
+        site.outs[0],
+        "choose a target of one of these architectures",
+    )
 
 
 def _sites(rewrite: Pass, graph: fx.Graph) -> tuple[list[Site], list[Reject]]:

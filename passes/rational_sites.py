@@ -200,9 +200,10 @@ def stands_between(between: fx.Node, first: fx.Node, second: fx.Node) -> Reject:
     )
 
 
-def whole_channels(found: Found, layer: fx.Node) -> Reject | None:
-    """A refusal where the layer works on one group's channels at a time."""
-    if not found.call.split:
+def whole_channels(found: Found, layer: fx.Node, apart: bool = False) -> Reject | None:
+    """A refusal where the layer works on one group's channels at a time; apart: does it read them
+    so, after a function of whole ones?"""
+    if not found.call.split and not apart:
         return None
     return Reject(
         f"{said(layer)} and {said(found.out)} meet with the groups apart; the kernels take rows of"

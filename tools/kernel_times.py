@@ -16,10 +16,12 @@ import numpy as np
 
 from ridgeline.cost_model import shapes
 from ridgeline.cost_model.machine import machine_of
+from ridgeline.ir.errors import RidgelineError
 
 FILES = ("gemm", "gemm_quant", "attention", "memory", "collective")
 # Launched one by one: these time the host, of which `predict` knows nothing.
 HOST_BOUND = {"vllm_eager", "llmcompass"}
+_COLUMNS = {"source", "variant", "gpu", "op", "dtype", "median_us"}
 # What makes two shapes "the same layer": held-out shapes are held out by this key.
 _KEYS = (("n", "k"), ("heads", "kv_heads", "head_dim"), ("width",), ("bytes",))
 
@@ -51,12 +53,26 @@ class Times:
         )
 
 
+class KernelTimesError(RidgelineError):
+    """A folder does not hold measured kernel times."""
+
+
 def read(folder: Path) -> dict[str, Times]:
-    """Group key -> its rows. Raises FileNotFoundError for a folder without one of FILES."""
+    """Group key -> its rows. Raises KernelTimesError for a folder without one of FILES, or one of
+    them without its columns."""
     rows: dict[shapes.Group, list[dict[str, str]]] = defaultdict(list)
     for file in FILES:
-        with (folder / f"{file}.csv").open(encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream):
+        path = folder / f"{file}.csv"
+        if not path.is_file():
+            raise KernelTimesError(
+                f"{folder}: expected a folder with {', '.join(f'{f}.csv' for f in FILES)}, found no"
+                f" {path.name}"
+            )
+        with path.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if missing := _COLUMNS - set(reader.fieldnames or ()):
+                raise KernelTimesError(f"{path}: expected a column {sorted(missing)[0]!r}")
+            for row in reader:
                 if (
                     {row["source"], row["variant"]} & HOST_BOUND
                     or _slow_fp8(row)

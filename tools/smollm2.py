@@ -49,7 +49,7 @@ TEXT_SHA256 = {
 
 _CHUNK = 1 << 20
 # Raise it when the way of converting changes; older conversions are then no longer read.
-_CONVERSION = 1
+_CONVERSION = 2
 
 
 class CheckpointError(RidgelineError):
@@ -225,7 +225,7 @@ def _converted() -> Path:
                 quantization_config=transformers.GgufConfig(dequantize=True),
                 **options,
             )
-            _as_dense(model).save_pretrained(partial)
+            _save(_as_dense(model), partial)
         try:
             partial.rename(directory)
         except OSError:
@@ -253,6 +253,19 @@ def _as_dense(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
     if model.generation_config is not None:
         dense.generation_config = model.generation_config
     return dense
+
+
+def _save(model: "LlamaForCausalLM", folder: Path) -> None:
+    """Write what `save_pretrained` would, which under torch.distributed writes on rank 0 alone."""
+    from safetensors.torch import save_file
+
+    tied = set(model._tied_weights_keys or ())
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 @contextmanager

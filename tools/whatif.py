@@ -96,7 +96,9 @@ class Questions:
         return dict(sorted(found.items()))
 
 
-def run(request: Request, console: Console, progress: Console) -> dict[Key, dict[str, Ranges]]:
+def run(
+    request: Request, console: Console, progress: Console
+) -> dict[Key, dict[str, Ranges] | None]:
     """Answer, print, and draw where asked; returns the flips. progress: where bars are drawn.
 
     Raises QuestionError, UnknownTarget, ModelError, WorkloadError, and CaptureError.
@@ -131,7 +133,7 @@ def run(request: Request, console: Console, progress: Console) -> dict[Key, dict
 
 def _answers(
     request: Request, questions: Questions, report: Report
-) -> tuple[list[Row], dict[Key, dict[str, Ranges]], dict[Key, int | None]]:
+) -> tuple[list[Row], dict[Key, dict[str, Ranges] | None], dict[Key, int | None]]:
     """(a line per decision, flips, where the host bounds)."""
     where = [
         (phase, target, context)
@@ -140,7 +142,7 @@ def _answers(
         for context in questions.contexts(phase, request.contexts)
     ]
     rows: list[Row] = []
-    found: dict[Key, dict[str, Ranges]] = {}
+    found: dict[Key, dict[str, Ranges] | None] = {}
     host: dict[Key, int | None] = {}
     for done, (phase, target, context) in enumerate(where):
         at = f"{phase} on {target}" + ("" if context is None else f" at {length(context)}")

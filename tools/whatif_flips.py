@@ -53,13 +53,13 @@ class Ranges:
         return start, " and ".join([number, *(" ".join(pair) for pair in said[1:])])
 
 
-def flips(ask: Ask, largest: int) -> dict[str, Ranges]:
-    """Of each pass that fires anywhere up to batch `largest`; {} where not even batch 1 fits."""
+def flips(ask: Ask, largest: int) -> dict[str, Ranges] | None:
+    """Of each pass that fires anywhere up to batch `largest`; None where not even batch 1 fits."""
     grid = [1]
     while grid[-1] * 2 <= largest:
         grid.append(grid[-1] * 2)
     if not ask(1).fits:
-        return {}
+        return None
     fitting = [batch for batch in grid if ask(batch).fits]
     last = fitting[-1]
     capped = len(fitting) < len(grid)

@@ -121,21 +121,22 @@ def _refused(row: Row, unfired: Unfired, objective: Objective) -> str:
 
 
 def flip_lines(
-    found: Mapping[tuple[str, str, int | None], Mapping[str, Ranges]], largest: int
+    found: Mapping[tuple[str, str, int | None], Mapping[str, Ranges] | None], largest: int
 ) -> Iterable[str]:
     """A sentence per phase, context and pass, over the targets."""
     yield f"Where passes fire at most of their sites, by batch (searched to {largest}):"
     groups = dict.fromkeys((phase, context) for phase, _, context in found)
     for phase, context in groups:
         there = {t: r for (p, t, c), r in found.items() if (p, c) == (phase, context)}
-        names = dict.fromkeys(name for ranges in there.values() for name in ranges)
+        names = dict.fromkeys(name for ranges in there.values() for name in ranges or ())
         at = phase if context is None else f"{phase}, context {length(context)}"
         for name in names:
             wheres: dict[tuple[str, str], list[str]] = {}
             for target, ranges in there.items():
-                words = ranges[name].words if name in ranges else ("never", "")
-                wheres.setdefault(words if ranges else ("does not fit", ""), []).append(target)
-            forms = {ranges[name].form for ranges in there.values() if name in ranges}
+                words = ranges[name].words if ranges and name in ranges else ("never", "")
+                words = ("does not fit", "") if ranges is None else words
+                wheres.setdefault(words, []).append(target)
+            forms = {r[name].form for r in there.values() if r and name in r}
             yield f"  {at}: {_wins(name, forms)} {_by_target(wheres)}"
 
 

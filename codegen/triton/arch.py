@@ -43,12 +43,16 @@ ARCHITECTURES = {
 }
 
 
+def unknown(name: str) -> str:
+    """Why there are no kernels for the architecture; empty where there are."""
+    if name in ARCHITECTURES:
+        return ""
+    known = ", ".join(ARCHITECTURES)
+    return f"architecture {name!r} is not known to the Triton back end; expected one of {known}"
+
+
 def architecture(name: str) -> Arch:
     """The architecture called `name`; raises UnknownArchitecture with the known names."""
-    try:
-        return ARCHITECTURES[name]
-    except KeyError:
-        raise UnknownArchitecture(
-            f"architecture {name!r} is not known to the Triton back end; expected one of"
-            f" {', '.join(ARCHITECTURES)}"
-        ) from None
+    if problem := unknown(name):
+        raise UnknownArchitecture(problem)
+    return ARCHITECTURES[name]

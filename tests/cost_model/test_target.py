@@ -5,7 +5,13 @@ import tomllib
 import pytest
 import torch
 
-from ridgeline.cost_model import InvalidTarget, UnknownTarget, load_target, target_names
+from ridgeline.cost_model import (
+    InvalidTarget,
+    UnknownTarget,
+    load_target,
+    predict,
+    target_names,
+)
 from ridgeline.cost_model.target import FOLDER
 
 SHIPPED = [n for n in target_names() if n != "cpu"]
@@ -85,6 +91,8 @@ def _edited(tmp_path, old, new):
         ("cores = 108", "cores = 108\nsm_count = 3", r"'sm_count'.*expected one of.*found 3"),
         ("memory_gb = 80", "memory_bg = 80", r"memory_bg.*did you mean 'memory_gb'"),
         ('kind = "cuda"', 'kind = "tpu"', r"'kind'.*cuda.*'tpu'"),
+        ('arch = "sm_80"', 'arch = "sm_90a"', r"'arch'.*'sm_90'.*'sm_90a'"),
+        ('arch = "sm_80"', 'arch = "gfx942"', r"'arch'.*'sm_90'.*'gfx942'"),
         ("gemm_efficiency = 0.8", "gemm_efficiency = 1.2", r"gemm_efficiency.*at most 1"),
         ("bfloat16 = 312.0", "bf16 = 312.0", r"peaks_tflops.bf16.*torch dtype"),
         ("float32 = 19.5", "", r"peaks_tflops.float32"),
@@ -94,6 +102,13 @@ def _edited(tmp_path, old, new):
 def test_bad_description(tmp_path, old, new, message):
     with pytest.raises(InvalidTarget, match=message):
         load_target(_edited(tmp_path, old, new))
+
+
+def test_gpus_without_a_link_send_nothing(tmp_path):
+    alone = load_target(_edited(tmp_path, "link_gb_per_s = 300", "link_gb_per_s = 0"))
+    assert predict(alone, "gemm", "bf16", m=8, n=8, k=8).seconds > 0
+    with pytest.raises(InvalidTarget, match=r"'link_gb_per_s'.*all_reduce over 2 ranks"):
+        predict(alone, "all_reduce", "fp16", world=2, per_node=2, bytes=1024)
 
 
 def test_number_without_source(tmp_path):

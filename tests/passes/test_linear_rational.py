@@ -94,6 +94,12 @@ def test_a_gpu_that_is_not_here_gets_its_kernel():
     assert error < 1e-2
 
 
+def test_nothing_is_promised_for_a_gpu_that_no_kernel_is_built_for():
+    plan = compiled(Feed(192, 768, 192).to(BRAIN), torch.randn(64, 192, dtype=BRAIN), "v100").plan
+    assert not plan.applied
+    assert any("no kernel of linear_rational is built for v100" in d.reason for d in plan.refused)
+
+
 class Spelled(nn.Module):
     """A law of `test_group_rational` between two layers; the layers' channels are its own."""
 
@@ -235,3 +241,22 @@ def test_dtypes_that_the_kernel_does_not_take_are_refused():
     _, candidates, (refusal,) = proposed(model, torch.randn(8, 24, dtype=torch.float64))
     assert candidates == []
     assert "the kernel takes one of" in refusal.reject.reason
+
+
+class OneGroup(nn.Module):
+    """A layer that reads the channels of one group at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act = nn.Linear(12, 24), GroupRational(24, 4, "silu")
+        self.second = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(kernel_apart(self.first(x).unflatten(-1, (4, -1)), self.act))
+
+
+@torch.no_grad()
+def test_a_layer_of_one_groups_channels_is_no_neighbour():
+    _, candidates, refusals = proposed(OneGroup().eval(), torch.randn(7, 12))
+    assert [c.call.side for c in candidates] == ["output"]
+    assert any("with the groups apart" in r.reject.reason for r in refusals)

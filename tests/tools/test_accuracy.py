@@ -14,7 +14,7 @@ from ridgeline.cost_model.machine import machine_of
 from ridgeline.tools import accuracy, accuracy_table
 from ridgeline.tools import fit_cost_model as fits
 from ridgeline.tools.cli import app
-from ridgeline.tools.kernel_times import read
+from ridgeline.tools.kernel_times import KernelTimesError, read
 
 GPUS = ("a100_80g", "l40s", "h100_sxm")
 NOISE = 0.02
@@ -159,3 +159,11 @@ def test_a_folder_without_its_files_is_an_error(tmp_path):
     result = CliRunner().invoke(app, ["accuracy", str(tmp_path)])
     assert result.exit_code == 1
     assert "gemm.csv" in result.output
+
+
+def test_a_folder_without_measured_times_is_told_what_is_missing(tmp_path):
+    with pytest.raises(KernelTimesError, match=r"expected a folder with gemm\.csv"):
+        read(tmp_path)
+    (tmp_path / "gemm.csv").write_text("gpu,op\n")
+    with pytest.raises(KernelTimesError, match=r"gemm.csv: expected a column 'dtype'"):
+        read(tmp_path)

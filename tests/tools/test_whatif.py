@@ -182,7 +182,7 @@ def test_flips_are_found_to_the_batch(fires, expected):
 def test_memory_ends_the_search():
     ask, _ = _asking(lambda b: True, limit=119)
     assert str(flips(ask, 1024)["p"]) == "always (to batch 119, the largest that fits)"
-    assert flips(_asking(lambda b: True, limit=0)[0], 1024) == {}
+    assert flips(_asking(lambda b: True, limit=0)[0], 1024) is None
     assert flips(_asking(lambda b: False)[0], 1024) == {}
     assert str(Ranges((), 1024, False)) == "never"
 
@@ -281,13 +281,14 @@ def test_targets_share_the_words_of_a_flip():
         ("decode", "h100", 1024): {"p": Ranges(((1, 30),), 512, False, "4-bit symmetric g128")},
         ("decode", "l4", 1024): {"p": Ranges(((1, 30),), 512, False, "4-bit symmetric g128")},
         ("decode", "v100", 1024): {"p": Ranges(((1, 9),), 9, True, "4-bit symmetric g128")},
-        ("decode", "t4", 1024): {},
+        ("decode", "t4", 1024): None,
+        ("decode", "a10", 1024): {},
         ("decode", "cpu", 1024): {"p": Ranges(((1, 512),), 512, False, "4-bit minimum g32")},
     }
     _, line = flip_lines(found, 512)
     assert line.strip() == (
         "decode, context 1k: 4-bit wins (p) below batch 52 on a100, 31 on h100 and l4, always (to"
-        " batch 9, the largest that fits) on v100, does not fit on t4, always on cpu"
+        " batch 9, the largest that fits) on v100, does not fit on t4, never on a10, always on cpu"
     )
 
 
