@@ -285,7 +285,7 @@ class ParallelCompiler(Compiler):
         given, module, label = program, program.module, self.plan.label(program.phase)
         self._before, _ = copy_graph(module)
         with program.spent("collectives"):
-            normal_form(normalize(module))
+            merged = normal_form(normalize(module))
             if self.cut is not None:
                 module = apart(module, Parts(module.graph, self.cut.symbol), self.cut)
                 program = dataclasses.replace(program, module=module)
@@ -299,6 +299,8 @@ class ParallelCompiler(Compiler):
                 fuse=self.fuse == "always",
                 label=label,
             )
+        if merged:
+            self.plan.note(f"{label}: {merged} all_gather of values gathered before are left out")
         self.plan.applied += account.applied
         self.plan.refused += account.refused
         for sentence in account.notes:

@@ -1,8 +1,8 @@
 """The collectives of one graph, rewritten on all ranks alike, with an account of it.
 
-    normal form -> layouts -> region -> agree -> rewrite -> layouts and counts again
+    layouts -> region -> agree -> rewrite -> layouts and counts again
 
-It takes what `ridgeline.ir.capture` gives, and `ridgeline.ir.local_graph`, where what DTensor's
+It takes, in normal form (`collectives`), what `ridgeline.ir.capture` gives, and `ridgeline.ir.local_graph`, where what DTensor's
 redistributions send is in the graph.
 """
 
@@ -21,7 +21,7 @@ from ridgeline.ir.provenance import operation, source_of
 from ridgeline.passes.base import location
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
-from ridgeline.passes.parallel.collectives import collectives, count, normal_form
+from ridgeline.passes.parallel.collectives import collectives, count
 from ridgeline.passes.parallel.layouts import LayoutError, propagate
 from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.parallel.token_region import PART, Region, find_regions
@@ -57,7 +57,7 @@ def rewrite_collectives(
     strict: bool = True,
     label: str = "forward",
 ) -> Account:
-    """Rewrite `module` in place; every rank calls this for the same graph.
+    """Rewrite `module`, which is in normal form, in place; every rank calls this for the same graph.
 
     splits, results: as `propagate` takes them. inputs: what the graph's placeholders take, where
     weights are among it. fuse: whether norms move to a shard of the tokens. strict: whether a
@@ -70,7 +70,6 @@ def rewrite_collectives(
         ParallelDefect: the rewritten graph has other collectives than planned.
     """
     graph = module.graph
-    merged = normal_form(module)
     regions, rejects = [], []
     try:
         layouts = propagate(graph, splits or {}, results)
@@ -90,8 +89,6 @@ def rewrite_collectives(
     )
     account = Account(count(graph))
     account.refused += [refusal(r, label, "precondition") for r in rejects]
-    if merged:
-        account.notes.append(f"{label}: {merged} all_gather of values gathered before are left out")
     if not regions or not fuse:
         return account
     by_parts = dist.get_backend(ranks.group) == "gloo"
