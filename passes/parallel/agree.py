@@ -210,7 +210,10 @@ class Ranks:
         return [_key(turn, rank) for rank in range(self.world)]
 
     def _say_failed(self, error: Exception) -> None:
-        self._say(_TURNS.get(self.group, 0), {"failed": f"{type(error).__name__}: {error}"})
+        """At the turn at which the others wait, and go on from: all are at the next one then."""
+        turn = _TURNS.get(self.group, 0)
+        _TURNS[self.group] = turn + 1
+        self._say(turn, {"failed": f"{type(error).__name__}: {error}"})
 
     def _say(self, turn: int, facts: Mapping[str, Any]) -> None:
         self._store.set(_key(turn, self.rank), json.dumps(dict(facts)))

@@ -2,8 +2,8 @@
 
     layouts -> region -> agree -> rewrite -> layouts and counts again
 
-It takes, in normal form (`collectives`), what `ridgeline.ir.capture` gives, and `ridgeline.ir.local_graph`, where what DTensor's
-redistributions send is in the graph.
+It takes, in normal form (`collectives`), what `ridgeline.ir.capture` gives, and
+`ridgeline.ir.local_graph`, where what DTensor's redistributions send is in the graph.
 """
 
 from collections import Counter
@@ -57,7 +57,7 @@ def rewrite_collectives(
     strict: bool = True,
     label: str = "forward",
 ) -> Account:
-    """Rewrite `module`, which is in normal form, in place; every rank calls this for the same graph.
+    """Rewrite `module`, in normal form, in place; every rank calls this for the same graph.
 
     splits, results: as `propagate` takes them. inputs: what the graph's placeholders take, where
     weights are among it. fuse: whether norms move to a shard of the tokens. strict: whether a
