@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.match import Reject
 
 _POLL = 0.005
 """Seconds between two looks into the store."""
@@ -37,6 +38,14 @@ class RankMismatch(RidgelineError):
 
 class RankLost(RidgelineError, RuntimeError):
     """A rank failed, ended, or did not answer within the timeout."""
+
+
+class LeftAsItIs(RidgelineError):
+    """Raised on all ranks alike: the graph stays as it came, because of `reject`."""
+
+    def __init__(self, reject: Reject) -> None:
+        super().__init__(f"{reject.reason}{f'; {reject.needed}' if reject.needed else ''}")
+        self.reject = reject
 
 
 @dataclass(slots=True)
@@ -133,7 +142,7 @@ class Ranks:
         """What raises inside is made known to the others, who would wait for this rank."""
         try:
             yield
-        except (RankMismatch, RankLost):
+        except (RankMismatch, RankLost, LeftAsItIs):
             raise  # the others know, or are gone
         except Exception as error:
             self._say_failed(error)
