@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.distributed import distributed_c10d
 
-from ridgeline.ir.aliases import sharing, writes
+from ridgeline.ir.aliases import sharing, writes, written_between
 from ridgeline.ir.match import Reject
 from ridgeline.ir.provenance import KEPT, said
 from ridgeline.ir.rules.common import insert
@@ -95,12 +95,22 @@ def merge_equal(graph: fx.Graph) -> int:
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
         first = known.setdefault(key, node)
+        if first is not node and _is_written(first, node):
+            first = known[key] = node
         gathered.add(first)
         if first is not node:
             gone += node.target is functional.all_gather_into_tensor.default
             node.replace_all_uses_with(first)
             graph.erase_node(node)
     return gone
+
+
+def _is_written(first: fx.Node, node: fx.Node) -> bool:
+    """Would one value in place of both be another: is what is read written in between, or a result
+    at any time?"""
+    waits = [u for n in (first, node) for u in n.users if _is_wait(u)]
+    results = any(writes(value) for value in (first, node, *waits))
+    return results or written_between([first], node) is not None
 
 
 def other_form(graph: fx.Graph) -> Reject | None:
