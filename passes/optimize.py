@@ -67,7 +67,9 @@ def optimize(
         holds the graphs of all phases. A size that a graph has fixed decides as it is, which the
         plan says; shape and numbers of the example inputs do not change.
     fuse: for a model that sends things in its forward, on ranks of torch.distributed: whether norms
-        move to a shard of the tokens, as `ridgeline.parallelize` takes it. All ranks call alike.
+        move to a shard of the tokens, as `ridgeline.parallelize` takes it. Other than "never", it
+        states that the inputs, and values between collectives, are the same on all ranks; where
+        they are not, results are wrong. None keeps norms where they are. All ranks call alike.
     ignore: patterns of module paths to leave alone, as ``["lm_head", "*.k_proj"]``.
     lowering: "inductor" compiles what is left of the graph; "eager" runs it op by op.
     strict: raise where a call cannot be captured, instead of running the original code and

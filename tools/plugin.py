@@ -45,6 +45,9 @@ class PluginError(RidgelineError, ValueError):
 class Options:
     """The backend's `options`; all but the last are `optimize`'s.
 
+    fuse: for graphs that send. Other than "never", it states of one that is not over DTensors that
+        its inputs, and its values between collectives, are the same on all ranks; where they are
+        not, results are wrong. None keeps its norms where they are.
     on_plan: called with the `Plan` of each compiled graph.
     """
 

@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.match import Reject
 
 _POLL = 0.005
 """Seconds between two looks into the store."""
@@ -37,6 +38,14 @@ class RankMismatch(RidgelineError):
 
 class RankLost(RidgelineError, RuntimeError):
     """A rank failed, ended, or did not answer within the timeout."""
+
+
+class LeftAsItIs(RidgelineError):
+    """Raised on all ranks alike: the graph stays as it came, because of `reject`."""
+
+    def __init__(self, reject: Reject) -> None:
+        super().__init__(f"{reject.reason}{f'; {reject.needed}' if reject.needed else ''}")
+        self.reject = reject
 
 
 @dataclass(slots=True)
@@ -133,7 +142,7 @@ class Ranks:
         """What raises inside is made known to the others, who would wait for this rank."""
         try:
             yield
-        except (RankMismatch, RankLost):
+        except (RankMismatch, RankLost, LeftAsItIs):
             raise  # the others know, or are gone
         except Exception as error:
             self._say_failed(error)
@@ -210,7 +219,10 @@ class Ranks:
         return [_key(turn, rank) for rank in range(self.world)]
 
     def _say_failed(self, error: Exception) -> None:
-        self._say(_TURNS.get(self.group, 0), {"failed": f"{type(error).__name__}: {error}"})
+        """At the turn at which the others wait, and go on from: all are at the next one then."""
+        turn = _TURNS.get(self.group, 0)
+        _TURNS[self.group] = turn + 1
+        self._say(turn, {"failed": f"{type(error).__name__}: {error}"})
 
     def _say(self, turn: int, facts: Mapping[str, Any]) -> None:
         self._store.set(_key(turn, self.rank), json.dumps(dict(facts)))

@@ -5,7 +5,7 @@
     part b   the others, which read a's keys and values, and write to caches after it
     after    what reads all at once: results are joined, [a | b]
 
-Every sum over the ranks is sent once for each part, a's all before b's, until `schedule` puts them
+Every sum over the ranks is sent once for each part, a's all before b's, until `in_turn` puts them
 in turn.
 """
 

@@ -1,6 +1,7 @@
 """Collectives in normal form, each written in one way, and a list of them to compare and to count.
 
-    dist.all_reduce(x)                 copy_(x, wait(all_reduce(x))); readers of x read the sum
+    dist.all_reduce(x)                 copy_(x, wait(all_reduce(x))); readers of x read the sum,
+                                       where nothing else reads the memory of x
     wait -> view -> view -> add        the views go along with the sum
     equal all-gathers                  one, as of DTensor's, which gathers for each projection
     sum of x_r W_rᵀ + b / W            b is added once, to the sum over the W ranks, as of DTensor's
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.distributed import distributed_c10d
 
-from ridgeline.ir.provenance import KEPT
+from ridgeline.ir.aliases import sharing, writes, written_between
+from ridgeline.ir.match import Reject
+from ridgeline.ir.provenance import KEPT, said
 from ridgeline.ir.rules.common import insert
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.parallel.rows import COPIES, VIEWS, keeps_rows
@@ -51,10 +54,10 @@ def collectives(graph: fx.Graph) -> list[str]:
     lines = []
     for node in graph.nodes:
         if is_collective(node):
-            sent = node.args[0].meta["val"]
+            sent = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
             plain = [a for a in node.args[1:] if isinstance(a, str | int)]
-            sizes = "x".join(map(str, shape_of(node.args[0])))
-            lines.append(f"{node.target._opname} {plain} {sizes} {sent.dtype}")
+            told = [f"{'x'.join(map(str, shape_of(x)))} {x.meta['val'].dtype}" for x in sent]
+            lines.append(f"{node.target._opname} {plain} {', '.join(told)}")
     return lines
 
 
@@ -92,12 +95,40 @@ def merge_equal(graph: fx.Graph) -> int:
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
         first = known.setdefault(key, node)
+        if first is not node and _is_written(first, node):
+            first = known[key] = node
         gathered.add(first)
         if first is not node:
             gone += node.target is functional.all_gather_into_tensor.default
             node.replace_all_uses_with(first)
             graph.erase_node(node)
     return gone
+
+
+def _is_written(first: fx.Node, node: fx.Node) -> bool:
+    """Would one value in place of both be another: is what is read written in between, or a result
+    at any time?"""
+    waits = [u for n in (first, node) for u in n.users if _is_wait(u)]
+    results = any(writes(value) for value in (first, node, *waits))
+    return results or written_between([first], node) is not None
+
+
+def other_form(graph: fx.Graph) -> Reject | None:
+    """Why a graph is in no normal form: a result that is written to memory which is read by another
+    name too, or a collective of several tensors."""
+    for node in graph.nodes:
+        if is_collective(node) and not isinstance(node.args[0], fx.Node):
+            return Reject(
+                f"{said(node)} sends several tensors at once", node, "send each by itself"
+            )
+        if node.target is aten.copy_.default and _is_wait(node.args[1]):
+            reason = f"{said(node)} writes what was sent to an input, a view or a part of a value"
+            return Reject(reason, node, "use the functional form, y = all_reduce(x)")
+    return None
+
+
+def _is_wait(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is functional.wait_tensor.default
 
 
 def _is_part(node: fx.Node) -> bool:
@@ -107,7 +138,7 @@ def _is_part(node: fx.Node) -> bool:
 def _sum_in_place(node: fx.Node) -> None:
     """copy(x, wait): the sum is read where x would be, from here on."""
     into, sum_ = node.args[:2]
-    if not (isinstance(sum_, fx.Node) and sum_.target is functional.wait_tensor.default):
+    if not (isinstance(into, fx.Node) and _is_wait(sum_)):
         return
     before, after = into.meta.get("val"), sum_.meta.get("val")
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
@@ -115,11 +146,22 @@ def _sum_in_place(node: fx.Node) -> None:
     if before.dtype != after.dtype or shape_of(into) != shape_of(sum_):
         return
     if node.target is aten.copy_.default:
-        if into.op != "call_function":  # memory of the caller's, which is to be written
+        if not _is_own(into, sum_, node):
             return
         into.replace_all_uses_with(sum_, delete_user_cb=lambda user: user > node)
     node.replace_all_uses_with(sum_)
     node.graph.erase_node(node)
+
+
+def _is_own(into: fx.Node, sum_: fx.Node, write: fx.Node) -> bool:
+    """Is the memory of `into` nobody else's, nor read after `write` by a name from before it?"""
+    for value in sharing(into):
+        if value.op != "call_function":  # memory of the caller's, which is to be written
+            return False
+        if value is not into and value < write and any(user > write for user in value.users):
+            return False
+    again = any(later > write for later in writes(into))
+    return not again or len(sum_.users) == 1
 
 
 def _bias_after_sum(wait: fx.Node) -> None:

@@ -26,7 +26,7 @@ from ridgeline.cost_model import Stack, Target
 from ridgeline.cost_model.transport import Transport, transport_of
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import normalize
-from ridgeline.ir.program import Program
+from ridgeline.ir.program import SHARDED, Program
 from ridgeline.passes.apply import apply, copy_graph
 from ridgeline.passes.base import Candidate, Setting, location
 from ridgeline.passes.certify import relative_error
@@ -34,7 +34,7 @@ from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.decide import Choice
 from ridgeline.passes.observe import outputs_of, rehearsal
 from ridgeline.passes.parallel import token_weave
-from ridgeline.passes.parallel.agree import Ranks
+from ridgeline.passes.parallel.agree import LeftAsItIs, RankMismatch, Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
 from ridgeline.passes.parallel.apart import apart
 from ridgeline.passes.parallel.collectives import collectives, normal_form
@@ -49,6 +49,7 @@ from ridgeline.passes.parallel.rewrite import (
     refusal,
     rewrite_collectives,
 )
+from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.plan import Decision, Plan, RefusedBy
 from ridgeline.passes.settle import rounding_limit
 
@@ -285,7 +286,7 @@ class ParallelCompiler(Compiler):
         given, module, label = program, program.module, self.plan.label(program.phase)
         self._before, _ = copy_graph(module)
         with program.spent("collectives"):
-            normal_form(normalize(module))
+            merged = normal_form(normalize(module))
             if self.cut is not None:
                 module = apart(module, Parts(module.graph, self.cut.symbol), self.cut)
                 program = dataclasses.replace(program, module=module)
@@ -299,6 +300,8 @@ class ParallelCompiler(Compiler):
                 fuse=self.fuse == "always",
                 label=label,
             )
+        if merged:
+            self.plan.note(f"{label}: {merged} all_gather of values gathered before are left out")
         self.plan.applied += account.applied
         self.plan.refused += account.refused
         for sentence in account.notes:
@@ -333,9 +336,28 @@ class ParallelCompiler(Compiler):
         (error,) = self.ranks.largest([error])
         self._before = None
         if error > (limit := rounding_limit(module)):
+            if not self.strict:
+                self._excused(program, f"{error:.1e}, where rounding explains {limit:.0e}")
             way = "fuse" if self.cut is None else "weave"
             raise ParallelDefect(
                 f"the rewritten graph moves the outputs by {error:.1e}, where rounding explains"
                 f' {limit:.0e}; please report it, and pass {way}="never" until then'
             )
         return origin, list(origin), {}, error
+
+    def _excused(self, program: Program, moved: str) -> None:
+        """Raise LeftAsItIs where the error may come from values that differ between the ranks: no
+        DTensor says that they do not, or inputs that are not split do."""
+        output = program.module.graph.output_node()
+        given = zip(program.module.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+        whole = [(str(i), x) for i, (n, x) in enumerate(given) if SHARDED not in n.meta]
+        tensors = [(i, x) for i, x in whole if isinstance(x, torch.Tensor)]
+        differ = "values between collectives are not the same on all ranks"
+        try:
+            self.ranks.agree("their inputs", {"inputs": digest_of(tensors)})
+        except RankMismatch:
+            differ = "inputs are not the same on all ranks"
+        else:
+            if self.splits:
+                return
+        raise LeftAsItIs(Reject(f"rewritten, the outputs move by {moved}: {differ}", output))

@@ -5,7 +5,9 @@
 `MeshCompiler` is `Compiler` for graphs that send nothing. Others are the same graph on every rank
 of their group, so every rank compiles them in step: they agree, the collectives are rewritten
 (`rewrite`), and only what is equal in real arithmetic is applied beside them. What was split is
-known where the graph was over DTensors, from their placements.
+known where the graph was over DTensors, from their placements. Nothing says of another graph that
+its inputs are the same on all ranks, so norms stay where they are unless `fuse` is given. Where the
+ranks' graphs differ, or are in no normal form, all leave them as they came.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from ridgeline.ir.match import Reject
 from ridgeline.ir.program import SHARDED, WEIGHT, Program
 from ridgeline.passes.apply import copy_graph
 from ridgeline.passes.compiler import Compiler, OptimizeError, graph_figures
-from ridgeline.passes.parallel.agree import Ranks
+from ridgeline.passes.parallel.agree import LeftAsItIs, Ranks
 from ridgeline.passes.parallel.collectives import group_of, is_collective
 from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
 from ridgeline.passes.parallel.layouts import COLUMN, ROW
@@ -29,16 +31,22 @@ from ridgeline.passes.parallel.signature import versions
 
 TRAINED = "gradients are recorded, and norms move to a shard of the tokens for inference only"
 NEEDED = "call within torch.no_grad()"
+UNDECLARED = (
+    "norms stay on all tokens: nothing says that this graph's inputs are the same on all ranks;"
+    ' pass fuse="measured" (or another) to state that they are, and values between collectives too'
+)
 
 
 class MeshCompiler(Compiler):
-    """`Compiler` for models that may send; fuse: as `parallelize` takes it."""
+    """`Compiler` for models that may send; fuse: as `parallelize` takes it. Other than "never", it
+    states of a graph that is not over DTensors that its inputs, and its values between
+    collectives, are the same on all ranks; None does not."""
 
     def __init__(self, target: Any, *, fuse: When | None = None, **options: Any) -> None:
         super().__init__(target, **options)
         if fuse not in (None, *get_args(When)):
             raise OptimizeError(f"fuse is {fuse!r}; choose one of {get_args(When)}, or None")
-        self.fuse = fuse or usual(self.target)
+        self.fuse: When | None = fuse
 
     def __call__(self, program: Program) -> Callable[..., Any]:
         """Raises also RankMismatch and RankLost, where the other ranks compile something else."""
@@ -46,13 +54,15 @@ class MeshCompiler(Compiler):
         if first is None:
             return super().__call__(program)
         if program.training:
-            return self._as_it_is(program, first)
+            return self._as_it_is(program, Reject(TRAINED, first, NEEDED))
+        splits = declared_splits(program.module.graph)
+        fuse = self.fuse or (usual(self.target) if splits else "never")
         ranks = Ranks.of(distributed_c10d._resolve_process_group(group_of(first)))
         ranks.agree(
             "how to compile a model that sends",
             {
                 "target": self.target.name,
-                "fuse": self.fuse,
+                "fuse": fuse,
                 "objective": self.objective,
                 "ignore": repr(self.ignore),
                 **versions(),
@@ -61,8 +71,8 @@ class MeshCompiler(Compiler):
         compiler = ParallelCompiler(
             self.target,
             ranks=ranks,
-            splits=declared_splits(program.module.graph),
-            fuse=self.fuse,
+            splits=splits,
+            fuse=fuse,
             weave="never",
             strict=False,
             objective=self.objective,
@@ -72,6 +82,8 @@ class MeshCompiler(Compiler):
             workload=self.workload,
         )
         compiler.plan, compiler._labels, compiler._weights = self.plan, self._labels, self._weights
+        if not (self.fuse or splits):
+            self.plan.note(UNDECLARED)
         if self.tolerance > 0:
             self.plan.note(
                 "a graph with collectives gets no approximate rewrites, which each rank would"
@@ -79,6 +91,11 @@ class MeshCompiler(Compiler):
             )
         try:
             return compiler(program)
+        except LeftAsItIs as left:
+            with ranks.together():
+                run = self._as_it_is(program, left.reject)
+                ranks.agree("a graph left as it came", {})
+            return ranks.guarded(run)
         except RidgelineError:
             raise
         except Exception as error:  # the others wait for this rank, which cannot go on alone
@@ -87,11 +104,11 @@ class MeshCompiler(Compiler):
                 " which is a defect of ridgeline; please report it"
             ) from error
 
-    def _as_it_is(self, program: Program, first: fx.Node) -> Callable[..., Any]:
-        """A training step, compiled without any rewrite; the plan says so."""
+    def _as_it_is(self, program: Program, reject: Reject) -> Callable[..., Any]:
+        """The graph compiled without any rewrite; the plan says why."""
         label = self.plan.label(program.phase)
         self._labels[id(program)] = label
-        self.plan.refused.append(refusal(Reject(TRAINED, first, NEEDED), label, "precondition"))
+        self.plan.refused.append(refusal(reject, label, "precondition"))
         module, _ = copy_graph(program.module)
         figures = graph_figures(module, self.target)
         self.plan.predicted[label] = {"before": figures, "after": figures}

@@ -1,9 +1,9 @@
 """The collectives of one graph, rewritten on all ranks alike, with an account of it.
 
-    normal form -> layouts -> region -> agree -> rewrite -> layouts and counts again
+    layouts -> region -> agree -> rewrite -> layouts and counts again
 
-It takes what `ridgeline.ir.capture` gives, and `ridgeline.ir.local_graph`, where what DTensor's
-redistributions send is in the graph.
+It takes, in normal form (`collectives`), what `ridgeline.ir.capture` gives, and
+`ridgeline.ir.local_graph`, where what DTensor's redistributions send is in the graph.
 """
 
 from collections import Counter
@@ -19,9 +19,9 @@ from ridgeline.ir.match import Reject
 from ridgeline.ir.program import WEIGHT
 from ridgeline.ir.provenance import operation, source_of
 from ridgeline.passes.base import location
-from ridgeline.passes.parallel.agree import Ranks
+from ridgeline.passes.parallel.agree import LeftAsItIs, RankMismatch, Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
-from ridgeline.passes.parallel.collectives import collectives, count, normal_form
+from ridgeline.passes.parallel.collectives import collectives, count, other_form
 from ridgeline.passes.parallel.layouts import LayoutError, propagate
 from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.parallel.token_region import PART, Region, find_regions
@@ -57,41 +57,51 @@ def rewrite_collectives(
     strict: bool = True,
     label: str = "forward",
 ) -> Account:
-    """Rewrite `module` in place; every rank calls this for the same graph.
+    """Rewrite `module`, in normal form, in place; every rank calls this for the same graph.
 
     splits, results: as `propagate` takes them. inputs: what the graph's placeholders take, where
     weights are among it. fuse: whether norms move to a shard of the tokens. strict: whether a
-    LayoutError of the graph as it came is raised, or refuses the rewrite: what a model does with
-    collectives of its own may be right. label: the graph's name in the account.
+    LayoutError of the graph as it came is raised, or refuses the rewrite, and whether a mismatch of
+    the graphs is raised, or leaves them as they are: what a model does with collectives of its own
+    may be right, and differ between ranks. label: the graph's name in the account.
 
     Raises:
         LayoutError: the graph reads a value that this rank does not hold.
         RankMismatch, RankLost: the ranks have other graphs, or one is gone.
+        LeftAsItIs: on all ranks, where the graph has a collective that is in no normal form, and
+            where not strict, in place of RankMismatch.
         ParallelDefect: the rewritten graph has other collectives than planned.
     """
     graph = module.graph
-    merged = normal_form(module)
     regions, rejects = [], []
+    other = other_form(graph)
     try:
-        layouts = propagate(graph, splits or {}, results)
+        layouts = propagate(graph, splits or {}, results) if other is None else {}
     except LayoutError as error:
         if strict:
             raise
         rejects.append(Reject(str(error), graph.output_node()))
     else:
-        regions, rejects = find_regions(graph, ranks.name, ranks.world, layouts)
-    ranks.agree(
-        f"the captured {label} graph",
-        {
-            "collectives": "; ".join(collectives(graph)),
-            "norms on a shard": "; ".join(map(region_text, regions)),
-            "their weights": digest_of(replicated_weights(module, regions, inputs)),
-        },
-    )
+        if other is None:
+            regions, rejects = find_regions(graph, ranks.name, ranks.world, layouts)
+    try:
+        ranks.agree(
+            f"the captured {label} graph",
+            {
+                "collectives": "; ".join(collectives(graph)),
+                "their form": "" if other is None else other.reason,
+                "norms on a shard": "; ".join(map(region_text, regions)),
+                "their weights": digest_of(replicated_weights(module, regions, inputs)),
+            },
+        )
+    except RankMismatch as error:
+        if strict:
+            raise
+        raise LeftAsItIs(Reject(str(error), graph.output_node())) from error
+    if other is not None:
+        raise LeftAsItIs(other)
     account = Account(count(graph))
     account.refused += [refusal(r, label, "precondition") for r in rejects]
-    if merged:
-        account.notes.append(f"{label}: {merged} all_gather of values gathered before are left out")
     if not regions or not fuse:
         return account
     by_parts = dist.get_backend(ranks.group) == "gloo"
@@ -133,13 +143,15 @@ def refusal(reject: Reject, label: str, by: RefusedBy, name: str = NAME) -> Deci
 
 
 def region_text(region: Region) -> str:
-    """The operations of a region, what each reads of it, and what is gathered; by their place,
-    because a rank may have other nodes before them, such as those that pad its vocabulary."""
+    """The operations of a region with their literals, what each reads of it, and what is gathered;
+    by their place, because a rank may have other nodes before them, such as those that pad its
+    vocabulary."""
     place = {node: i for i, node in enumerate(region.nodes)}
-    lines = [
-        f"{operation(n)}({','.join(str(place[i]) for i in n.all_input_nodes if i in place)})"
-        for n in region.nodes
-    ]
+    lines = []
+    for n in region.nodes:
+        read = [str(place[i]) for i in n.all_input_nodes if i in place]
+        literals = [repr(a) for a in (*n.args, *n.kwargs.values()) if isinstance(a, int | float)]
+        lines.append(f"{operation(n)}({','.join(read + literals)})")
     return " ".join((*lines, "->", *(str(place[n]) for n in region.exits)))
 
 

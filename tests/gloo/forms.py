@@ -278,7 +278,8 @@ def whole(x: Any) -> Tensor:
 
 
 def plugged_apart(odd: int) -> list[str]:
-    """Rank `odd` compiles for another target; then one has another norm weight than the others."""
+    """What is said where rank `odd` compiles for another target; then where it has another norm
+    weight than the others."""
     model, x = by_dtensor(False), torch.randn(2, 6, WIDTH)
     said = []
     for odd_one, options in ((False, {"target": "h100"}), (True, {})):
@@ -287,7 +288,88 @@ def plugged_apart(odd: int) -> list[str]:
             model[BLOCKS].weight.data[0] += 1
         with torch.no_grad():
             try:
-                plugged(model, x, Sent(), **(options if mine else {}))
+                _, plan = plugged(model, x, Sent(), **(options if mine else {}))
+                said += [d.reason for d in plan.refused]
             except Exception as error:  # Dynamo wraps it
                 said.append(str(error))
     return said
+
+
+class Sums(nn.Module):
+    """A product, summed over the ranks and normalised as `way` does it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = Norm(), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.way = way
+        self.own = nn.Parameter(torch.ones(WIDTH) + dist.get_rank())
+        self.eps = 0.5 * dist.get_rank() if way == "epsilon" else 0.0
+
+    def forward(self, x: Tensor) -> Any:
+        group, y = dist.group.WORLD, self.linear(x)
+        if self.way == "view in place":
+            rows = y.view(-1, WIDTH)
+            dist.all_reduce(rows)
+            return self.norm(y + x)
+        if self.way == "view of an input in place":
+            dist.all_reduce(x.view(-1, WIDTH))
+            return self.norm(x)
+        if self.way == "two at once":
+            first, second = funcol.all_reduce_coalesced([y, 2 * y], "sum", group)
+            return self.norm(first + second + x)
+        if self.way == "gathered, written, gathered":
+            first = funcol.wait_tensor(funcol.all_gather_tensor(y, 0, group))
+            y.add_(1)
+            return first, funcol.wait_tensor(funcol.all_gather_tensor(y, 0, group))
+        z = x + funcol.all_reduce(y, "sum", group)
+        if self.way == "own weight":
+            return funcol.all_reduce(self.norm(z) * self.own, "sum", group)
+        return self.norm(z + self.eps) if self.way == "epsilon" else self.norm(z)
+
+
+def left_as_they_came() -> dict[str, Any]:
+    """Each way, and inputs of each rank's own, through the plugin and `optimize` against eager."""
+    warnings.simplefilter("ignore")
+    told: dict[str, Any] = {}
+    ways = ("view in place", "view of an input in place", "two at once", "own weight", "epsilon")
+    cases = [(way, 0, "always") for way in (*ways, "gathered, written, gathered")]
+    cases += [("own inputs", 1, "always"), ("own inputs", 0, None)]
+    with torch.no_grad():
+        for way, apart, fuse in cases:
+            for level in ("plugin", "optimize"):
+                model, given = Sums(way).eval(), torch.randn(2, 6, WIDTH, generator=seeded())
+                given = given + apart * dist.get_rank()
+                x, again = given.clone(), given.clone() + dist.get_rank()
+                plans: list[Plan] = []
+                options = {"target": "a100", "fuse": fuse}
+                torch._dynamo.reset()
+                if level == "plugin":
+                    options["on_plan"] = plans.append
+                    fast: Any = torch.compile(model, backend="ridgeline", options=options)
+                else:
+                    fast = ridgeline.optimize(model, passes=(), lowering="eager", **options)
+                    plans.append(fast.plan)
+                calls = [x] if fuse else [x, again]
+                errors = []
+                for call in calls:
+                    eager = call.clone()
+                    pairs = [(fast(call), model(eager)), (call, eager)]
+                    errors += [
+                        error(a, b) for p in pairs for a, b in zip(*map(listed, p), strict=True)
+                    ]
+                told[f"{way}, {fuse}, {level}"] = {
+                    "error": max(errors),
+                    "applied": [d.rewrite for d in plans[0].applied],
+                    "refused": " ".join(d.reason for d in plans[0].refused),
+                    "notes": " ".join(plans[0].notes),
+                }
+    return told
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def listed(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)

@@ -8,6 +8,7 @@ from gloo.work import (
     ends_between,
     fails,
     fails_when_run,
+    goes_on_after_failures,
     other_graph,
     other_model,
     other_setting,
@@ -36,6 +37,12 @@ def test_a_failure_is_known_to_the_others() -> None:
     assert failed["error"] == "Unparallel"
     assert first["error"] == "RankLost"
     assert "rank 1 of 2 failed: Unparallel: no attention or MLP" in first["message"]
+
+
+def test_the_group_is_of_use_after_failures_that_all_have_seen() -> None:
+    first, second = on_ranks(2, goes_on_after_failures)
+    assert first == ["Unparallel", "RankLost", "right"]
+    assert second == ["Unparallel", "Unparallel", "right"]
 
 
 def test_a_failure_in_a_timed_run_is_known_while_the_others_wait_for_it() -> None:

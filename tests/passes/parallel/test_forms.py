@@ -1,7 +1,15 @@
 """Row-parallel sums in every form in use, by every way that takes models which send."""
 
 from gloo import on_ranks
-from gloo.forms import BLOCKS, WAYS, all_forms, dtensors, plugged_apart, trained
+from gloo.forms import (
+    BLOCKS,
+    WAYS,
+    all_forms,
+    dtensors,
+    left_as_they_came,
+    plugged_apart,
+    trained,
+)
 
 FORMS = [f"{form} {way}" for form in ("functional", "in place", "raw") for way in WAYS]
 
@@ -56,3 +64,28 @@ def test_ranks_that_compile_apart_are_told_so() -> None:
         assert "RankMismatch" in target
         assert "target differs (rank 0: a100, rank 1: h100)" in target
         assert "their weights differs (rank 0: " in weights
+
+
+LEFT = {
+    "view in place, always": "an input, a view or a part of a value",
+    "view of an input in place, always": "an input, a view or a part of a value",
+    "two at once, always": "sends several tensors at once",
+    "own weight, always": "their weights differs (rank 0: ",
+    "epsilon, always": "norms on a shard differs (rank 0: ",
+    "own inputs, always": "inputs are not the same on all ranks",
+}
+"""Case -> why the graph is left as it came."""
+
+
+def test_what_cannot_be_rewritten_is_left_as_it_came() -> None:
+    for told in on_ranks(2, left_as_they_came):
+        assert "trace" not in told, told
+        for case, each in told.items():
+            assert each["error"] <= 1e-6, case
+            assert "allreduce_rms_norm" not in each["applied"], case
+        for case, reason in LEFT.items():
+            for level in ("plugin", "optimize"):
+                assert reason in told[f"{case}, {level}"]["refused"], (case, level)
+        for level in ("plugin", "optimize"):
+            assert not told[f"gathered, written, gathered, always, {level}"]["refused"]
+            assert 'pass fuse="measured"' in told[f"own inputs, None, {level}"]["notes"]
