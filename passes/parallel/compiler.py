@@ -335,7 +335,7 @@ class ParallelCompiler(Compiler):
             error = relative_error(outputs_of(apply(module, list(origin)), program), expected)
         (error,) = self.ranks.largest([error])
         self._before = None
-        if error > (limit := rounding_limit(module)):
+        if not error <= (limit := rounding_limit(module)):  # NaN is no small error
             if not self.strict:
                 self._excused(program, f"{error:.1e}, where rounding explains {limit:.0e}")
             way = "fuse" if self.cut is None else "weave"

@@ -318,10 +318,6 @@ class Sums(nn.Module):
         if self.way == "two at once":
             first, second = funcol.all_reduce_coalesced([y, 2 * y], "sum", group)
             return self.norm(first + second + x)
-        if self.way == "gathered, written, gathered":
-            first = funcol.wait_tensor(funcol.all_gather_tensor(y, 0, group))
-            y.add_(1)
-            return first, funcol.wait_tensor(funcol.all_gather_tensor(y, 0, group))
         z = x + funcol.all_reduce(y, "sum", group)
         if self.way == "own weight":
             return funcol.all_reduce(self.norm(z) * self.own, "sum", group)
@@ -333,7 +329,7 @@ def left_as_they_came() -> dict[str, Any]:
     warnings.simplefilter("ignore")
     told: dict[str, Any] = {}
     ways = ("view in place", "view of an input in place", "two at once", "own weight", "epsilon")
-    cases = [(way, 0, "always") for way in (*ways, "gathered, written, gathered")]
+    cases = [(way, 0, "always") for way in ways]
     cases += [("own inputs", 1, "always"), ("own inputs", 0, None)]
     with torch.no_grad():
         for way, apart, fuse in cases:

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ridgeline.ir.capture import capture
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.parallel.allreduce_rms_norm import Place, shard_tokens
-from ridgeline.passes.parallel.collectives import count
+from ridgeline.passes.parallel.collectives import count, merge_equal
 from ridgeline.passes.parallel.layers import all_reduce
 from ridgeline.passes.parallel.layouts import COLUMN, ROW, Layout, LayoutError, propagate
 from ridgeline.passes.parallel.token_region import find_regions
@@ -186,3 +186,25 @@ def test_what_is_reduced_within_a_head_is_no_error() -> None:
         return reduced(model.down((weights @ heads).transpose(1, 2).reshape(2, 6, 12)))
 
     propagate(graph_of(finish).graph, SPLITS)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_gathers_of_a_value_that_is_written_in_between_stay_two(written: bool) -> None:
+    functional, graph = torch.ops._c10d_functional, fx.Graph()
+
+    def called(target, *args, rows: int = 4) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = torch.empty(rows, 8, device="meta")
+        return node
+
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(4, 8, device="meta")
+    y = called(torch.ops.aten.relu.default, x)
+    waits = []
+    for i in range(2):
+        gather = called(functional.all_gather_into_tensor.default, y, 2, "0", rows=8)
+        waits.append(called(functional.wait_tensor.default, gather, rows=8))
+        if written and not i:
+            called(torch.ops.aten.add_.Tensor, y, 1)
+    graph.output(tuple(waits))
+    assert merge_equal(graph) == (not written)
