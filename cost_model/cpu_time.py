@@ -41,6 +41,7 @@ TORCH_ATTENTION = {torch.float32: 1.25, torch.bfloat16: 2.4, torch.float16: 1.25
 # alike; beyond them a row of queries costs as much as these keys. From 8 to 512 rows, head_dim 16
 # and 64, with and without a causal mask, on two cores of a Xeon with AMX: of 17 rows, forward and
 # backward take twice torch's time, of 128 the same, causal ones of 512 0.6 of it. Better on Zen 5.
+# A forward alone is weighed without its padding.
 ATTENTION_LANES, ATTENTION_KEYS, BACKWARD_KEYS = 16, 8, 64
 BACKWARD_ROW = {"torch": 64, "ridgeline": 90}
 # A norm's passes over a row, in flops per element: RMSNorm, and what LayerNorm's centring and a
@@ -92,23 +93,27 @@ def _attention_compute(a: Attention, target: Target) -> float:
     pairs = a.pairs if a.library == "ridgeline" else a.q * a.kv
     if not heads * pairs:
         return 0.0
-    kept, forward, keys = pairs / (a.q * a.kv), float(pairs), float(a.kv)
-    if a.library == "ridgeline":
-        forward *= _padding(a.kv, ATTENTION_KEYS)
-        rows = a.q * a.heads // a.kv_heads
-        if rows > ATTENTION_LANES:
-            forward *= _padding(rows, ATTENTION_LANES)
-        if a.causal:  # the tiles that its edge crosses are whole ones
-            kept = min(1.0, kept + BACKWARD_KEYS / 2 / a.kv)
-        keys *= _padding(a.kv, BACKWARD_KEYS)
-    else:
-        forward *= TORCH_ATTENTION.get(a.dtype, 1.0)
-    products = 2 * forward
+    products = 2.0 * pairs
+    if a.library == "torch":
+        products *= TORCH_ATTENTION.get(a.dtype, 1.0)
     if a.backward:
-        products += 5 * a.q * (kept * keys + BACKWARD_ROW[a.library])
+        products = _with_backward(a, pairs, products)
     rate = target.peak(a.dtype) * target.attention_efficiency
     busy = _parallel(heads * ceil(a.q / ATTENTION_ROWS), target)
     return heads * products * (a.head_dim + a.value_dim) / (rate * busy)
+
+
+def _with_backward(a: Attention, pairs: int, products: float) -> float:
+    kept, keys = pairs / (a.q * a.kv), float(a.kv)
+    if a.library == "ridgeline":
+        products *= _padding(a.kv, ATTENTION_KEYS)
+        rows = a.q * a.heads // a.kv_heads
+        if rows > ATTENTION_LANES:
+            products *= _padding(rows, ATTENTION_LANES)
+        if a.causal:  # the tiles that its edge crosses are whole ones
+            kept = min(1.0, kept + BACKWARD_KEYS / 2 / a.kv)
+        keys *= _padding(a.kv, BACKWARD_KEYS)
+    return products + 5 * a.q * (kept * keys + BACKWARD_ROW[a.library])
 
 
 def _padding(count: int, multiple: int) -> float:

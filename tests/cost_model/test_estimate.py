@@ -102,7 +102,7 @@ def test_one_pass_attention_beats_three(name, length):
     assert seconds(fused, target) < estimate(unfused, target).seconds
 
 
-def test_attention_of_short_rows_pays_for_whole_vectors_and_tiles(cpu):
+def test_a_backward_of_short_rows_pays_for_whole_vectors_and_tiles(cpu):
     def over_torch(length, **fields):
         """Time of torch's kernel over ours."""
         ours, theirs = (
@@ -114,7 +114,6 @@ def test_attention_of_short_rows_pays_for_whole_vectors_and_tiles(cpu):
         )
         return theirs / ours
 
-    assert over_torch(17) < 0.8 < 1 < over_torch(64)
     assert over_torch(17, backward=True) < over_torch(64, backward=True) < 1
     assert over_torch(512, causal=True, backward=True) > 1.5
 
