@@ -79,7 +79,7 @@ def _chosen(candidates, target, **options):
 @torch.no_grad()
 def test_a_gain_within_the_doubt_is_refused_with_both_sides_and_the_doubt():
     target = load_target("a100")
-    model, x = nn.Linear(4096, 4096, bias=False).bfloat16(), torch.randn(2, 4096).bfloat16()
+    model, x = nn.Linear(4096, 11008, bias=False).bfloat16(), torch.randn(2, 4096).bfloat16()
     candidates = _offered(target, model, x)
     assert _chosen(candidates, target).chosen
     for step in range(60):  # where memory is faster, bytes count for less
