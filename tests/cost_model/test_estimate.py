@@ -18,7 +18,6 @@ from ridgeline.cost_model import (
     load_target,
     target_names,
 )
-from ridgeline.cost_model.calibration import calibration
 from ridgeline.cost_model.target import FOLDER
 
 ALL_GPUS = [n for n in target_names() if n != "cpu"]
@@ -145,11 +144,9 @@ def test_monotone_in_each_dimension(name, cpu):
     target = cpu if name == "cpu" else load_target(name)
     sizes = (8, 16, 128, 1024, 8192)  # whole 16-byte rows: others take a slower path
     base = {"m": 256, "n": 1024, "k": 1024}
-    # Tile steps; a measured machine's residual has the steps of its library's choices too.
-    falls = 0.8 if name in calibration().residuals["gemm.bf16"] else 0.95
     for dim in base:
         grown = [seconds(Gemm(**{**base, dim: s}, dtype=BF16), target) for s in sizes]
-        assert all(b >= falls * a for a, b in itertools.pairwise(grown))
+        assert all(b >= 0.95 * a for a, b in itertools.pairwise(grown))  # tile steps
     streams = [seconds(Stream(4**e, 4**e), target) for e in range(18)]
     assert streams == sorted(streams)
     decode = [seconds(Attention(4, 32, 8, 1, s, 128, 128, True, BF16), target) for s in sizes]

@@ -122,7 +122,9 @@ def test_codes_are_predicted_with_the_bytes_that_they_take(name):
     shape = {"m": 1, "n": 8192, "k": 8192}
     for bits, called in ((4, "w4a16"), (8, "w8a16")):
         expected = predict(name, "gemm", called, **shape).seconds
-        assert seconds(coded(bits, dtype=FP16), name) == pytest.approx(expected, rel=0.35)
+        # Of a measured machine, what its library chose at one size is left out.
+        rel = 0.35 if name in calibration().residuals[f"gemm.{called}"] else 0.05
+        assert seconds(coded(bits, dtype=FP16), name) == pytest.approx(expected, rel=rel)
     assert seconds(coded(4, group=32), name) > seconds(coded(4), name)
 
 
@@ -174,13 +176,13 @@ def test_additions_of_binary_attention_run_at_half_of_the_vectors_rate():
 
 @pytest.mark.parametrize("name", GPUS)
 def test_intervals_are_those_of_what_was_measured(name):
-    gemm = Gemm(2048, 4096, 4096, dtype=FP16)
-    below, above = interval(gemm, load_target(name))
+    softmax = Stream(1 << 24, 1 << 24, access="reduction")
+    below, above = interval(softmax, load_target(name))
     assert below < 0 < above
-    found = cost(gemm, name)
+    found = cost(softmax, name)
     assert found.low < found.seconds < found.high
     other = dataclasses.replace(load_target(name), name="mine")
-    unmeasured = interval(gemm, other)
+    unmeasured = interval(softmax, other)
     assert below >= unmeasured[0]
     assert above <= unmeasured[1]
 
