@@ -156,11 +156,12 @@ def over(known: Known, node: fx.Node) -> Dims | str:
 
 def moved(known: Known, node: fx.Node) -> Dims | str:
     """A view: each dimension of tokens is one of the result's."""
-    dims = known.own(node.args[0]) or {}
-    places = {d: moved_to(node, d) for d in dims}
-    if None in places.values():
-        return f"{said(node)} joins or parts the tokens"
-    return {places[d]: along for d, along in dims.items()}  # type: ignore[misc]
+    places: Dims = {}
+    for dim, along in (known.own(node.args[0]) or {}).items():
+        if (place := moved_to(node, dim)) is None:
+            return f"{said(node)} joins or parts the tokens"
+        places[place] = along
+    return places
 
 
 def piece(known: Known, node: fx.Node) -> Dims | str:
