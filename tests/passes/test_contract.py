@@ -20,9 +20,9 @@ from ridgeline.passes import PASSES
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Pass, Setting
 from ridgeline.passes.certify import relative_error
+from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.fold import fold_stacks
 from ridgeline.passes.observe import Observation
-from ridgeline.passes.optimize import Compiler
 from ridgeline.passes.propose import propose
 from ridgeline.passes.quantization import Codec, quantize
 from ridgeline.passes.quantization.layer import QuantizedLinear

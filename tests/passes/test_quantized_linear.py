@@ -10,7 +10,7 @@ from ridgeline.cost_model import load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.quantized_linear import QUANTIZED_LINEAR
 from ridgeline.passes import optimize
-from ridgeline.passes.optimize import Compiler
+from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.quantized_linear import QUANTIZED
 
 

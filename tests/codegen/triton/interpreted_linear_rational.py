@@ -8,11 +8,11 @@ import json
 import sys
 
 import torch
+from interpreted_group_rational import relative
 
 from ridgeline.codegen.triton.linear_rational import linear_rational
 from ridgeline.ir.group_rational import FORMS
 from ridgeline.ir.linear_rational import SIDES, reference
-from tests.codegen.triton.interpreted_group_rational import relative
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 # tokens, N, K, (rows of a, of b), m, n, dtype, bias
