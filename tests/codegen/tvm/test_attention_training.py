@@ -205,7 +205,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("door", ["optimize", "plugin"])
 def test_training_runs_the_kernels_and_gets_the_gradients(door):
     torch.manual_seed(0)
-    model, x = Block().train(), torch.randn(2, 130, 64)
+    model, x = Block().train(), torch.randn(2, 250, 64)
     plans = []
     if door == "optimize":
         fast = ridgeline.optimize(model, target="cpu").train()
