@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
@@ -203,6 +204,7 @@ def _run(
         for device, dtype in casting:
             stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
         stack.enter_context(fakes[0].fake_mode)
+        stack.enter_context(enable_python_dispatcher())  # decompositions for free sizes
         stack.enter_context(casts)
         try:
             result = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
