@@ -23,7 +23,7 @@ from ridgeline.ir import caches, idle_masks
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.autocast import active, make_explicit
 from ridgeline.ir.call import PLAIN, Call, flatten
-from ridgeline.ir.capture_errors import CaptureError, explain, quiet
+from ridgeline.ir.capture_errors import NO_GENERATOR, CaptureError, explain, quiet
 from ridgeline.ir.guards import ShapeGuards
 from ridgeline.ir.module_state import ModuleState, plain_tensors_kept
 from ridgeline.ir.program import Phase, Program
@@ -292,8 +292,8 @@ def _unlifted(exported: torch.export.ExportedProgram, wrapper: _Flat) -> fx.Grap
             tensor = operator.attrgetter(spec.target)(wrapper)
         if not isinstance(tensor, Tensor):
             raise CaptureError(
-                f"the model uses a {type(tensor).__name__}, which no graph can carry; use tensors"
-                " only, and torch's own random state"
+                f"the model uses a {type(tensor).__name__}, which no graph can carry;"
+                f" {NO_GENERATOR}"
             )
         name = spec.target.removeprefix("model.")
         _assign(root, name, tensor)

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 _LIBRARIES = tuple(str(Path(m.__file__).parent) for m in (torch,) if m.__file__)
 _HERE = str(Path(__file__).parent)
 
+NO_GENERATOR = "use tensors only, and torch's own random state"
+
 _WAYS_OUT = (
     (
         ("DTensor",),
@@ -40,6 +42,10 @@ _WAYS_OUT = (
     (
         ("missing a required", "unexpected keyword", "too many positional", "positional argument"),
         "the arguments are not those of the model's forward: call it as it is declared",
+    ),
+    (
+        ("torch._C.Generator",),  # torch 2.11 stops here, 2.13 in capture.py
+        f"a generator of random numbers, which no graph can carry: {NO_GENERATOR}",
     ),
     (
         ("leaf Variable", "in-place", "inplace"),
