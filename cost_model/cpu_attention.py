@@ -8,10 +8,10 @@ For each query head, with w = head_dim + value_dim and the figures of `_Forward`
     backward  2.5 w q (kept keys + BACKWARD_ROW)                 where there is one
 
 torch forms the products of keys that a causal mask excludes too, in fp32 unless the processor has
-AMX and there are rows for it, and takes the keys of a row that fill no vector one by one. Ours works on whole vectors of 16
-rows, those of one key head side by side, and on 8 keys at once; where 64 rows meet 64 keys that all
-of them see, four vectors share what is read. Keys are copied for each block of rows. Both backwards
-form products alike, ours of whole tiles of keys.
+AMX and there are rows for it, and takes the keys of a row that fill no vector one by one. Ours
+works on whole vectors of 16 rows, those of one key head side by side, and on 8 keys at once; where
+64 rows meet 64 keys that all of them see, four vectors share what is read. Keys are copied for each
+block of rows. Both backwards form products alike, ours of whole tiles of keys.
 
 From 1 to 512 rows and keys, odd numbers too, head_dim 16 and 64, 8 heads on 8 and on 2, with and
 without a causal mask, fp32 and bf16, on one core of a Xeon with AMX. Of 64 dimensions in fp32 our
