@@ -16,6 +16,7 @@ from math import ceil
 
 import torch
 
+from ridgeline.cost_model.cpu_attention import multiply_adds
 from ridgeline.cost_model.operations import lookups
 from ridgeline.cost_model.target import Target
 from ridgeline.cost_model.work import Attention, BinaryAttention, Gemm, Kernel, Norm, Stream
@@ -33,17 +34,6 @@ MANY_CHUNK_M = 128  # the same where the weight is decoded before it is multipli
 UNPACK_FLOPS, PLANE_FLOPS, SHIFT_FLOPS = 2, 1, 4.5
 LOOKUP_FLOPS, FP32_LOOKUP_FLOPS, TABLE_FLOPS = 3.25, 5.5, 16
 ATTENTION_ROWS = 32
-# torch's CPU attention forms its products in fp32 whatever the dtype, and those of keys that a
-# causal mask excludes too; its time over ours without a mask, 128 to 2048 rows on two Zen 4 cores.
-TORCH_ATTENTION = {torch.float32: 1.25, torch.bfloat16: 2.4, torch.float16: 1.25}
-# Ours works on whole vectors of rows, those of one key head side by side, unless they are few, and
-# on so many keys at once; its backward on whole tiles of keys. Both backwards then form products
-# alike; beyond them a row of queries costs as much as these keys. From 8 to 512 rows, head_dim 16
-# and 64, with and without a causal mask, on two cores of a Xeon with AMX: of 17 rows, forward and
-# backward take twice torch's time, of 128 the same, causal ones of 512 0.6 of it. Better on Zen 5.
-# A forward alone is weighed without its padding.
-ATTENTION_LANES, ATTENTION_KEYS, BACKWARD_KEYS = 16, 8, 64
-BACKWARD_ROW = {"torch": 64, "ridgeline": 90}
 # A norm's passes over a row, in flops per element: RMSNorm, and what LayerNorm's centring and a
 # residual sum add; and its call beyond a dispatch in seconds: plain, and what two results add. From
 # chains of norms between opaque calls, compiled by Inductor, on one Zen 4 core, 1 to 256 rows of
@@ -90,35 +80,9 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
 
 def _attention_compute(a: Attention, target: Target) -> float:
     heads = a.batch * a.heads
-    pairs = a.pairs if a.library == "ridgeline" else a.q * a.kv
-    if not heads * pairs:
-        return 0.0
-    products = 2.0 * pairs
-    if a.library == "torch":
-        products *= TORCH_ATTENTION.get(a.dtype, 1.0)
-    if a.backward:
-        products = _with_backward(a, pairs, products)
-    rate = target.peak(a.dtype) * target.attention_efficiency
+    rate = target.peak(torch.float32) * target.attention_efficiency
     busy = _parallel(heads * ceil(a.q / ATTENTION_ROWS), target)
-    return heads * products * (a.head_dim + a.value_dim) / (rate * busy)
-
-
-def _with_backward(a: Attention, pairs: int, products: float) -> float:
-    kept, keys = pairs / (a.q * a.kv), float(a.kv)
-    if a.library == "ridgeline":
-        products *= _padding(a.kv, ATTENTION_KEYS)
-        rows = a.q * a.heads // a.kv_heads
-        if rows > ATTENTION_LANES:
-            products *= _padding(rows, ATTENTION_LANES)
-        if a.causal:  # the tiles that its edge crosses are whole ones
-            kept = min(1.0, kept + BACKWARD_KEYS / 2 / a.kv)
-        keys *= _padding(a.kv, BACKWARD_KEYS)
-    return products + 5 * a.q * (kept * keys + BACKWARD_ROW[a.library])
-
-
-def _padding(count: int, multiple: int) -> float:
-    """What is worked on, over what is there."""
-    return ceil(count / multiple) * multiple / count
+    return heads * 2 * multiply_adds(a, target) / (rate * busy)
 
 
 def _gemm_compute(g: Gemm, target: Target) -> float:

@@ -144,7 +144,7 @@ NEXT_TO_NOTHING = 0.01
 
 def _undominated(candidates: Sequence[Candidate], worth: dict[Candidate, float]) -> list[Candidate]:
     """Without the forms beside which the same pass has one, for the same values, that wins more,
-    holds no more memory and is as exact but for next to nothing."""
+    takes no other nodes, holds no more memory and is as exact but for next to nothing."""
     sites: dict[tuple[str, tuple[fx.Node, ...]], list[Candidate]] = {}
     for c in candidates:
         sites.setdefault((c.rewrite.name, c.site.outs), []).append(c)
@@ -152,6 +152,7 @@ def _undominated(candidates: Sequence[Candidate], worth: dict[Candidate, float])
     def dominated(c: Candidate) -> bool:
         return any(
             worth[d] > worth[c]
+            and set(d.site.nodes) <= set(c.site.nodes)
             and d.memory_bytes <= c.memory_bytes
             and d.error <= c.error * (1 + NEXT_TO_NOTHING)
             for d in sites[c.rewrite.name, c.site.outs]

@@ -27,6 +27,7 @@ from ridgeline.ir.capture import Captured, CaptureError, OverlapError, capture
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Program
 from ridgeline.passes.copy_model import copy_model, rebound
+from ridgeline.passes.inference_only import marked
 from ridgeline.passes.watched import RUN_HOOKS, Watched
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ class OptimizedModule(nn.Module):
                 except InputMismatch:  # the sizes fit, but strides differ from the captured ones
                     tried.append(run)
                     continue
-                return captured.finish(call, outputs)
+                return self._finished(key, captured, call, outputs)
             kind = (*key[:-1], call.kind)
             with state.lock:
                 if key in state.refused or kind in state.refused:
@@ -200,6 +201,12 @@ class OptimizedModule(nn.Module):
             if isinstance(error, CacheError) and key is not None:
                 key = kind  # pyright: ignore[reportPossiblyUnboundVariable]
             raise _Refused(None if isinstance(error, OverlapError) else key, error) from error
+        return self._finished(key, captured, call, outputs)
+
+    def _finished(self, key: Any, captured: Captured, call: Call, outputs: Any) -> Any:
+        trains = key[0]
+        if not trains:
+            outputs = marked(outputs, captured.program.results, call, self._ridgeline.modules)
         return captured.finish(call, outputs)
 
     def _forget_changed_weights(self) -> None:

@@ -62,27 +62,42 @@ def search(graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
     other ones."""
     found, misses = [], []
     for node, rational in rational_functions(graph):
-        layer, between = above(rational.call.x, _LINEAR)
-        if layer is not None and between is not None:
-            misses.append(stands_between(between, layer, rational.out))
-        elif layer is not None:
-            nodes = tuple(sorted((layer, *rational.nodes)))
-            bind = {"x": layer.args[0], "layer": layer, "rational": node}
-            found.append(Site(bind, {}, nodes, (rational.out,), "output"))
-        layer, between, views = below(rational, _LINEAR)
-        if layer is not None and between is not None:
-            misses.append(stands_between(between, rational.out, layer))
-        elif layer is not None:
-            nodes = tuple(sorted((*rational.nodes, *views, layer)))
-            bind = {"x": rational.call.x, "layer": layer, "rational": node}
-            found.append(Site(bind, {}, nodes, (layer,), "input"))
+        sites, between = beside(rational, node)
+        found += sites
+        misses += between
+    return found, misses
+
+
+def beside(rational: Found, node: fx.Node) -> tuple[list[Site], list[Reject]]:
+    """`search` for one rational function, which the sites bind as `node`."""
+    found, misses = [], []
+    layer, between = above(rational.call.x, _LINEAR)
+    if layer is not None and between is not None:
+        misses.append(stands_between(between, layer, rational.out))
+    elif layer is not None:
+        nodes = tuple(sorted((layer, *rational.nodes)))
+        bind = {"x": layer.args[0], "layer": layer, "rational": node}
+        found.append(Site(bind, {}, nodes, (rational.out,), "output"))
+    layer, between, views = below(rational, _LINEAR)
+    if layer is not None and between is not None:
+        misses.append(stands_between(between, rational.out, layer))
+    elif layer is not None:
+        nodes = tuple(sorted((*rational.nodes, *views, layer)))
+        bind = {"x": rational.call.x, "layer": layer, "rational": node}
+        found.append(Site(bind, {}, nodes, (layer,), "input"))
     return found, misses
 
 
 def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
-    """Check who else reads what lies between, and dtypes; state the work on both sides."""
-    layer, found, side = site.bind["layer"], rational_at(site.bind["rational"]), site.pattern
+    """`fused` for the rational function that the site binds."""
+    found = rational_at(site.bind["rational"])
     assert isinstance(found, Found)
+    return fused(site, found, setting)
+
+
+def fused(site: Site, found: Found, setting: Setting) -> list[Candidate] | Reject:
+    """Check who else reads what lies between, and dtypes; state the work on both sides."""
+    layer, side = site.bind["layer"], site.pattern
     first, second = (layer, found.out) if side == "output" else (found.out, layer)
     apart = side == "input" and shape_of(layer.args[0]) != shape_of(found.call.x)
     if refusal := _unfit(site, found, layer, setting) or whole_channels(found, layer, apart):

@@ -58,20 +58,34 @@ def search(graph: fx.Graph) -> tuple[list[Site], list[Reject]]:
     """Every rational function of a LayerNorm, and what stands between other ones."""
     found, misses = [], []
     for node, rational in rational_functions(graph):
-        norm, between = above(rational.call.x, aten.layer_norm.default)
-        if norm is not None and between is not None:
-            misses.append(stands_between(between, norm, rational.out))
-        elif norm is not None:
-            nodes = tuple(sorted((norm, *rational.nodes)))
-            bind = {"x": norm.args[0], "norm": norm, "rational": node}
-            found.append(Site(bind, {}, nodes, (rational.out,), "layer_norm"))
+        sites, between = beside(rational, node)
+        found += sites
+        misses += between
     return found, misses
 
 
+def beside(rational: Found, node: fx.Node) -> tuple[list[Site], list[Reject]]:
+    """`search` for one rational function, which the site binds as `node`."""
+    norm, between = above(rational.call.x, aten.layer_norm.default)
+    if norm is None:
+        return [], []
+    if between is not None:
+        return [], [stands_between(between, norm, rational.out)]
+    nodes = tuple(sorted((norm, *rational.nodes)))
+    bind = {"x": norm.args[0], "norm": norm, "rational": node}
+    return [Site(bind, {}, nodes, (rational.out,), "layer_norm")], []
+
+
 def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
-    """Check who else reads the norm, its dimensions and dtypes; state the work on both sides."""
-    norm, found = site.bind["norm"], rational_at(site.bind["rational"])
+    """`fused` for the rational function that the site binds."""
+    found = rational_at(site.bind["rational"])
     assert isinstance(found, Found)
+    return fused(site, found, setting)
+
+
+def fused(site: Site, found: Found, setting: Setting) -> list[Candidate] | Reject:
+    """Check who else reads the norm, its dimensions and dtypes; state the work on both sides."""
+    norm = site.bind["norm"]
     call, out = _call(norm, found.call), found.out
     if setting.training:
         return Reject(

@@ -13,6 +13,7 @@ Source: Molina et al., Padé Activation Units (2020); Telgarsky, Neural Networks
 Functions (2017).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -23,16 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 import ridgeline.codegen.group_rational  # noqa: F401 - registers the kernels
-from ridgeline.codegen.kernel import buffer, hints
+from ridgeline.codegen.kernel import hints
 from ridgeline.cost_model.pointwise import activation_work
 from ridgeline.ir.group_rational import GROUP_RATIONAL, reference
 from ridgeline.ir.match import Reject, Site
 from ridgeline.ir.provenance import said
 from ridgeline.ir.rational_fit import FUNCTIONS, Fit, fit
+from ridgeline.passes import fused_activation
 from ridgeline.passes.activations import activation
 from ridgeline.passes.base import Candidate, Pass, Setting
 from ridgeline.passes.certify import relative_error
 from ridgeline.passes.dataflow import stranger
+from ridgeline.passes.fused_activation import Fused, coefficients, held, pairs
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -112,33 +115,28 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         activation_work(elements, dtype, site.pattern, kind=setting.target.kind, rational=rational)
         for rational in (False, True)
     )
-    return [
-        Candidate(
-            rewrite=RATIONAL_ACTIVATION,
-            site=site,
-            call=Call(x, fitted),
-            before=before,
-            after=after,
-            variant=f"{site.pattern} as a rational over |x| <= {reach:g}",
-            error=error,
-            preconditions=(
-                f"max |x| is {values.reach:.3g} on the example inputs; the fit holds over"
-                f" |x| <= {reach:g}, largest error {fitted.error:.1e}",
-                f"error curve: {_curve(fitted, function)}",
-            ),
-        )
-    ]
-
-
-def _coefficients(fitted: Fit, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """a [1, m+1] and b [1, n]."""
-    numerator, denominator = fitted.numerator, fitted.denominator
-    return torch.tensor([numerator], dtype=dtype), torch.tensor([denominator], dtype=dtype)
+    alone = Candidate(
+        rewrite=RATIONAL_ACTIVATION,
+        site=site,
+        call=Call(x, fitted),
+        before=before,
+        after=after,
+        variant=f"{site.pattern} as a rational over |x| <= {reach:g}",
+        error=error,
+        preconditions=(
+            f"max |x| is {values.reach:.3g} on the example inputs; the fit holds over"
+            f" |x| <= {reach:g}, largest error {fitted.error:.1e}",
+            f"error curve: {_curve(fitted, function)}",
+        ),
+    )
+    fused, apart = pairs(alone, fitted, setting)
+    reasons = tuple(f"a kernel of its own: {reject.reason}" for reject in apart)
+    return [dataclasses.replace(alone, preconditions=alone.preconditions + reasons), *fused]
 
 
 def _value(fitted: Fit, x: Tensor) -> Tensor:
     """P/Q at x, float64, with the coefficients as fp32 holds them."""
-    single = (c.double() for c in _coefficients(fitted, torch.float32))
+    single = (c.double() for c in coefficients(fitted, torch.float32))
     return reference(x.reshape(-1, 1), *single).reshape(x.shape)
 
 
@@ -155,19 +153,14 @@ def _curve(fitted: Fit, function: Callable[[Tensor], Tensor]) -> str:
 def apply(
     candidate: Candidate, copied: Mapping[fx.Node, fx.Node], module: fx.GraphModule
 ) -> fx.Node:
-    """Put one `ridgeline::group_rational` where the activation is computed."""
+    """Put one `ridgeline::group_rational` where the activation is computed, or the pair's
+    operation."""
+    if isinstance(candidate.call, Fused):
+        return fused_activation.apply(candidate, copied, module)
     call: Call = candidate.call
     out, x = copied[candidate.site.outs[0]], copied[call.x]
-    device = x.meta["val"].device
     with module.graph.inserting_before(out):
-        operands = [
-            buffer(module, f"{out.name}_{part}", c.to(device), x)
-            for part, c in zip(
-                ("numerator", "denominator"),
-                _coefficients(call.fitted, torch.float32),
-                strict=True,
-            )
-        ]
+        operands = held(module, call.fitted, out, x)
         new = module.graph.call_function(GROUP_RATIONAL.overload, (x, *operands))
     new.meta = {**out.meta, "val": x.meta["val"].new_empty(x.meta["val"].shape)}
     out.replace_all_uses_with(new)

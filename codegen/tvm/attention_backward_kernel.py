@@ -158,6 +158,9 @@ def build(spec: Spec) -> Any:
         rows = T.min(ROWS, x.queries - i0)
         copy.along(w.q, x.q, x.b, x.h, i0, rows, depth)
         copy.along(w.do, x.grad, x.b, x.h, i0, rows, depth_v)
+        in_blocks = (rows + tall - 1) // tall * tall
+        copy.zero(w.q, rows, in_blocks, wide_depth)
+        copy.zero(w.do, rows, in_blocks, wide_depth_v)
         if pairs:
             copy.down(w.q_down, w.zeros, x.q, x.b, x.h, i0, rows, spec.head_dim)
             copy.down(w.do_down, w.zeros, x.grad, x.b, x.h, i0, rows, spec.value_dim)
@@ -191,7 +194,7 @@ def build(spec: Spec) -> Any:
         count = T.min(KEYS, x.length - j0)
         copy.turned(w.kt, w.rows, x.k, x.b, x.hk, j0, count, depth)
         copy.turned(w.vt, w.rows, x.v, x.b, x.hk, j0, count, depth_v)
-        copy.zero(w.k, KEYS // per_word, columns)
+        copy.zero(w.k, 0, KEYS // per_word, columns)
         if pairs:
             copy.down(w.k, w.zeros, x.k, x.b, x.hk, j0, count, spec.head_dim)
         else:

@@ -58,7 +58,9 @@ class Copies(NamedTuple):
 
 
 def copies(spec: Spec) -> Copies:
-    """`count` rows of [b, h] from `first` on; rows beyond the last are left as they are."""
+    """`count` rows of [b, h] from `first` on; rows beyond the last are left as they are, to be
+    zeroed where products read them: numbers that lay there might be so small that each product with
+    one takes the processor a hundred cycles."""
     per_word = 2 if spec.pairs else 1
 
     def word(value: int) -> Any:
@@ -110,10 +112,10 @@ def copies(spec: Spec) -> Copies:
                 tile[c, count + r] = word(0)
 
     @T.inline
-    def zero(tile, rows, columns):
-        for r in T.serial(rows):
+    def zero(tile, first, rows, columns):
+        for r in T.serial(rows - first):
             for c in T.serial(columns // LANES):
-                tile[r, lanes(c * LANES)] = splat(word(0))
+                tile[first + r, lanes(c * LANES)] = splat(word(0))
 
     @T.inline
     def clear(tile, rows, columns):

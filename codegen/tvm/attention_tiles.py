@@ -2,7 +2,9 @@
 
     qt[s,d,p,l] = word d of query row 64 s + 16 p + l of the block        (turned: lanes are rows)
     kt[j,d]     = word d of key j of the tile
-    vt[j,d]     = v[j,d], or the word (v[2j,d], v[2j+1,d]); zeros beyond the last key
+    vt[j,d]     = v[j,d], or the word (v[2j,d], v[2j+1,d])
+                  both zeros beyond the last key: what lay there might be numbers so small that each
+                  product with one takes the processor a hundred cycles
     bias[j,p,l] = what the mask adds to the score of that row with key j, -inf where it excludes
 
 Row r of a key head is query r // G of its query head r % G. Rows beyond the last repeat it, and
@@ -98,8 +100,11 @@ def copies(spec: Spec) -> Copies:
 
     @T.inline
     def key(x, w, first, j, word, count):
-        address = T.address_of(x.k[x.b, x.h, first + j, word * per_word])
-        w.kt[j, lanes(word)] = load(spec, address, count)
+        if first + j < x.length:
+            address = T.address_of(x.k[x.b, x.h, first + j, word * per_word])
+            w.kt[j, lanes(word)] = load(spec, address, count)
+        else:
+            w.kt[j, lanes(word)] = splat(T.Cast(spec.word, 0))
 
     @T.inline
     def value_pair(x, w, first, j, column, count):
@@ -126,7 +131,7 @@ def copies(spec: Spec) -> Copies:
     @T.inline
     def keys(x, w, first, count):
         """`count` keys from `first` on, and their values."""
-        for j in T.serial(T.min(count, x.length - first)):
+        for j in T.serial(count):
             for c in T.unroll(depth // LANES):
                 key(x, w, first, j, c * LANES, LANES)
             if depth % LANES != 0:

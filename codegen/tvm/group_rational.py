@@ -11,6 +11,7 @@ reference.
 
 import functools
 import logging
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +31,18 @@ from ridgeline.ir.op import LIBRARY
 
 _LOG = logging.getLogger(__name__)
 
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 PARALLEL_ELEMENTS = 1 << 15
 """Elements of x from which a second thread earns its wake-up."""
+
+STREAMED_BYTES = 8 << 20
+"""Bytes of y or dx from which a later reader finds it in no cache of a core anyway."""
+
+_ISA = 9
+"""Where the fields of `group_rational_units.Spec` name the instruction set."""
 
 
 @functools.cache
@@ -58,7 +67,7 @@ def _prim_func(backward: bool, *fields: Any) -> Any:
 @functools.cache
 def kernel(backward: bool, *fields: Any) -> Callable[..., None]:
     """The compiled kernel for the fields of `group_rational_units.Spec`."""
-    return compile_kernel(_prim_func(backward, *fields), fields[-2])
+    return compile_kernel(_prim_func(backward, *fields), fields[_ISA])
 
 
 @functools.cache
@@ -122,6 +131,13 @@ def single(coefficients: Tensor) -> Tensor:
     return coefficients.float().contiguous()
 
 
+def _streamed(result: Tensor, fields: tuple[Any, ...]) -> bool:
+    """Is y or dx, contiguous, to go past the caches? Whole vectors in groups fill its rows."""
+    whole = result.dtype == torch.float32 and fields[0] % 16 == 0
+    aligned = result.data_ptr() % 64 == 0
+    return whole and aligned and result.nbytes >= STREAMED_BYTES and _X86
+
+
 def group_rational(
     x: Tensor, numerator: Tensor, denominator: Tensor, *, form: str = "abs_terms", sign0: int = 1
 ) -> Tensor:
@@ -131,7 +147,7 @@ def group_rational(
     if fields is None:
         return reference(x, numerator, denominator, form=form, sign0=sign0)
     y = x.new_empty(x.shape)
-    run = kernel(False, *fields[:7], 1, *fields[8:])
+    run = kernel(False, *fields[:7], 1, *fields[8:], _streamed(y, fields))
     run(_rows(x), single(numerator), single(denominator), y.view(-1, x.shape[-1]))
     return y
 
@@ -155,7 +171,8 @@ def group_rational_backward(
     dx = x.new_empty(x.shape)
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     partial = a.new_empty(-(-rows.shape[0] // chunk), sums)
-    kernel(True, *fields)(_rows(grad), rows, a, b, dx.view(rows.shape), da, db, partial)
+    run = kernel(True, *fields, _streamed(dx, fields))
+    run(_rows(grad), rows, a, b, dx.view(rows.shape), da, db, partial)
     db = db[:, : denominator.shape[1]]
     return dx, da.to(numerator.dtype), db.to(denominator.dtype)
 

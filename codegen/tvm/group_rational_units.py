@@ -14,6 +14,10 @@ from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
 CHAIN = 64
 """Additions that one lane of an accumulator takes before it is flushed."""
 
+AHEAD = 6144
+"""Bytes by which rows are fetched before they are read: what the processor fetches by itself ends
+with a page."""
+
 _KINDS = {"float32": ("float", 4), "bfloat16": ("bfloat", 2), "float16": ("half", 2)}
 
 
@@ -22,6 +26,8 @@ class Spec(NamedTuple):
 
     width: C / G. m, n: degrees, n >= 1. numerators, denominators: 1 or G. form, sign0: the law's.
     dtype: "float32", "bfloat16" or "float16". parallel: whether the work is spread over threads.
+    streamed: whether the fp32 result y or dx, every vector of which is aligned, goes to memory past
+    the caches, which then need not read it first; x86 alone.
     """
 
     width: int
@@ -35,6 +41,7 @@ class Spec(NamedTuple):
     dtype: str
     isa: str
     parallel: bool
+    streamed: bool = False
 
     @property
     def channels(self) -> int:
@@ -61,6 +68,11 @@ class Spec(NamedTuple):
         return divmod(self.channels, LANES) if self.mixed else (self.groups, 0)
 
     @property
+    def ahead(self) -> int:
+        """Rows by which operands are fetched before they are read."""
+        return -(-AHEAD // (self.channels * _KINDS[self.dtype][1]))
+
+    @property
     def chunk(self) -> int:
         """Rows of which one accumulator vector takes the sum."""
         return max(1, CHAIN // self.vectors)
@@ -73,6 +85,13 @@ def helpers(spec: Spec) -> str:
     ir += "define <16 x float> @rl_abs(<16 x float> %x) alwaysinline {\n"
     ir += "  %y = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)\n"
     ir += "  ret <16 x float> %y\n}\n"
+    if spec.streamed:
+        ir += "declare void @llvm.x86.sse.sfence()\n"
+        ir += "define i32 @rl_stream(ptr %a, <16 x float> %x) alwaysinline {\n"
+        ir += "  store <16 x float> %x, ptr %a, align 64, !nontemporal !{i32 1}\n"
+        ir += "  ret i32 0\n}\n"
+        ir += "define i32 @rl_streamed() alwaysinline {\n"
+        ir += "  call void @llvm.x86.sse.sfence()\n  ret i32 0\n}\n"
     for count in {LANES, spec.counts[1]} - {0}:
         order = ", ".join(f"i32 {min(i, count)}" for i in range(LANES))
         ir += f"define <16 x float> @rl_elements_{count}(ptr %a) alwaysinline {{\n"
@@ -92,6 +111,23 @@ def matrix(handle: Any, shape: tuple[Any, ...], dtype: str) -> Any:
 
 def load(tensor: Any, row: Any, column: Any, count: int) -> Any:
     return vector(f"rl_elements_{count}", T.address_of(tensor[row, column]))
+
+
+def fetch(spec: Spec, tensor: Any, row: Any, column: Any) -> Any:
+    """Brings nearer what a later row has there; an address beyond the last row does no harm."""
+    address = T.address_of(tensor[row + spec.ahead, column])
+    return T.call_extern("int32", "rl_prefetch", address)
+
+
+def stream(tensor: Any, row: Any, column: Any, result: Any) -> Any:
+    """Stores a register past the caches."""
+    address = T.address_of(tensor[row, column])
+    return T.call_extern("int32", "rl_stream", address, result[lanes(0)])
+
+
+def streamed() -> Any:
+    """Lets other threads see, from here on, what went past the caches."""
+    return T.call_extern("int32", "rl_streamed")
 
 
 def stored(spec: Spec, result: Any, count: int) -> Any:

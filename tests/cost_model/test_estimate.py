@@ -1,5 +1,6 @@
 """Scaling laws, order of alternatives, bounds, and no NaN."""
 
+import dataclasses
 import itertools
 import math
 
@@ -101,20 +102,33 @@ def test_one_pass_attention_beats_three(name, length):
     assert seconds(fused, target) < estimate(unfused, target).seconds
 
 
-def test_a_backward_of_short_rows_pays_for_whole_vectors_and_tiles(cpu):
-    def over_torch(length, **fields):
+def test_attention_of_short_rows_pays_for_whole_vectors_and_tiles(cpu):
+    def over_torch(length, dim=16, machine=cpu, **fields):
         """Time of torch's kernel over ours."""
         ours, theirs = (
             seconds(
-                Attention(64, 4, 4, length, length, 16, 16, library=library, **fields),
-                cpu,
+                Attention(64, 4, 4, length, length, dim, dim, library=library, **fields), machine
             )
             for library in ("ridgeline", "torch")
         )
         return theirs / ours
 
+    assert over_torch(17) < 1 < over_torch(16), "17 rows are worked on as 32"
+    assert over_torch(17, 64) < over_torch(32, 64) < 1 < over_torch(64, 64)
+    assert over_torch(24) > over_torch(17), "torch takes the last 8 keys one by one"
+    assert over_torch(512, 64, causal=True) > over_torch(512, 64) > 1
     assert over_torch(17, backward=True) < over_torch(64, backward=True) < 1
     assert over_torch(512, causal=True, backward=True) > 1.5
+    amx = dataclasses.replace(cpu, features=cpu.features | {"amx_bf16"})
+    assert over_torch(128, 64, amx, dtype=BF16) < 1 < over_torch(128, 64, dtype=BF16)
+
+
+def test_attention_of_few_rows_reads_its_keys_once_for_a_group(cpu):
+    ours = [
+        seconds(Attention(1, 8, heads, 1, 256, 64, 64, library="ridgeline"), cpu)
+        for heads in (2, 8)
+    ]
+    assert ours[0] < ours[1]
 
 
 @pytest.mark.parametrize("name", GPUS)

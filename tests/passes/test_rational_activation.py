@@ -10,6 +10,8 @@ import ridgeline
 from ridgeline.cost_model import estimate, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.group_rational import GROUP_RATIONAL
+from ridgeline.ir.linear_rational import LINEAR_RATIONAL
+from ridgeline.ir.norm_rational import LAYER_NORM_RATIONAL
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes import PASSES
 from ridgeline.passes.apply import apply
@@ -89,7 +91,8 @@ def test_a_cpu_gains_where_the_activation_is_costly_and_a_gpu_never(name, pays):
     before, after = (estimate(w, cpu).seconds for w in (candidate.before, candidate.after))
     assert (before > 1.5 * after) == pays
     on_gpu = proposed(Between(ACTIVATIONS[name][0]).eval(), torch.randn(64, 24), target="a100")
-    (candidate,) = on_gpu[1]
+    candidate, *pairs = on_gpu[1]
+    assert len(pairs) == 2, "with the layer before it, and with the one after it"
     before, after = (estimate(w, a100).seconds for w in (candidate.before, candidate.after))
     assert before <= after
 
@@ -120,6 +123,82 @@ def test_refusals(change, reason):
     assert candidates == []
     (refusal,) = refusals
     assert reason in refusal.reject.reason
+
+
+LINEAR = torch.ops.aten.linear.default
+
+
+@torch.no_grad()
+def test_with_the_layer_on_either_side_it_is_one_kernel():
+    model, x = Between(nn.SiLU()).eval(), 3 * torch.randn(64, 24)
+    module, candidates, refusals = proposed(model, x, target="a100")
+    assert refusals == []
+    alone, *pairs = candidates
+    assert {c.site.outs for c in pairs} == {
+        alone.site.outs,
+        (module.graph.output_node().args[0][0],),
+    }
+    for pair in pairs:
+        assert set(alone.site.nodes) < set(pair.site.nodes)
+        assert pair.error == alone.error
+        assert "in one kernel with" in pair.variant
+        rewritten = apply(module, [pair])
+        (call,) = rewritten.graph.find_nodes(op="call_function", target=LINEAR_RATIONAL.overload)
+        assert len(rewritten.graph.find_nodes(op="call_function", target=LINEAR)) == 1
+        assert call.kwargs["side"] == ("output" if pair.site.outs == alone.site.outs else "input")
+        got, alike = rewritten(x)[0], apply(module, [alone])(x)[0]
+        torch.testing.assert_close(got, alike, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_with_a_norm_before_it_it_is_one_kernel():
+    model = nn.Sequential(nn.LayerNorm(40), nn.GELU("tanh")).eval()
+    x = torch.randn(64, 40)
+    module, (alone, pair), refusals = proposed(model, x)
+    assert refusals == []
+    rewritten = apply(module, [pair])
+    assert rewritten.graph.find_nodes(op="call_function", target=LAYER_NORM_RATIONAL.overload)
+    torch.testing.assert_close(rewritten(x), apply(module, [alone])(x), rtol=1e-5, atol=1e-5)
+    cpu = dataclasses.replace(load_target("cpu"), refined={})
+    assert estimate(pair.before, cpu).seconds > estimate(alone.before, cpu).seconds
+
+
+@torch.no_grad()
+def test_why_it_is_a_kernel_of_its_own_is_told():
+    class Read(Between):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.first(x)
+            return self.last(self.act(hidden)), hidden
+
+    _, (alone, pair), _ = proposed(Read(nn.GELU()).eval(), torch.randn(64, 24), target="a100")
+    assert "'linear'" in alone.preconditions[-1]
+    assert "is also read by" in alone.preconditions[-1]
+    assert pair.site.outs != alone.site.outs
+    _, (alone,), _ = proposed(Between(nn.GELU()).eval(), torch.randn(64, 24))
+    assert all("no CPU kernel" in reason for reason in alone.preconditions[2:])
+    assert len(alone.preconditions) == 4
+
+
+def test_the_pair_is_chosen_with_all_else_and_the_model_stays_within_its_tolerance():
+    """On an A100 the activation alone gains nothing, and the wide layer before it is the
+    library's; the narrow one after it takes the function into its kernel."""
+    model = Between(nn.GELU())
+    model.first, model.last = nn.Linear(64, 4096), nn.Linear(4096, 64)
+    model, x = model.eval(), torch.randn(2048, 64)
+    with torch.no_grad():
+        fast = ridgeline.optimize(
+            model,
+            (x,),
+            target="a100",
+            tolerance=0.05,
+            passes=(*PASSES, RATIONAL_ACTIVATION),
+            lowering="eager",
+        )
+        error = (fast(x) - model(x)).norm() / model(x).norm()
+    (line,) = [d for d in fast.plan.applied if d.rewrite == "rational_activation"]
+    assert line.at == "last:linear_1"
+    assert 0 < error <= 0.05
+    assert not [d for d in fast.plan.refused if d.rewrite == "rational_activation"]
 
 
 def test_it_is_never_applied_unasked_and_its_reason_is_told():

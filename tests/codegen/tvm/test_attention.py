@@ -1,5 +1,8 @@
 """The CPU kernels of attention against the law in float64."""
 
+import ctypes
+import platform
+
 import pytest
 import torch
 
@@ -292,3 +295,31 @@ def test_source_is_the_kernel(isa, role):
     )
     with pytest.raises(UnsupportedProblem, match="multiples of 8"):
         cpu.source(12, dtype=torch.float32)
+
+
+def denormals_met(call) -> bool:
+    """Did the processor meet denormal numbers in fp32 vectors meanwhile, on this thread?"""
+    maths = ctypes.CDLL("libm.so.6")
+    state = (ctypes.c_uint32 * 8)()  # fenv_t of x86-64: MXCSR is its last word, bit 1 the flag
+    maths.fesetenv(ctypes.c_void_p(-1))
+    call()
+    maths.fegetenv(state)
+    return bool(state[7] & 2)
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine(), platform.libc_ver()[0]) != ("Linux", "x86_64", "glibc"),
+    reason="the flag is read where glibc keeps it on x86-64",
+)
+@pytest.mark.parametrize("length", [17, 33])
+def test_keys_beyond_the_last_are_no_leftovers_of_another_call(length):
+    """Each product with a denormal number takes a hundred cycles."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tiny = [torch.full((1, 2, length + 7, 16), 1e-40)] * 3
+        usual = operands(1, 2, 2, length, length)
+        assert denormals_met(lambda: attention(*tiny, scale=0.25))
+        assert not denormals_met(lambda: attention(*usual, scale=0.25))
+    finally:
+        torch.set_num_threads(threads)

@@ -111,6 +111,33 @@ def test_sums_do_not_depend_on_threads():
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_goes_past_the_caches_is_the_same_bit_for_bit(threads, monkeypatch):
+    grad, x, a, b = operands((1031, 64), (2, 2), 5, 4, torch.float32, "abs_terms")
+
+    def computed() -> list[Tensor]:
+        return [
+            kernels.group_rational(x, a, b),
+            *kernels.group_rational_backward(grad, x, a, b),
+        ]
+
+    usual = computed()
+    specified = []
+    kernel = kernels.kernel
+    monkeypatch.setattr(kernels, "kernel", lambda *spec: specified.append(spec) or kernel(*spec))
+    monkeypatch.setattr(kernels, "STREAMED_BYTES", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        past = computed()
+        narrow = operands((50, 24), (1, 1), 5, 4, torch.float32, "abs_terms")
+        check(*narrow)
+    finally:
+        torch.set_num_threads(before)
+    assert [spec[-1] for spec in specified] == [kernels._X86] * 2 + [False] * 2
+    assert all(torch.equal(*pair) for pair in zip(past, usual, strict=True))
+
+
 def test_sums_are_more_accurate_than_eager_ones():
     own, eager = torch.zeros(2), torch.zeros(2)
     for _ in range(4):
