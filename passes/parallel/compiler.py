@@ -11,19 +11,22 @@ be used. The slowest rank's median counts, on every rank alike. For GPUs that ar
 model answers (`predicted`).
 """
 
+import contextlib
 import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
 
+from ridgeline.codegen.inductor_inputs import InputMismatch
 from ridgeline.cost_model import Stack, Target
 from ridgeline.cost_model.transport import Transport, transport_of
+from ridgeline.ir.call import Call
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import SHARDED, Program
@@ -34,12 +37,13 @@ from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.decide import Choice
 from ridgeline.passes.observe import outputs_of, rehearsal
 from ridgeline.passes.parallel import token_weave
-from ridgeline.passes.parallel.agree import LeftAsItIs, RankMismatch, Ranks
+from ridgeline.passes.parallel.agree import LeftAsItIs, RankLost, RankMismatch, Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
 from ridgeline.passes.parallel.apart import apart
 from ridgeline.passes.parallel.collectives import collectives, normal_form
 from ridgeline.passes.parallel.expected import expected_seconds
 from ridgeline.passes.parallel.in_turn import in_turn
+from ridgeline.passes.parallel.meeting import Meeting
 from ridgeline.passes.parallel.parts import Parts
 from ridgeline.passes.parallel.predicted import predicted
 from ridgeline.passes.parallel.rewrite import (
@@ -112,15 +116,28 @@ class ParallelCompiler(Compiler):
         super().__init__(target, **options)
         self.ranks, self.splits, self.fuse, self.weave = ranks, splits, fuse, weave
         self.stack = stack
+        self.meeting = Meeting(ranks)
         self.cut: token_weave.Cut | None = None
         self._links: Transport | None = None
         self.timed: list[Timed] = []
         self.strict = strict
         self._before: fx.GraphModule | None = None
 
-    def __call__(self, program: Program) -> Callable[..., Any]:
+    def deciding(self) -> contextlib.AbstractContextManager[None]:
+        return self.meeting.deciding()
+
+    def meet(self, what: str, call: Call) -> None:
+        self.meeting.meet(what, call)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
         with self.ranks.together():
-            chosen, run = self.ranks.guarded(self._chosen)(program)
+            yield
+            self.ranks.agree("a compiled graph", {})
+
+    def __call__(self, program: Program) -> Callable[..., Any]:
+        """What raises must be made known to the other ranks, by who calls this (`compiling`)."""
+        chosen, run = self.ranks.guarded(self._chosen)(program)
         for name in ("applied", "refused", "kernels"):
             known = getattr(self.plan, name)
             known += [entry for entry in getattr(chosen.plan, name) if entry not in known]
@@ -129,7 +146,21 @@ class ParallelCompiler(Compiler):
         for name in ("predicted", "measured", "seconds"):
             getattr(self.plan, name).update(getattr(chosen.plan, name))
         self._labels[id(program)] = chosen.label
-        return self.ranks.guarded(run)
+        return self._told(self.ranks.guarded(run))
+
+    def _told(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`; where it fails, the others hear why when they are told, or time out."""
+
+        def told(*flat: Any) -> Any:
+            try:
+                return run(*flat)
+            except (RankLost, InputMismatch):  # inputs do not fit on any rank: all capture anew
+                raise
+            except Exception as error:
+                self.ranks.say_failed(error)
+                raise
+
+        return told
 
     def _chosen(self, program: Program) -> tuple[Form, Callable[..., Any]]:
         return self._woven_or_not(self._sharded_or_not(program), program)
@@ -248,7 +279,7 @@ class ParallelCompiler(Compiler):
         if self.target.kind != "cpu" or "measured" not in (self.fuse, self.weave):
             return None
         if self._links is None and dist.get_backend(self.ranks.group) == "gloo":
-            self._links = transport_of(self.ranks.group)
+            self._links = self.ranks.beside(lambda: transport_of(self.ranks.group))
             self.plan.note(f"gloo between {self._links}")
         return self._links
 
@@ -268,15 +299,19 @@ class ParallelCompiler(Compiler):
         """Is `other` quicker than `now`, run by turns on the example inputs? With the seconds of
         both, medians of the slowest rank."""
         taken: list[list[float]] = [[], []]
-        for _ in range(ROUNDS + 1):
-            for run, times in zip((now, other), taken, strict=True):
-                with rehearsal(program) as inputs, self.ranks.running():
-                    self.ranks.barrier()
-                    start = time.perf_counter()
-                    outputs = run(*inputs)
-                    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in outputs):
-                        torch.cuda.synchronize()
-                    times.append(time.perf_counter() - start)
+
+        def by_turns() -> None:
+            for _ in range(ROUNDS + 1):
+                for run, times in zip((now, other), taken, strict=True):
+                    with rehearsal(program) as inputs:
+                        self.ranks.barrier()
+                        start = time.perf_counter()
+                        outputs = run(*inputs)
+                        if any(isinstance(x, torch.Tensor) and x.is_cuda for x in outputs):
+                            torch.cuda.synchronize()
+                        times.append(time.perf_counter() - start)
+
+        self.ranks.beside(by_turns)
         medians = [statistics.median(times[1:]) for times in taken]
         quickest = [min(times[1:]) for times in taken]
         before, after, first, second = self.ranks.largest([*medians, *quickest])
@@ -330,9 +365,11 @@ class ParallelCompiler(Compiler):
         with program.spent("fold weights"):
             origin = {c.rewrite.prepare(c, setting): c for c in sound}
         assert self._before is not None
-        with program.spent("measure"), self.ranks.running():
-            expected = outputs_of(self._before, program)
-            error = relative_error(outputs_of(apply(module, list(origin)), program), expected)
+        before, rewritten = self._before, apply(module, list(origin))
+        with program.spent("measure"):
+            error = self.ranks.beside(
+                lambda: relative_error(outputs_of(rewritten, program), outputs_of(before, program))
+            )
         (error,) = self.ranks.largest([error])
         self._before = None
         if not error <= (limit := rounding_limit(module)):  # NaN is no small error

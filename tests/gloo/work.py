@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def other_version(odd: int) -> None:
     ridgeline.parallelize(build("llama"), **PLAIN)
 
 
-def other_graph(odd: int) -> None:
+def other_batch(odd: int) -> None:
     """Rank `odd` is called with one sequence, the others with two."""
     part = ridgeline.parallelize(build("llama"), **PLAIN)
     with torch.no_grad():
@@ -155,8 +156,14 @@ def fails_when_run(odd: int) -> None:
 
     if dist.get_rank() == odd:
         compiler._form = lambda *a, **k: dataclasses.replace(form(*a, **k), run=broken)
+    store = dist.distributed_c10d._get_default_store()
     with torch.no_grad():
-        part(x, use_cache=False)
+        try:
+            part(x, use_cache=False)
+        finally:
+            if dist.get_rank() == odd:
+                store.wait(["told"], timedelta(seconds=60))
+            store.set("told", b"")
 
 
 def ends_before(odd: int) -> None:
