@@ -51,7 +51,7 @@ OUT_OF_STEP = {
     "after it": "right",
     "another length": "shapes of inputs differs (rank 0: int64[2, 7], rank 1: int64[2, 8])",
     "other ids": "integers in inputs differs (rank 0: ",
-    "another kind of call": "what is run differs (rank 0: graph 0, rank 1: a capture of graph 1,",
+    "another kind of call": "what is run differs (rank 0: graph 0, rank 1: a capture of graph 1)",
     "captures again, and fails": "what is run differs (rank 0: graph 0, rank 1: a capture of",
     "an argument of no use": "CaptureError: an argument is a object",
     "at last": "right",
