@@ -67,5 +67,9 @@ def out_of_step() -> dict[str, str]:
         rows = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1))
         whole = mine(rows)
         attempt("other activations", lambda: mine(rows + odd), whole)
+        mine.train()
+        with torch.enable_grad():
+            attempt("gradients", lambda: mine(rows), whole)
+        mine.eval()
         attempt("the same", lambda: mine(rows * (1 + 1e-6 * odd)), whole)
     return said
