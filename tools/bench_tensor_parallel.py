@@ -127,7 +127,8 @@ def measure(
     Raises RuntimeError where a rank fails, whose own error it has printed.
     """
     args = (shapes, dtypes, lowering, rounds, target)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once, not once a rank
+    context.set_forkserver_preload(["ridgeline.passes.parallel", "torch._inductor"])
     answer = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
