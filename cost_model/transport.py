@@ -92,6 +92,7 @@ def measure(group: dist.ProcessGroup) -> tuple[Transport, float]:
         (small, _), (large, _) = timed
         spread = max(spread, *(median / quickest for median, quickest in timed))
         # Noise may make a large message the quicker one; a speed stays a positive number.
+        small = min(small, large)
         per_byte[kind] = max(large - small, 0.01 * large) / (SIZES[1] - SIZES[0])
         latency[kind] = max(small - SIZES[0] * per_byte[kind], 0.0)
     return Transport(world, latency, per_byte), spread
