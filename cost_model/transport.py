@@ -2,11 +2,15 @@
 
     t(kind, bytes) = latency + bytes / speed          a line through a small and a large message
 
-Each of `KINDS` is timed at `SIZES`, all ranks at once: the quickest of some runs, of the slowest
-rank. bytes: of the whole value, all tokens of it, whatever a rank holds. Kept beside the probe of
-the CPU, by CPU model, torch version, number of ranks, their threads and backend, where most runs
-agree; what rank 0 has counts. Law: the alpha-beta model (Thakur et al., "Optimization of Collective
-Communication Operations in MPICH", 2005) with both constants of this machine.
+Each of `KINDS` is timed at `SIZES` as a graph sends: every rank has just computed the message, in
+memory of its own that it has read `BETWEEN` bytes beside, and nobody waits for the others before.
+So ranks come late to each other, as they do between layers, and caches and cores are shared with
+what computes; a probe that sends one warm buffer in a row gives a third to a half of that. The
+median run of the slowest rank counts, as it does where forms are compared. bytes: of the whole
+value, all tokens of it, whatever a rank holds. Kept beside the probe of the CPU, by CPU model,
+torch version, number of ranks, their threads and backend, where most runs agree; what rank 0 has
+counts. Law: the alpha-beta model (Thakur et al., "Optimization of Collective Communication
+Operations in MPICH", 2005) with both constants of this machine.
 """
 
 import hashlib
@@ -19,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ridgeline.cost_model.probe import cpu_model, store
 from ridgeline.ir.cache_dir import cache_dir
@@ -30,7 +35,9 @@ ROUNDS = (12, 6)
 KINDS = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
 STEADY = 2.0
 """Medians of more than this many times the quickest run are other work's, and are not stored."""
-_METHOD = "quickest run of the slowest rank"
+BETWEEN = 2**22
+"""Bytes read and written between two messages: those of a layer, beyond the caches of a core."""
+_METHOD = "median of the slowest rank, between computation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,46 +86,50 @@ def measure(group: dist.ProcessGroup) -> tuple[Transport, float]:
     world, latency, per_byte, spread = dist.get_world_size(group), {}, {}, 1.0
     for kind in KINDS:
         timed = [
-            _timed(_call(kind, size // (4 * world) * world, group), rounds, group)
+            _timed(*_call(kind, size // (4 * world) * world, group), rounds, group)
             for size, rounds in zip(SIZES, ROUNDS, strict=True)
         ]
         (small, _), (large, _) = timed
-        spread = max(spread, *(median / quickest for quickest, median in timed))
+        spread = max(spread, *(median / quickest for median, quickest in timed))
         # Noise may make a large message the quicker one; a speed stays a positive number.
+        small = min(small, large)
         per_byte[kind] = max(large - small, 0.01 * large) / (SIZES[1] - SIZES[0])
         latency[kind] = max(small - SIZES[0] * per_byte[kind], 0.0)
     return Transport(world, latency, per_byte), spread
 
 
-def _call(kind: str, count: int, group: dist.ProcessGroup) -> Callable[[], object]:
-    """The collective on `count` fp32 numbers, as graphs send it."""
+Call = Callable[[Tensor], Tensor]
+
+
+def _call(kind: str, count: int, group: dist.ProcessGroup) -> tuple[Call, Tensor]:
+    """The collective as graphs send it, and a message of `count` fp32 numbers, or a rank's part."""
     world, name = dist.get_world_size(group), group.group_name
-    whole, part = torch.ones(count), torch.ones(count // world)
     shares = [count // world] * world
-    sends: dict[str, Callable[[], torch.Tensor]] = {
-        "all_reduce": lambda: functional.all_reduce(whole, "sum", name),
-        "all_to_all_single": lambda: functional.all_to_all_single(whole, shares, shares, name),
-        "all_gather_into_tensor": lambda: functional.all_gather_into_tensor(part, world, name),
-        "reduce_scatter_tensor": lambda: functional.reduce_scatter_tensor(
-            whole, "sum", world, name
-        ),
+    sends: dict[str, Call] = {
+        "all_reduce": lambda x: functional.all_reduce(x, "sum", name),
+        "all_to_all_single": lambda x: functional.all_to_all_single(x, shares, shares, name),
+        "all_gather_into_tensor": lambda x: functional.all_gather_into_tensor(x, world, name),
+        "reduce_scatter_tensor": lambda x: functional.reduce_scatter_tensor(x, "sum", world, name),
     }
-    return lambda: functional.wait_tensor(sends[kind]())
+    message = torch.ones(count // world if kind == "all_gather_into_tensor" else count)
+    return lambda x: functional.wait_tensor(sends[kind](x)), message
 
 
 def _timed(
-    call: Callable[[], object], rounds: int, group: dist.ProcessGroup
+    call: Call, message: Tensor, rounds: int, group: dist.ProcessGroup
 ) -> tuple[float, float]:
-    """The slowest rank's quickest run, and its median, in seconds."""
-    times = []
+    """The slowest rank's median, and its quickest run, in seconds."""
+    times, beside = [], torch.ones(BETWEEN // 4)
     for _ in range(rounds + 1):
+        beside.mul_(1.0)
+        fresh = message * 1.0
         start = time.perf_counter()
-        call()
+        call(fresh)
         times.append(time.perf_counter() - start)
-    found = torch.tensor([min(times[1:]), statistics.median(times[1:])], dtype=torch.float64)
+    found = torch.tensor([statistics.median(times[1:]), min(times[1:])], dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    quickest, median = found.tolist()
-    return quickest, median
+    median, quickest = found.tolist()
+    return median, quickest
 
 
 def _read(path: Path) -> Transport | None:

@@ -17,6 +17,8 @@ from contextvars import ContextVar
 
 import sympy
 import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.symbolic import size_expression
@@ -64,6 +66,25 @@ def number(size: int | torch.SymInt) -> int:
 def numbers(sizes: Iterable[int | torch.SymInt]) -> tuple[int, ...]:
     """Sizes, or strides, as integers."""
     return tuple(map(number, sizes))
+
+
+def captured_sizes(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """Every free symbol of the sizes and strides in a graph -> its value when it was captured.
+
+    A symbol may be no input's size by itself: of a length that is split over ranks there is
+    (s + 1) // 2, and the compiler of another graph may hand over sizes as integers of their own.
+    """
+    found: dict[sympy.Symbol, int] = {}
+    for node in graph.nodes:
+        for value in tree_leaves(node.meta.get("val")):
+            sizes = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    for symbol in size.node.expr.free_symbols - found.keys():
+                        alone = size.node.shape_env.create_symintnode(symbol, hint=None).node.hint
+                        if alone is not None:  # what only the data says has no value
+                            found[symbol] = int(alone)
+    return found
 
 
 @contextmanager

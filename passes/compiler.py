@@ -19,6 +19,7 @@ from ridgeline.passes.already_quantized import already_quantized
 from ridgeline.passes.apply import apply, copy_graph
 from ridgeline.passes.base import Candidate, Pass, Setting, location
 from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
+from ridgeline.passes.compile_program import CompileProgram
 from ridgeline.passes.decide import Choice, Objective, choose, decision, refusal_decision
 from ridgeline.passes.fold import fold_stacks
 from ridgeline.passes.ignore import check_patterns, ignored
@@ -50,7 +51,7 @@ def graph_figures(module: fx.GraphModule, target: Target) -> dict[str, Any]:
     return {**asdict(cost), "held_bytes": held}
 
 
-class Compiler:
+class Compiler(CompileProgram):
     """Turns captured programs into callables for one target, and keeps the plan."""
 
     def __init__(

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ridgeline.ir.caches import CacheError
 from ridgeline.ir.call import Call, flatten
 from ridgeline.ir.capture import Captured, CaptureError, OverlapError, capture
 from ridgeline.ir.errors import RidgelineError
-from ridgeline.ir.program import Program
+from ridgeline.passes.compile_program import CompileProgram
 from ridgeline.passes.copy_model import copy_model, rebound
 from ridgeline.passes.inference_only import marked
 from ridgeline.passes.watched import RUN_HOOKS, Watched
@@ -35,26 +35,6 @@ log = logging.getLogger(__name__)
 _MODE = operator.attrgetter("training")
 _CAPTURING = threading.RLock()
 """Neither torch.export nor Inductor works in two threads at once."""
-
-
-class CompileProgram(Protocol):
-    """Program -> a function on its flat inputs; knows which weights its code has folded."""
-
-    plan: Any
-
-    def __call__(self, program: Program, /) -> Callable[..., Any]: ...
-
-    def stale(self) -> bool:
-        """Has a folded weight been changed since?"""
-        ...
-
-    def forget(self) -> None:
-        """Start anew: folded weights and decisions are dropped."""
-        ...
-
-    def release(self, program: Program) -> None:
-        """The code made of this program is given up."""
-        ...
 
 
 class CompileError(RidgelineError, RuntimeError):
@@ -129,8 +109,9 @@ class OptimizedModule(nn.Module):
         """Capture and compile the graph of such a call now, without running it for its result."""
         key = None
         try:
-            call = flatten(args, kwargs)
-            key = self._key(call)
+            with self._ridgeline.compile_program.deciding():
+                call = flatten(args, kwargs)
+                key = self._key(call)
             with self._ridgeline.lock:
                 if next(self._accepting(key, call), None) is None:
                     self._compile(key, call, args, kwargs)
@@ -173,13 +154,17 @@ class OptimizedModule(nn.Module):
     def _run_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call's result from a compiled graph. Raises _Refused where there can be none."""
         state = self._ridgeline
+        deciding, meet = state.compile_program.deciding, state.compile_program.meet
         key = None
         try:
-            call = flatten(args, kwargs)
-            key = self._key(call)
+            with deciding():
+                call = flatten(args, kwargs)
+                key = self._key(call)
             tried = []
-            for captured, run in self._accepting(key, call):
-                captured.refuse_overlap(call)
+            for number, captured, run in self._accepting(key, call):
+                with deciding():
+                    captured.refuse_overlap(call)
+                meet(f"graph {number}", call)
                 try:
                     outputs = run(*call.flat)
                 except InputMismatch:  # the sizes fit, but strides differ from the captured ones
@@ -191,9 +176,12 @@ class OptimizedModule(nn.Module):
                 if key in state.refused or kind in state.refused:
                     raise _Refused
                 # another thread may have compiled it by now
-                others = (pair for pair in self._accepting(key, call) if pair[1] not in tried)
-                captured, run = next(others, None) or self._compile(key, call, args, kwargs)
-            captured.refuse_overlap(call)
+                others = (graph for graph in self._accepting(key, call) if graph[2] not in tried)
+                graph = next(others, None) or self._compile(key, call, args, kwargs)
+            number, captured, run = graph
+            with deciding():
+                captured.refuse_overlap(call)
+            meet(f"graph {number}", call)
             outputs = run(*call.flat)
         except (CaptureError, CacheError, CompileError) as error:
             if state.strict:
@@ -221,33 +209,25 @@ class OptimizedModule(nn.Module):
         modes = tuple(map(_MODE, self._ridgeline.modules))
         return (call.trains(self), autocast.active(), modes, call.key)
 
-    def _accepting(self, key: Any, call: Call) -> Iterator[tuple[Captured, Callable[..., Any]]]:
-        """The graphs that take the sizes of `call`, the one used last first."""
+    def _accepting(
+        self, key: Any, call: Call
+    ) -> Iterator[tuple[int, Captured, Callable[..., Any]]]:
+        """The graphs that take the sizes of `call`, numbered, the one used last first."""
         graphs = self._ridgeline.graphs
         for number, (known, captured, run) in reversed(list(graphs.items())):
             if known == key and captured.guards.accept(call.flat):
                 if number in graphs:  # another thread may have given it up
                     graphs.move_to_end(number)
-                yield captured, run
+                yield number, captured, run
 
     def _compile(
         self, key: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Captured, Callable[..., Any]]:
+    ) -> tuple[int, Captured, Callable[..., Any]]:
         state = self._ridgeline
-        _refuse_hooks(state.modules[1:])
-        with _CAPTURING:
-            captured = capture(self._original(), args, kwargs)
-        try:
-            with _CAPTURING, autocast.disabled():
-                run = state.compile_program(captured.program)
-        except RidgelineError:
-            raise
-        except Exception as error:
-            log.exception("a defect of ridgeline, please report it")
-            raise CompileError(
-                f"compiling failed ({type(error).__name__}: {error}), which is a defect of"
-                " ridgeline; please report it"
-            ) from error
+        number = state.captures
+        state.compile_program.meet(f"a capture of graph {number}", call)
+        with state.compile_program.compiling():
+            captured, run = self._compiled(args, kwargs)
         if autocast.active():  # the graph casts by itself
             run = autocast.without(run)
         if len(state.graphs) >= state.max_graphs:
@@ -259,9 +239,28 @@ class OptimizedModule(nn.Module):
                 state.max_graphs,
                 oldest.program.phase,
             )
-        state.graphs[state.captures] = (key, captured, run)
+        state.graphs[number] = (key, captured, run)
         state.captures += 1
-        return captured, run
+        return number, captured, run
+
+    def _compiled(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Captured, Callable[..., Any]]:
+        state = self._ridgeline
+        _refuse_hooks(state.modules[1:])
+        with _CAPTURING:
+            captured = capture(self._original(), args, kwargs)
+        try:
+            with _CAPTURING, autocast.disabled():
+                return captured, state.compile_program(captured.program)
+        except RidgelineError:
+            raise
+        except Exception as error:
+            log.exception("a defect of ridgeline, please report it")
+            raise CompileError(
+                f"compiling failed ({type(error).__name__}: {error}), which is a defect of"
+                " ridgeline; please report it"
+            ) from error
 
     def _refuse(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, error: Exception

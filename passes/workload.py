@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import sympy
-import torch
 from torch import Tensor, fx
 
 from ridgeline.ir.aliases import writes
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Phase, Program
-from ridgeline.ir.sizes import number, numbers
+from ridgeline.ir.sizes import captured_sizes, number, numbers
 from ridgeline.ir.symbolic import shape_of
 
 PHASES = ("prefill", "decode", "forward")
@@ -95,12 +94,7 @@ class Sizes:
 def sizes_of(program: Program, batch: int | None, context: int | None) -> Sizes:
     """The sizes at which the program is to be chosen; None: as captured."""
     tensors = [n for n in program.module.graph.find_nodes(op="placeholder") if _is_tensor(n)]
-    values = {
-        size.node.expr: number(size)
-        for node in tensors
-        for size in node.meta["val"].shape
-        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
-    }
+    values = captured_sizes(program.module.graph)
     said: list[str] = []
     found = []
     for name, asked, at in (

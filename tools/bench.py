@@ -13,6 +13,7 @@ from ridgeline.tools import (
     bench_lookup,
     bench_norm,
     bench_pointwise,
+    bench_tensor_parallel,
 )
 from ridgeline.tools.timing import dram_read_bandwidth
 
@@ -132,6 +133,14 @@ def shift_add_decode(rounds: int, console: Console) -> None:
     from ridgeline.tools import bench_shift_add_decode
 
     bench_shift_add_decode.run(rounds, console)
+
+
+def tensor_parallel(rounds: int, console: Console) -> None:
+    """Residual adds and norms of a split model, on 2 and 4 gloo ranks that this starts."""
+    for world in bench_tensor_parallel.WORLDS:
+        rows = bench_tensor_parallel.measure(world, rounds=rounds)
+        console.print(bench_tensor_parallel.table(world, rows))
+        console.print(Text(bench_tensor_parallel.verdict(rows)))
 
 
 def print_rates(rates, what: str, console: Console) -> None:

@@ -1,12 +1,13 @@
 """Residual adds and norms between tensor-parallel layers: on a shard of the tokens, or on all.
 
-    python -m ridgeline.tools.bench_tensor_parallel --ranks 2 --ranks 4
+    ridgeline bench tensor-parallel
 
 A chain of `SITES` sums over the ranks, each added to the residual and normalised, runs on gloo
 ranks of this machine: as it is (all_reduce, then everything on every rank) and as
 `allreduce_rms_norm` writes it, both compiled the same way, in turn. A time is the slowest rank's
 median; the third column is `fuse="measured"`, which runs both when it compiles and takes one. The
-last two are what the cost model predicts with gloo's latency and speed here, measured first.
+last three are what the cost model predicts with gloo's latency and speed here, measured first, and
+what it would have taken.
 """
 
 import multiprocessing
@@ -16,23 +17,23 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from ridgeline.passes.parallel import parallelize
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.layers import all_reduce
+from ridgeline.passes.parallel.timed import WIN
 
 SITES = 4
 SHAPES = ((16, 576), (256, 576), (2048, 576), (256, 4096), (2048, 4096))
 DTYPES = ("float32", "bfloat16")
 FORMS = ("never", "always", "measured")
+WORLDS = (2, 4)
 
 
 class Chain(nn.Module):
@@ -113,9 +114,21 @@ def _rank(rank: int, world: int, store: str, answer: Any, *args: Any) -> None:
     dist.destroy_process_group()
 
 
-def measure(world: int, *args: Any) -> list[dict[str, Any]]:
-    """`rows_of` on `world` new processes."""
-    context = multiprocessing.get_context("spawn")
+def measure(
+    world: int,
+    shapes: Any = SHAPES,
+    dtypes: Any = DTYPES,
+    lowering: str = "inductor",
+    rounds: int = 11,
+    target: str = "native",
+) -> list[dict[str, Any]]:
+    """`rows_of` on `world` new processes.
+
+    Raises RuntimeError where a rank fails, whose own error it has printed.
+    """
+    args = (shapes, dtypes, lowering, rounds, target)
+    context = multiprocessing.get_context("forkserver")  # imports once, not once a rank
+    context.set_forkserver_preload(["ridgeline.passes.parallel", "torch._inductor"])
     answer = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
@@ -143,7 +156,7 @@ def table(world: int, rows: list[dict[str, Any]]) -> Table:
     )
     for heading in (
         *("tokens, size", "dtype", "on all", "on a shard", "measured", "ratio", "taken"),
-        *("on all, predicted", "on a shard, predicted"),
+        *("on all, predicted", "on a shard, predicted", "would take"),
     ):
         result.add_column(heading, justify="right")
     for row in rows:
@@ -151,21 +164,32 @@ def table(world: int, rows: list[dict[str, Any]]) -> Table:
         figures = [f"{seconds * 1e6:,.0f}" for seconds in row["seconds"]]
         tokens, size = row["shape"]
         taken = "shard" if row["shard"] else "all"
-        predicted = [f"{seconds * 1e6:,.0f}" for seconds in row["predicted"]] or ["-", "-"]
+        predicted = [f"{s * 1e6:,.0f}" for s in row["predicted"]] or ["-", "-"]
+        would = _by_prediction(row) or "-"
         ratio = f"{whole / chosen:.2f}x"
-        result.add_row(f"{tokens}, {size}", row["dtype"], *figures, ratio, taken, *predicted)
+        result.add_row(f"{tokens}, {size}", row["dtype"], *figures, ratio, taken, *predicted, would)
     return result
 
 
-def main(
-    ranks: Annotated[list[int] | None, typer.Option(help="how many; may be given again")] = None,
-    rounds: Annotated[int, typer.Option(help="timed rounds of both forms")] = 15,
-    lowering: Annotated[str, typer.Option(help="inductor or eager, for both forms")] = "inductor",
-) -> None:
-    """Time the residual adds and norms of a tensor-parallel model on gloo ranks of this machine."""
-    for world in ranks or [2, 4]:
-        Console().print(table(world, measure(world, SHAPES, DTYPES, lowering, rounds)))
+def _by_prediction(row: dict[str, Any]) -> str:
+    """What would be taken by the predicted times; "" where there are none."""
+    if not row["predicted"]:
+        return ""
+    whole, shard = row["predicted"]
+    return "shard" if shard < WIN * whole else "all"
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """How often prediction and measurement take the same, how far off predicted times are, and the
+    worst that the measured choice did."""
+    same = sum(_by_prediction(row) == ("shard" if row["shard"] else "all") for row in rows)
+    ratios = [row["seconds"][0] / p for row in rows for p in row["predicted"][:1]]
+    worst = max(row["seconds"][2] / row["seconds"][0] for row in rows)
+    told = f"the measured choice took {worst:.2f} times as long as norms on all tokens at worst"
+    if not ratios:
+        return told
+    return (
+        f"{told}; prediction takes the same at {same} of {len(rows)} sizes, and norms on all took"
+        f" {min(ratios):.1f} to {max(ratios):.1f} times as long as predicted, in the median"
+        f" {statistics.median(ratios):.1f}"
+    )

@@ -49,6 +49,7 @@ class Bench(StrEnum):
     predict = "predict"
     shift_add = "shift-add"
     shift_add_decode = "shift-add-decode"
+    tensor_parallel = "tensor-parallel"
 
 
 Model = Annotated[str, typer.Argument(help="file.py:function, program.pt2, or smollm2")]

@@ -7,14 +7,17 @@ device, and it tells which ranks have said nothing.
 """
 
 import contextlib
+import contextvars
 import json
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +27,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.match import Reject
 
-_POLL = 0.005
-"""Seconds between two looks into the store."""
+T = TypeVar("T")
+
+_POLL, _LISTEN = 0.005, 0.05
+"""Seconds between two looks into the store: where an answer is due, and where none may come."""
 _BROKEN = ("closed by peer", "timed out", "timeout", "connection re", "gloo", "nccl", "socket")
 """What transports say of a rank that is gone; gloo raises plain RuntimeErrors."""
 _TURNS: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
@@ -120,7 +125,7 @@ class Ranks:
             raise RankMismatch(
                 f"the {self.world} ranks expected to agree on {mine['subject']}, and found:"
                 f" {'; '.join(lines)}. Run one version of the code, one model and one target on"
-                " all ranks, and call it in the same order"
+                " all ranks, and call it in the same order with the same inputs"
             )
 
     def largest(self, values: Sequence[float]) -> list[float]:
@@ -145,20 +150,34 @@ class Ranks:
         except (RankMismatch, RankLost, LeftAsItIs):
             raise  # the others know, or are gone
         except Exception as error:
-            self._say_failed(error)
+            self.say_failed(error)
             raise
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """What raises inside, where the others may be waiting in a collective for this rank, is
-        made known to them at once: the group is of no use any more, and is given up."""
-        try:
-            yield
-        except Exception as error:
-            if not _is_broken(error):
-                self._say_failed(error)
-                self.group.abort()
-            raise
+    def beside(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which sends, done in a thread while this one listens to the others.
+
+        Nothing wakes a thread that waits in a collective of gloo for a rank that has failed: it is
+        left behind, the group is of no use any more, and this raises RankLost at once.
+        """
+        context, threads = contextvars.copy_context(), torch.get_num_threads()
+        graded, outcome = torch.is_grad_enabled(), Future[T]()
+
+        def beside() -> None:
+            torch.set_num_threads(threads)  # of OpenMP, which counts them by thread
+            try:
+                with torch.set_grad_enabled(graded):
+                    outcome.set_result(context.run(self.guarded(work)))
+            except BaseException as error:  # this thread has nobody to raise it to
+                outcome.set_exception(error)
+
+        threading.Thread(target=beside, name="ridgeline ranks", daemon=True).start()
+        while not wait([outcome], _LISTEN).done:
+            try:
+                self.refuse_failed()
+            except RankLost:
+                self.group.abort()  # where the transport knows how
+                raise
+        return outcome.result()
 
     def guarded(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`, whose collectives say RankLost where another rank is gone."""
@@ -171,22 +190,34 @@ class Ranks:
             except RuntimeError as error:
                 if not _is_broken(error):
                     raise
-                self._refuse_failed([self._heard(key) for key in self._keys()])
-                raise RankLost(
-                    f"rank {self.rank} of {self.world} waited for another rank, which has ended or"
-                    f" did not answer within the group's timeout ({str(error).strip()}); look"
-                    " into the other ranks' logs, and start all of them again"
-                ) from error
+                self.refuse_failed()
+                raise self.lost(error) from error
 
         return guarded
+
+    def lost(self, error: Exception) -> "RankLost":
+        """What to raise where a transport gave `error`."""
+        return RankLost(
+            f"rank {self.rank} of {self.world} waited for another rank, which has ended or"
+            f" did not answer within the group's timeout ({str(error).strip()}); look"
+            " into the other ranks' logs, and start all of them again"
+        )
 
     def _exchange(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """What each rank says at this turn, by rank."""
         turn = _TURNS.get(self.group, 0)
         _TURNS[self.group] = turn + 1
+        try:
+            return self._exchanged(turn, facts)
+        except RuntimeError as error:
+            if isinstance(error, RankLost) or not _is_broken(error):
+                raise
+            raise self.lost(error) from error  # the store was in the rank that ended
+
+    def _exchanged(self, turn: int, facts: dict[str, Any]) -> list[dict[str, Any]]:
         self._say(turn, facts)
         keys = self._keys(turn)
-        missing = self._await(keys)
+        missing = self._await(keys, lambda: self._refuse_failed(self._all_heard(turn)))
         if missing:
             raise RankLost(
                 f"rank {self.rank} of {self.world} waited {self.timeout.total_seconds():g} s for"
@@ -201,6 +232,19 @@ class Ranks:
         self._refuse_failed(said)
         return said
 
+    def refuse_failed(self) -> None:
+        """Raise RankLost where another rank has said that it failed, since all agreed."""
+        turn = _TURNS.get(self.group, 0)
+        try:
+            self._refuse_failed(self._all_heard(turn))
+        except RankLost:
+            _TURNS[self.group] = turn + 1  # where the one that failed goes on too
+            raise
+
+    def _all_heard(self, turn: int) -> list[dict[str, Any]]:
+        """What each rank has said at a turn so far; {} where nothing."""
+        return [self._heard(key) for key in self._keys(turn)]
+
     def _refuse_failed(self, said: Sequence[Mapping[str, Any]]) -> None:
         for rank, each in enumerate(said):
             if "failed" in each:
@@ -213,16 +257,16 @@ class Ranks:
         except RuntimeError:
             return {}
 
-    def _keys(self, turn: int | None = None) -> list[str]:
-        """Where each rank says something at a turn, the one that is to come unless given."""
-        turn = _TURNS.get(self.group, 0) if turn is None else turn
+    def _keys(self, turn: int) -> list[str]:
+        """Where each rank says something at a turn."""
         return [_key(turn, rank) for rank in range(self.world)]
 
-    def _say_failed(self, error: Exception) -> None:
+    def say_failed(self, error: Exception) -> None:
         """At the turn at which the others wait, and go on from: all are at the next one then."""
         turn = _TURNS.get(self.group, 0)
         _TURNS[self.group] = turn + 1
-        self._say(turn, {"failed": f"{type(error).__name__}: {error}"})
+        with contextlib.suppress(dist.DistError):  # the store is gone, and so are the others
+            self._say(turn, {"failed": f"{type(error).__name__}: {error}"})
 
     def _say(self, turn: int, facts: Mapping[str, Any]) -> None:
         self._store.set(_key(turn, self.rank), json.dumps(dict(facts)))
@@ -231,11 +275,13 @@ class Ranks:
     def _store(self) -> Any:
         return distributed_c10d._get_process_group_store(self.group)
 
-    def _await(self, keys: list[str]) -> list[str]:
-        """The keys that have not appeared within the timeout."""
+    def _await(self, keys: list[str], look: Callable[[], None] | None = None) -> list[str]:
+        """The keys that have not appeared within the timeout; look: called while they have not."""
         end = time.monotonic() + self.timeout.total_seconds()
         missing = keys
         while True:
+            if look is not None:
+                look()
             missing = [key for key in missing if not self._store.check([key])]
             if not missing or time.monotonic() > end:
                 return missing

@@ -198,6 +198,9 @@ class _Apart:
         last = self.part[0].get(node)
         if node.target is not aten.cat.default:
             cache, dim, index, rows = node.args
+            if dim % rank not in dims:  # sequences, which each part writes into rows of its own
+                new = self.cut_to(cache, node)
+                return self.put(node, node.target, new, dim, self.whole[index], self.operand(rows))
             index = self.rows(self.whole[index], 0, index)
             into = last or self.whole[cache]
             return self.put(node, node.target, into, dim, index, self.operand(rows))

@@ -11,19 +11,21 @@ be used. The slowest rank's median counts, on every rank alike. For GPUs that ar
 model answers (`predicted`).
 """
 
+import contextlib
 import copy
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
 
+from ridgeline.codegen.inductor_inputs import InputMismatch
 from ridgeline.cost_model import Stack, Target
 from ridgeline.cost_model.transport import Transport, transport_of
+from ridgeline.ir.call import Call
+from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.match import Reject
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import SHARDED, Program
@@ -32,14 +34,15 @@ from ridgeline.passes.base import Candidate, Setting, location
 from ridgeline.passes.certify import relative_error
 from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.decide import Choice
-from ridgeline.passes.observe import outputs_of, rehearsal
+from ridgeline.passes.observe import outputs_of
 from ridgeline.passes.parallel import token_weave
-from ridgeline.passes.parallel.agree import LeftAsItIs, RankMismatch, Ranks
+from ridgeline.passes.parallel.agree import LeftAsItIs, RankLost, RankMismatch, Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
 from ridgeline.passes.parallel.apart import apart
 from ridgeline.passes.parallel.collectives import collectives, normal_form
 from ridgeline.passes.parallel.expected import expected_seconds
 from ridgeline.passes.parallel.in_turn import in_turn
+from ridgeline.passes.parallel.meeting import Meeting
 from ridgeline.passes.parallel.parts import Parts
 from ridgeline.passes.parallel.predicted import predicted
 from ridgeline.passes.parallel.rewrite import (
@@ -50,36 +53,22 @@ from ridgeline.passes.parallel.rewrite import (
     rewrite_collectives,
 )
 from ridgeline.passes.parallel.signature import digest_of
+from ridgeline.passes.parallel.timed import WIN, Form, Timed, quicker
 from ridgeline.passes.plan import Decision, Plan, RefusedBy
 from ridgeline.passes.settle import rounding_limit
 
-ROUNDS = 7
-"""Timed runs of each form, after one that is not counted."""
-WIN = 0.9
-"""The part of the median time as it is that a form must stay below, with its quickest run below the
-other's: less cannot be told from noise."""
+
+class InferenceOnly(RidgelineError):
+    """A call of a split model that records gradients."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Form:
-    """One way to run a graph. module: the graph as it was lowered; plan: its own account; fused:
-    whether norms were to move to a shard; expected: seconds that this machine is predicted to take
-    for it, None where that is not known."""
-
-    run: Callable[..., Any]
-    module: fx.GraphModule
-    plan: Plan
-    label: str
-    fused: bool
-    expected: float | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Timed:
-    """Seconds of two forms of one graph: as it was, and the other."""
-
-    measured: tuple[float, float]
-    predicted: tuple[float, float]
+_TRAINED = (
+    "expected a call without gradients, found one that records them: gradients of a split model are"
+    " not what its collectives would give backwards (a sum over the ranks of each column-parallel"
+    " layer's input gradients is missing). To infer, call eval() or within torch.no_grad(); to"
+    " train, split the model with torch's parallelize_module or FSDP, and give it to"
+    ' torch.compile(backend="ridgeline")'
+)
 
 
 def _weaving(at: str, label: str, by: RefusedBy | None, reason: str) -> Decision:
@@ -112,15 +101,33 @@ class ParallelCompiler(Compiler):
         super().__init__(target, **options)
         self.ranks, self.splits, self.fuse, self.weave = ranks, splits, fuse, weave
         self.stack = stack
+        self.meeting = Meeting(ranks)
         self.cut: token_weave.Cut | None = None
         self._links: Transport | None = None
         self.timed: list[Timed] = []
         self.strict = strict
         self._before: fx.GraphModule | None = None
 
-    def __call__(self, program: Program) -> Callable[..., Any]:
+    def deciding(self) -> contextlib.AbstractContextManager[None]:
+        return self.meeting.deciding()
+
+    def meet(self, what: str, call: Call) -> None:
+        self.meeting.meet(what, call)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
         with self.ranks.together():
-            chosen, run = self.ranks.guarded(self._chosen)(program)
+            yield
+            self.ranks.agree("a compiled graph", {})
+
+    def __call__(self, program: Program) -> Callable[..., Any]:
+        """What raises must be made known to the other ranks, by who calls this (`compiling`).
+
+        Raises InferenceOnly where gradients are recorded.
+        """
+        if program.training:
+            raise InferenceOnly(_TRAINED)
+        chosen, run = self.ranks.guarded(self._chosen)(program)
         for name in ("applied", "refused", "kernels"):
             known = getattr(self.plan, name)
             known += [entry for entry in getattr(chosen.plan, name) if entry not in known]
@@ -129,7 +136,21 @@ class ParallelCompiler(Compiler):
         for name in ("predicted", "measured", "seconds"):
             getattr(self.plan, name).update(getattr(chosen.plan, name))
         self._labels[id(program)] = chosen.label
-        return self.ranks.guarded(run)
+        return self._told(self.ranks.guarded(run))
+
+    def _told(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`; where it fails, the others hear why when they are told, or time out."""
+
+        def told(*flat: Any) -> Any:
+            try:
+                return run(*flat)
+            except (RankLost, InputMismatch):  # inputs do not fit on any rank: all capture anew
+                raise
+            except Exception as error:
+                self.ranks.say_failed(error)
+                raise
+
+        return told
 
     def _chosen(self, program: Program) -> tuple[Form, Callable[..., Any]]:
         return self._woven_or_not(self._sharded_or_not(program), program)
@@ -144,13 +165,11 @@ class ParallelCompiler(Compiler):
         if not any(d.rewrite == NAME for d in shard.plan.applied):
             return shard  # nothing to choose, and its plan says why
         whole = self._form(program, fuse=False)
-        quicker, before, after = self._quicker(program, whole.run, shard.run)
+        wins, before, after = quicker(self.ranks, program, whole.run, shard.run)
         told = f"{before:.2e} s with norms on all tokens, {after:.2e} s on a shard, run here"
-        chosen = shard if quicker else whole
-        chosen.plan.note(
-            f"{chosen.label}: {told}{self._beside(whole, shard, before, after, quicker)}"
-        )
-        if quicker:
+        chosen = shard if wins else whole
+        chosen.plan.note(f"{chosen.label}: {told}{self._beside(whole, shard, before, after, wins)}")
+        if wins:
             return shard
         whole.plan.refused += [
             dataclasses.replace(d, refused_by="cost", reason=f"not quicker: {told}", variant="")
@@ -192,11 +211,11 @@ class ParallelCompiler(Compiler):
         cut = self._agreed(chosen.cut)
         woven = self._form(program, fuse=form.fused, cut=cut)
         if self.weave == "measured":
-            quicker, before, after = self._quicker(program, form.run, woven.run)
+            wins, before, after = quicker(self.ranks, program, form.run, woven.run)
             told = f"{told}: {before:.2e} s whole, {after:.2e} s in two parts, run here"
-            compared = self._beside(form, woven, before, after, quicker)
+            compared = self._beside(form, woven, before, after, wins)
             form.plan.note(f"{form.label}: {told}{compared}")
-            if not quicker:
+            if not wins:
                 form.plan.refused.append(_weaving(at, form.label, "cost", f"not quicker: {told}"))
                 return form, form.run
         return self._parted(form, woven, cut, told, at)
@@ -248,39 +267,19 @@ class ParallelCompiler(Compiler):
         if self.target.kind != "cpu" or "measured" not in (self.fuse, self.weave):
             return None
         if self._links is None and dist.get_backend(self.ranks.group) == "gloo":
-            self._links = transport_of(self.ranks.group)
+            self._links = self.ranks.beside(lambda: transport_of(self.ranks.group))
             self.plan.note(f"gloo between {self._links}")
         return self._links
 
-    def _beside(self, now: Form, other: Form, before: float, after: float, quicker: bool) -> str:
+    def _beside(self, now: Form, other: Form, before: float, after: float, wins: bool) -> str:
         """Both times as predicted, and whether by them the choice would be the same."""
         if now.expected is None or other.expected is None:
             return ""
         first, second = self.ranks.largest([now.expected, other.expected])
         self.timed.append(Timed((before, after), (first, second)))
-        agrees = (second < WIN * first) == quicker
+        agrees = (second < WIN * first) == wins
         verdict = "the same choice" if agrees else "the other choice"
         return f"; predicted {first:.2e} s and {second:.2e} s: {verdict}"
-
-    def _quicker(
-        self, program: Program, now: Callable[..., Any], other: Callable[..., Any]
-    ) -> tuple[bool, float, float]:
-        """Is `other` quicker than `now`, run by turns on the example inputs? With the seconds of
-        both, medians of the slowest rank."""
-        taken: list[list[float]] = [[], []]
-        for _ in range(ROUNDS + 1):
-            for run, times in zip((now, other), taken, strict=True):
-                with rehearsal(program) as inputs, self.ranks.running():
-                    self.ranks.barrier()
-                    start = time.perf_counter()
-                    outputs = run(*inputs)
-                    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in outputs):
-                        torch.cuda.synchronize()
-                    times.append(time.perf_counter() - start)
-        medians = [statistics.median(times[1:]) for times in taken]
-        quickest = [min(times[1:]) for times in taken]
-        before, after, first, second = self.ranks.largest([*medians, *quickest])
-        return after < WIN * before and second < first, before, after
 
     def rewrite(self, program: Program) -> fx.GraphModule:
         given, module, label = program, program.module, self.plan.label(program.phase)
@@ -330,9 +329,11 @@ class ParallelCompiler(Compiler):
         with program.spent("fold weights"):
             origin = {c.rewrite.prepare(c, setting): c for c in sound}
         assert self._before is not None
-        with program.spent("measure"), self.ranks.running():
-            expected = outputs_of(self._before, program)
-            error = relative_error(outputs_of(apply(module, list(origin)), program), expected)
+        before, rewritten = self._before, apply(module, list(origin))
+        with program.spent("measure"):
+            error = self.ranks.beside(
+                lambda: relative_error(outputs_of(rewritten, program), outputs_of(before, program))
+            )
         (error,) = self.ranks.largest([error])
         self._before = None
         if not error <= (limit := rounding_limit(module)):  # NaN is no small error

@@ -89,20 +89,20 @@ class MeshCompiler(Compiler):
                 "a graph with collectives gets no approximate rewrites, which each rank would"
                 " measure by itself"
             )
-        try:
-            return compiler(program)
-        except LeftAsItIs as left:
-            with ranks.together():
-                run = self._as_it_is(program, left.reject)
-                ranks.agree("a graph left as it came", {})
-            return ranks.guarded(run)
-        except RidgelineError:
-            raise
-        except Exception as error:  # the others wait for this rank, which cannot go on alone
-            raise ParallelDefect(
-                f"compiling a graph with collectives failed ({type(error).__name__}: {error}),"
-                " which is a defect of ridgeline; please report it"
-            ) from error
+        with ranks.together():
+            try:
+                run = compiler(program)
+            except LeftAsItIs as left:
+                run = ranks.guarded(self._as_it_is(program, left.reject))
+            except RidgelineError:
+                raise
+            except Exception as error:  # the others wait for this rank, which cannot go on alone
+                raise ParallelDefect(
+                    f"compiling a graph with collectives failed ({type(error).__name__}: {error}),"
+                    " which is a defect of ridgeline; please report it"
+                ) from error
+            ranks.agree("a compiled graph", {})
+            return run
 
     def _as_it_is(self, program: Program, reject: Reject) -> Callable[..., Any]:
         """The graph compiled without any rewrite; the plan says why."""

@@ -61,6 +61,8 @@ def parallelize(
         RankMismatch: on all ranks, where they differ in code, model, target or graph.
         RankLost: another rank failed, ended, or did not answer in time; also when it is called.
         LayoutError: the model reads a value that this rank does not hold.
+        InferenceOnly: on all ranks, when it is called in train mode, or on inputs that require
+            gradients, and gradients are recorded.
         LeftAsItIs: on all ranks, where it sends in a form that cannot be rewritten, when called.
         RidgelineError: torch.distributed is not initialised, or the mesh cannot be used.
     """

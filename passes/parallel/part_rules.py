@@ -200,9 +200,14 @@ def appended(known: Known, node: fx.Node) -> Dims | str:
 
 
 def written(known: Known, node: fx.Node) -> Dims | str:
-    """index_copy: tokens in their slots of a cache of fixed length, one after the other."""
+    """index_copy: tokens in their slots of a cache of fixed length, one after the other; sequences
+    in rows of their own."""
     cache, dim, index, rows = node.args
     dim %= len(shape_of(cache))
+    sequences = known.own(rows)
+    if sequences and dim not in sequences and all(a == ROWS for a in sequences.values()):
+        apart = known.of_none(index) and known.own(cache) in (None, sequences)
+        return sequences if apart and known.fits(cache, shape_of(node), sequences) else _mixes(node)
     if known.own(rows) != {dim: ROWS} or any(known.own(n) is not None for n in (cache, index)):
         return _mixes(node)
     base = first_slot(index)

@@ -7,7 +7,8 @@ With n tokens of which part a holds the first m and part b the others, a dimensi
     (none)  nothing of the tokens
 
     all_reduce, row by row, x Wᵀ, views        rows -> rows
-    cat([past, k]), index_copy(cache, i, k)    rows -> keys: part b goes on from what a has written
+    cat([past, k]), index_copy(cache, i, k)    rows -> keys: part b goes on from what a has written;
+                                               of sequences rows -> rows
     q kᵀ                                       rows, rows -> rows and keys, of scores
     + mask, proven to close keys beyond i      scores -> closed scores, whose softmax are weights
     weights v                                  rows and keys, keys -> rows
@@ -83,7 +84,8 @@ class Parts(Known):
         if is_collective(node) or target is functional.wait_tensor.default:
             return self._sent(node)
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            return f"{said(node)} writes memory in place"
+            cache = " (a cache that is there already, whose count of tokens is its own)"
+            return f"{said(node)} writes memory in place{cache if name == 'index_copy_' else ''}"
         if is_pointwise(node):
             return elementwise(self, node)
         return f"{said(node)} is not known to keep tokens apart"

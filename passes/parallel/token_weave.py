@@ -13,6 +13,7 @@ a GPU where the schedule is predicted fastest (`choose_schedule`). Source: Gond 
 from dataclasses import dataclass
 from math import prod
 
+import sympy
 import torch
 from torch import fx
 
@@ -52,7 +53,7 @@ def find_cut(graph: fx.Graph, *, asked: bool) -> Cut | Reject:
         return Reject("nothing is summed over the ranks, so nothing can run beside", end)
     lead = shape_of(sums[0].args[0])[:-1]
     count = prod(numbers(sums[0].args[0].meta["val"].shape[:-1]))
-    known, whys = sizes_known(graph), [Reject(f"{count} tokens, one of each sequence", end)]
+    known, whys = sizes_known(graph), [_undivided(lead, count, end)]
     blocked: Reject | None = None
     for dim, size in enumerate(lead):
         sequences = dim == 0 and len(lead) > 1
@@ -72,6 +73,24 @@ def find_cut(graph: fx.Graph, *, asked: bool) -> Cut | Reject:
             return Cut("sequences" if sequences else "tokens", size, place)
         blocked = blocked or parts.blocked
     return blocked or whys[-1]
+
+
+def _undivided(lead: list[sympy.Expr], count: int, end: fx.Node) -> Reject:
+    """Why sums over [*lead, hidden] have no dimension of tokens that could be cut."""
+    if all(size.is_Integer for size in lead) and lead[-1] != 1:
+        return Reject(
+            f"{count} tokens, a size that is fixed in this graph",
+            end,
+            "let the length change from call to call",
+        )
+    if len(lead) > 1 and lead[-1] == 1:
+        fixed = ", whose number is fixed in this graph" if lead[0].is_Integer and count > 1 else ""
+        return Reject(f"{count} tokens, one of each sequence{fixed}", end)
+    return Reject(
+        f"{count} tokens in a dimension of size {sympy.prod(lead)}, which is no input's",
+        end,
+        "keep sequences and their tokens in two dimensions",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 import ridgeline
 from gloo.models import build, ids
@@ -115,7 +117,7 @@ def other_version(odd: int) -> None:
     ridgeline.parallelize(build("llama"), **PLAIN)
 
 
-def other_graph(odd: int) -> None:
+def other_batch(odd: int) -> None:
     """Rank `odd` is called with one sequence, the others with two."""
     part = ridgeline.parallelize(build("llama"), **PLAIN)
     with torch.no_grad():
@@ -155,8 +157,14 @@ def fails_when_run(odd: int) -> None:
 
     if dist.get_rank() == odd:
         compiler._form = lambda *a, **k: dataclasses.replace(form(*a, **k), run=broken)
+    store = dist.distributed_c10d._get_default_store()
     with torch.no_grad():
-        part(x, use_cache=False)
+        try:
+            part(x, use_cache=False)
+        finally:
+            if dist.get_rank() == odd:
+                store.wait(["told"], timedelta(seconds=60))
+            store.set("told", b"")
 
 
 def ends_before(odd: int) -> None:
@@ -194,33 +202,46 @@ def woven(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _woven(
-    family: str, batch: int, length: int, fuse: str = "always", padding: int = 0, steps: int = 0
+    family: str,
+    batch: int,
+    lengths: list[int],
+    fuse: str = "always",
+    padding: int = 0,
+    static: int = 0,
 ) -> dict[str, Any]:
-    """A prefill, and `steps` that go on from its cache. padding: on the left of each sequence, one
-    more from each to the next."""
-    model, x = build(family), ids(batch, length)
+    """Calls with so many tokens of each sequence, which go on from the cache of the one before.
+    padding: on the left of each sequence, one more from each to the next. static: slots of a cache
+    of fixed length."""
+    model, x = build(family), ids(batch, sum(lengths))
     mask = torch.ones_like(x)
     for row in range(batch if padding else 0):
         mask[row, : padding + row] = 0
-    options = {"use_cache": True} | ({"attention_mask": mask} if padding else {})
+    errors, at = [], 0
     with torch.no_grad():
         part = ridgeline.parallelize(model, **(PLAIN | {"fuse": fuse, "weave": "always"}))
-        got, expected = part(x, **options), model(x, **options)
-        errors = [error(got.logits, expected.logits)]
-        for _ in range(steps):
-            token = expected.logits[:, -1:].argmax(-1)
-            got = part(token, past_key_values=got.past_key_values)
-            expected = model(token, past_key_values=expected.past_key_values)
+        caches: list[Any] = [None, None]
+        if static:
+            caches = [StaticCache(config=m.config, max_cache_len=static) for m in (part, model)]
+        for length in lengths:
+            rows, at = x[:, at : at + length], at + length
+            options = {"attention_mask": mask[:, :at]} if padding else {}
+            got, expected = (
+                m(rows, use_cache=True, past_key_values=cache, **options)
+                for m, cache in zip((part, model), caches, strict=True)
+            )
+            caches = [got.past_key_values, expected.past_key_values]
             errors.append(error(got.logits, expected.logits))
+        first = x[:, : lengths[0]]
+        options = {"attention_mask": mask[:, : lengths[0]]} if padding else {}
+        cache = StaticCache(config=part.config, max_cache_len=static) if static else None
         with Sent() as sent:
-            part(x, **options)
+            part(first, use_cache=True, past_key_values=cache, **options)
     return {
         "errors": errors,
         "under way": sent.under_way,
         "sent": dict(sent.count),
         "woven": [d.variant for d in part.plan.applied if d.rewrite == "token_weave"],
         "refused": [d.reason for d in part.plan.refused if d.rewrite == "token_weave"],
-        "notes": part.plan.notes,
     }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ridgeline.codegen.inductor_inputs import InputMismatch
 from ridgeline.ir.capture import CaptureError
 from ridgeline.ir.program import Program
+from ridgeline.passes.compile_program import CompileProgram
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 
 
@@ -20,7 +21,7 @@ class _Notes:
         self.notes.append(sentence)
 
 
-class _Identity:
+class _Identity(CompileProgram):
     """Lowering that runs each program as captured."""
 
     def __init__(self) -> None:

@@ -1,5 +1,7 @@
 """Row-parallel sums in every form in use, by every way that takes models which send."""
 
+import pytest
+
 from gloo import on_ranks
 from gloo.forms import (
     BLOCKS,
@@ -10,6 +12,7 @@ from gloo.forms import (
     plugged_apart,
     trained,
 )
+from gloo.lengths import of_lengths
 
 FORMS = [f"{form} {way}" for form in ("functional", "in place", "raw") for way in WAYS]
 
@@ -22,6 +25,7 @@ def test_every_form_is_rewritten() -> None:
             assert told[form]["applied"].count("allreduce_rms_norm") == BLOCKS, form
             sent = {"all_to_all_single": BLOCKS, "all_gather_into_tensor": BLOCKS}
             assert told[form]["sent"] == sent, form
+        assert any("no approximate rewrites" in note for note in told["lossy"])
         sequence = told["sequence plugin"]
         assert sequence["error"] <= 1e-6
         assert not [reason for reason in sequence["refused"] if "not better" not in reason]
@@ -32,6 +36,33 @@ def test_every_form_is_rewritten() -> None:
             "all_gather_into_tensor": gathers,
         }
         assert f"{BLOCKS} all_gather of values gathered before are left out" in sequence["notes"][0]
+
+
+def test_lengths_that_change_from_call_to_call() -> None:
+    """A size may be an input of the graph by itself, or half of one that is no input at all."""
+    cases = [("dtensor", None, [7, 9]), ("functional", True, [7, 9]), ("sequence", None, [6, 8])]
+    for told in on_ranks(2, of_lengths, cases):
+        assert "error" not in told, told
+        assert max(e for case in told for e in case["errors"]) <= 1e-6
+        *rows, sequence = told
+        assert [len(case["plans"]) for case in told] == [2, 1, 2]
+        plans = [plan for case in told for plan in case["plans"]]
+        assert not [r for plan in plans for r in plan["refused"] if "pass stopped" in r]
+        for plan in [plan for case in rows for plan in case["plans"]]:
+            assert plan["applied"].count("allreduce_rms_norm") == BLOCKS
+        for plan in sequence["plans"]:
+            assert "all_gather of values gathered before are left out" in plan["notes"][0]
+
+
+@pytest.mark.parametrize(("world", "length"), [(2, 7), (4, 6)])
+def test_tokens_that_dtensor_pads_are_no_mismatch(world: int, length: int) -> None:
+    """7 = 4 + 3, 6 = 2 + 2 + 2 + 0: the ranks' graphs pad and cut differently."""
+    for told in on_ranks(world, of_lengths, [("sequence", False, [length])]):
+        assert "error" not in told, told
+        assert max(told[0]["errors"]) <= 1e-6
+        (plan,) = told[0]["plans"]
+        assert not plan["applied"]
+        assert "found: collectives differs (rank 0: " in plan["refused"][0]
 
 
 def test_a_model_of_dtensors_gets_the_other_passes_too() -> None:
@@ -46,7 +77,6 @@ def test_a_model_of_dtensors_gets_the_other_passes_too() -> None:
         assert told["sent"] == {"all_to_all_single": 3, "all_gather_into_tensor": 4}
         assert told["fallback"] <= 1e-6
         assert "backend='ridgeline'" in told["why"][0]
-        assert any("no approximate rewrites" in note for note in told["lossy"])
 
 
 def test_gradients_are_those_of_eager() -> None:

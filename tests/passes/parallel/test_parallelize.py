@@ -1,5 +1,7 @@
 """Models on 2 and 4 gloo ranks against one process: outputs, residuals, and what is sent."""
 
+import math
+
 import pytest
 
 from gloo import on_ranks
@@ -39,14 +41,20 @@ def test_without_residuals_only_the_norms_are_gathered() -> None:
         assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
 
 
-@pytest.mark.parametrize("family", ["gqa", "gpt2", "gemma"])
+@pytest.mark.parametrize("family", ["gqa", "gpt2", "gemma", "llama", "gemma2"])
 def test_bfloat16_rounds_less_than_one_process(family: str) -> None:
-    """Sums and residuals are fp32 on a shard: the error against fp64 is below one process's own."""
+    """Sums and residuals are fp32 on a shard: the error against fp64 is below one process's own.
+
+    Both round by themselves, so where one process is 5e-3 from fp64 by itself, as in the last two
+    families, they are as far apart as both errors together.
+    """
     for told in on_ranks(2, outputs, family, "bfloat16", 2, 7, True):
-        assert told["logits"] <= 5e-3
-        assert max(told["residuals"]) <= 5e-3
         here, one_process = told["exact"]
         assert here < one_process
+        assert (one_process > 5e-3) == (family in ("llama", "gemma2"))
+        bound = max(5e-3, 1.1 * math.hypot(here, one_process))
+        assert told["logits"] <= bound
+        assert max(told["residuals"]) <= bound
 
 
 def test_generation_goes_on_in_step() -> None:

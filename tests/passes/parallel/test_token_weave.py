@@ -31,31 +31,39 @@ FUSED = {"all_to_all_single": 2 * SUMS, "all_gather_into_tensor": 2 * SUMS + 2}
 
 
 def test_parts_of_sequences_and_their_caches() -> None:
-    """Odd counts, padding, grouped heads, soft caps; a step goes on from a prefill's cache."""
+    """Odd counts, padding, grouped heads, soft caps; what goes on from a prefill's cache."""
     cases = [
-        {"family": "llama", "batch": 1, "length": 9, "steps": 1},
-        {"family": "gpt2", "batch": 1, "length": 7},
-        {"family": "gemma2", "batch": 1, "length": 11},
-        {"family": "gqa", "batch": 2, "length": 8, "padding": 2, "fuse": "never"},
-        {"family": "llama", "batch": 5, "length": 7},
+        {"family": "llama", "batch": 1, "lengths": [9, 8, 1]},
+        {"family": "gpt2", "batch": 1, "lengths": [7]},
+        {"family": "gemma2", "batch": 1, "lengths": [11]},
+        {"family": "gqa", "batch": 2, "lengths": [8, 6], "padding": 2, "fuse": "never"},
+        {"family": "llama", "batch": 5, "lengths": [3, 1]},
+        {"family": "llama", "batch": 5, "lengths": [3, 1], "static": 8},
     ]
     first, second = on_ranks(2, woven, cases)
     assert "error" not in first, first
     assert [case["sent"] for case in first] == [case["sent"] for case in second]
     assert max(e for case in first for e in case["errors"]) <= 1e-6
     assert all(case["under way"] == 2 for case in first)
-    *tokens, plain, sequences = first
-    sizes = [case["woven"][0].partition(";")[0] for case in (*tokens, plain)]
-    assert sizes == [f"tokens {a} + {b}" for a, b in ((5, 4), (4, 3), (6, 5), (4, 4))]
+    *tokens, plain, sequences, static = first
+    sizes = [[w.partition(";")[0] for w in case["woven"]] for case in (*tokens, plain)]
+    cuts = [[(5, 4), (4, 4)], [(4, 3)], [(6, 5)], [(4, 4), (3, 3)]]
+    assert sizes == [[f"tokens {a} + {b}" for a, b in case] for case in cuts]
+    assert tokens[0]["refused"] == ["1 tokens, one of each sequence"]
     assert [case["sent"] for case in tokens] == [FUSED] * 3
     assert plain["sent"] == {"all_reduce": 2 * SUMS, "all_gather_into_tensor": 2}
-    assert sequences["woven"] == ["sequences 3 + 2"]
+    assert sequences["woven"] == ["sequences 3 + 2"] * 2  # each a prefill and a step
+    assert static["woven"] == ["sequences 3 + 2"]
+    assert static["refused"] == [
+        "5 tokens, one of each sequence, whose number is fixed in this graph"
+    ]
+    assert static["sent"] == sequences["sent"]
     assert sequences["sent"] == FUSED | {"all_gather_into_tensor": 2 * SUMS + 1}
 
 
 def test_four_ranks() -> None:
     """9 tokens as 5 and 4, so that shards of two rows and of one are padded."""
-    for told in on_ranks(4, woven, [{"family": "llama", "batch": 1, "length": 9}]):
+    for told in on_ranks(4, woven, [{"family": "llama", "batch": 1, "lengths": [9]}]):
         assert "error" not in told, told
         assert max(told[0]["errors"]) <= 1e-6
         assert (told[0]["sent"], told[0]["under way"]) == (FUSED, 2)
@@ -158,6 +166,33 @@ def test_refusals(middle, batch: int, tokens: int, reason: str, group: None) -> 
     reject = find_cut(graph_of(middle, batch, tokens).graph, asked=False)
     assert isinstance(reject, Reject)
     assert reason in reject.reason
+
+
+class Flat(nn.Module):
+    """All tokens of all sequences in one dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return all_reduce(x.flatten(0, 1), dist.group.WORLD.group_name)
+
+
+@pytest.mark.parametrize(
+    ("model", "dynamic", "reason"),
+    [
+        (Flat(), True, "420 tokens in a dimension of size s"),
+        (Model(torch.relu), False, "420 tokens, a size that is fixed in this graph"),
+        (Flat(), False, "420 tokens, a size that is fixed in this graph"),
+    ],
+)
+def test_sizes_that_are_no_tokens(
+    model: nn.Module, dynamic: bool, reason: str, group: None
+) -> None:
+    with torch.no_grad():
+        x = torch.randn(6, 70, 8)
+        module = normalize(capture(model.eval(), (x,), dynamic=dynamic).program.module)
+    normal_form(module)
+    reject = find_cut(module.graph, asked=True)
+    assert isinstance(reject, Reject)
+    assert reject.reason.startswith(reason)
 
 
 def test_rows_that_keep_no_key_are_nobodys_where_none_is_read(group: None) -> None:
