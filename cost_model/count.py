@@ -49,6 +49,7 @@ _REDUCTIONS = frozenset(
         "argmin",
     )
 )
+_CHAINS = {"gated_activation": "gate", "rotary": "rotary"}
 _GATHERS = frozenset(("embedding", "index", "index_select", "gather", "take", "take_along_dim"))
 _COPY_UNLESS_SAME = frozenset(
     ("to", "_to_copy", "contiguous", "reshape", "flatten", "type_as", "float", "half")
@@ -186,7 +187,9 @@ def _stream(node: fx.Node, name: str, results: list[torch.Tensor]) -> Stream:
     flops = elements * _FLOPS_PER_ELEMENT.get(name, 1)
     if name in ("clone", "copy_", "cat", "stack", *_COPY_UNLESS_SAME) or not operands:
         flops = 0
-    return Stream(read, written, flops, results[0].dtype, access)
+    ours = node.target.namespace == "ridgeline"
+    chain = _CHAINS.get(name, "") if ours else ""
+    return Stream(read, written, flops, results[0].dtype, access, chain)
 
 
 def _val(node: fx.Node, index: int) -> torch.Tensor:
@@ -316,7 +319,7 @@ def _group_rational(node: fx.Node) -> Kernel:
     times = 1 if len(results) == 1 else 3
     flops = 2 * times * (_shape(numerator)[1] + _shape(denominator)[1]) * prod(_shape(x))
     read, written = (float(sum(map(_size_bytes, tensors))) for tensors in (operands, results))
-    return Stream(read, written, flops, x.dtype)
+    return Stream(read, written, flops, x.dtype, chain="rational")
 
 
 def _norm(node: fx.Node) -> Kernel:
