@@ -28,9 +28,9 @@ from ridgeline.tools.cli_options import (
     Target,
     Tolerance,
     Trace,
+    between,
     clear_errors,
     errors,
-    finite,
     out,
     status,
     writable,
@@ -218,7 +218,7 @@ def whatif(
     dtype: Annotated[str, typer.Option(help="Of a model built from a config.")] = "bfloat16",
     objective: Goal = Objective.latency,
     largest_batch: Annotated[
-        int, typer.Option(help="Where the search for flips ends.", min=1, max=LARGEST)
+        int, typer.Option(help="Where the search for flips ends.", callback=between(1, LARGEST))
     ] = 512,
     plot: Annotated[
         Path | None, typer.Option(callback=writable_file, help="Draw rooflines and times here.")
@@ -252,9 +252,7 @@ def calibrate(
         float,
         typer.Option(
             help="Seconds to try again while other work disturbs.",
-            min=0,
-            max=DAY,
-            callback=finite,
+            callback=between(0, DAY),
         ),
     ] = 60.0,
     traceback: Trace = False,
@@ -272,7 +270,9 @@ def calibrate(
 @app.command()
 def bench(
     what: Annotated[Bench, typer.Argument(help="What to measure.")],
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1, max=10_000)] = 11,
+    rounds: Annotated[
+        int, typer.Option(help="Interleaved rounds.", callback=between(1, 10_000))
+    ] = 11,
     traceback: Trace = False,
 ) -> None:
     """Interleaved timings against named baselines on this machine, as ratios with their spread."""

@@ -1,6 +1,5 @@
 """Options that commands share, where they print, and how their errors end."""
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,11 +82,16 @@ def writable_file(path: Path | None) -> Path | None:
     return writable(path)
 
 
-def finite(value: float) -> float:
-    """Bounds let NaN through: it is not less than any."""
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"expected a number, found {value}")
-    return value
+def between(low: float, high: float) -> Callable[[Any], Any]:
+    """A number within bounds, which the error names; NaN is within none."""
+
+    def check(value: Any) -> Any:
+        if not low <= value <= high:
+            shown = f"{value:.3g}" if abs(value) > 1e12 else f"{value:g}"
+            raise typer.BadParameter(f"expected {low:.12g} to {high:.12g}, found {shown}")
+        return value
+
+    return check
 
 
 def _output(check: Callable[[Path | None], Path | None], help: str) -> Any:
