@@ -146,7 +146,7 @@ class Lifetimes:
             value = self._of.get(operand)
             if value is not None:
                 value.last = i
-                if operand is not viewed or node.target._schema.is_mutable:  # pyright: ignore
+                if operand is not viewed or _writes(node):
                     value.readers.append(node)
         if viewed is not None:
             if viewed in self._of:
@@ -290,6 +290,11 @@ def _name(node: fx.Node) -> str:
     return target._opname if isinstance(target, OpOverload) and target.namespace == "aten" else ""
 
 
+def _writes(node: fx.Node) -> bool:
+    """Does it write in place?"""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The value that a node's result is of: what it views, or writes."""
     if node.op != "call_function":
@@ -298,8 +303,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
         return node.args[0]
     if not isinstance(node.target, OpOverload):
         return None
-    written = node.target._schema.is_mutable
     results = tensors_of([node.meta.get("val")])
-    if results and (written or is_free(node, node.target._opname, results)):
+    if results and (_writes(node) or is_free(node, node.target._opname, results)):
         return next((a for a in node.args if isinstance(a, fx.Node)), None)
     return None

@@ -124,6 +124,22 @@ def test_a_step_by_hand():
     assert by_name["output"] == 4 * 17
 
 
+def test_parts_and_writes_in_place_are_of_the_value_they_are_of():
+    def function(x, w):
+        a, b = (x @ w).chunk(2, -1)  # one value of 24 floats, two views
+        c = a @ b.transpose(0, 1)  # 16 beside it
+        c.add_(1.0)
+        return c @ x  # 20 beside `c`
+
+    found = lifetimes(_Call(function), torch.randn(4, 5), torch.randn(5, 6))
+    live = dict(zip(found.nodes, found.live_bytes(load_target("a100")), strict=True))
+    by_name = {node.name: size for node, size in live.items()}
+    assert any(getattr(n.target, "__name__", "") == "getitem" for n in found.nodes)
+    assert any(n.name.startswith("add_") for n in found.nodes)
+    assert by_name["matmul_1"] == 4 * (24 + 16)
+    assert by_name["matmul_2"] == 4 * (16 + 20)
+
+
 def test_what_a_site_alone_reads_is_freed():
     found = lifetimes(_Call(raw), *operands(FP32))
     target = load_target("h100")
