@@ -1,10 +1,11 @@
 """What is a program worth on a machine? Targets, work, time, energy, and the joint choice."""
 
 from ridgeline.cost_model.all_reduce import InvalidSite, SiteChoice, Way, choose_site
-from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, solve
+from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption, Option, Step, solve
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
 from ridgeline.cost_model.doubt import doubt
 from ridgeline.cost_model.estimate import Cost, estimate, launch_queue
+from ridgeline.cost_model.lifetimes import Lifetimes, Replaced
 from ridgeline.cost_model.predict import predict
 from ridgeline.cost_model.shapes import InvalidShape
 from ridgeline.cost_model.target import (
@@ -45,12 +46,15 @@ __all__ = [
     "InvalidSite",
     "InvalidStack",
     "InvalidTarget",
+    "Lifetimes",
     "Norm",
     "Option",
+    "Replaced",
     "Schedule",
     "ScheduleChoice",
     "SiteChoice",
     "Stack",
+    "Step",
     "Stream",
     "Target",
     "Uncountable",

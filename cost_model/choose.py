@@ -3,7 +3,10 @@
     maximise    sum_i gain_i x_i                                   x_i in {0, 1}
     subject to  x_i + x_j <= 1             for i, j that conflict (cliques as one row)
                 sum_i error_i² x_i <= error_budget²                errors add as root sum of squares
-                base_memory_bytes + sum_i memory_i x_i <= capacity_bytes
+                base_memory_bytes + sum_i memory_i x_i + peak <= capacity_bytes
+                peak >= bytes_t - sum_i freed_ti x_i               for every step t of `peaks`
+
+and, where a byte of the peak has a price, gain - price · peak is what is maximised.
 
 An option with `count` c stands for c alike, each beside copies of its own of what it conflicts with
 (a model repeats its layers): options that conflict have one count. Were there no budget and no
@@ -21,7 +24,7 @@ added, and the result stands where it is within LARGE_GAP of the relaxation's bo
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -61,6 +64,15 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A moment of a program: bytes that are alive then beside the weights, and by how many of them
+    each option, by key, makes it less. Such an option counts once."""
+
+    bytes: int
+    freed: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """chosen: keys, in the order listed. gain, memory_bytes (base included), error: their sums.
     times: key -> how many of an option's count are taken."""
@@ -78,14 +90,17 @@ def solve(
     error_budget: float = 0.0,
     capacity_bytes: int | None = None,
     base_memory_bytes: int = 0,
+    steps: Sequence[Step] = (),
+    price_of_peak: float = 0.0,
 ) -> Choice:
     """The options that win the most.
 
+    steps: when more is held than the base; price_of_peak: what a byte less at the fullest is worth.
     Raises InvalidOption (keys twice, unknown conflicts, figures that aren't finite) and
     InfeasibleChoice (the base doesn't fit the memory and no option frees enough).
     """
-    _checked(options, error_budget)
-    limits = error_budget, capacity_bytes, base_memory_bytes
+    _checked(options, error_budget, steps)
+    limits = error_budget, capacity_bytes, base_memory_bytes, steps, price_of_peak
     if all(o.count == 1 for o in options):
         taken = _solved(options, *limits)
         return _choice(
@@ -96,8 +111,9 @@ def solve(
     choice = _choice(
         [(o, o.count) for o, x in zip(options, each, strict=True) if x], base_memory_bytes
     )
-    fits = capacity_bytes is None or choice.memory_bytes <= capacity_bytes
-    if fits and choice.error <= error_budget:
+    peak = max((_left(step, choice.times) for step in steps), default=0)
+    fits = capacity_bytes is None or choice.memory_bytes + peak <= capacity_bytes
+    if fits and choice.error <= error_budget and not price_of_peak:
         return choice
     _check_memory(options, capacity_bytes, base_memory_bytes)
     many = _solved(options, *limits)
@@ -121,7 +137,9 @@ def _check_memory(
     taken = _solved(freeing, np.inf, None, 0)
     freed = -sum(o.memory_bytes * o.count for o, x in zip(options, taken, strict=True) if x)
     if base_memory_bytes - freed > capacity_bytes:
-        raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, freed))
+        kept = [float(x) for x in taken]
+        memory = capacity_bytes, base_memory_bytes, ()
+        raise InfeasibleChoice(_does_not_fit(options, kept, memory))
 
 
 def _can_be_dealt(options: Sequence[Option], times: np.ndarray) -> bool:
@@ -144,6 +162,8 @@ def _can_be_dealt(options: Sequence[Option], times: np.ndarray) -> bool:
 
 def _copy(option: Option, number: int) -> Option:
     """One of the options that `option` stands for."""
+    if option.count == 1:
+        return option
     return replace(
         option,
         key=f"{option.key} {number}",
@@ -163,11 +183,18 @@ def _choice(taken: Sequence[tuple[Option, int]], base_memory_bytes: int) -> Choi
     )
 
 
+def _left(step: Step, times: Mapping[str, int]) -> int:
+    """Bytes of a step beside the options taken."""
+    return step.bytes - sum(freed for key, freed in step.freed.items() if times.get(key))
+
+
 def _solved(
     options: Sequence[Option],
     error_budget: float,
     capacity_bytes: int | None,
     base_memory_bytes: int,
+    steps: Sequence[Step] = (),
+    price_of_peak: float = 0.0,
 ) -> np.ndarray:
     """How often to take each option. An infinite budget bounds nothing."""
     rows, limits = _conflicts(options, {o.key: i for i, o in enumerate(options)})
@@ -175,15 +202,22 @@ def _solved(
         # Scaled so that the tolerance of the solver is relative to the budget.
         rows.append([(i, (o.error / error_budget) ** 2) for i, o in enumerate(options) if o.error])
         limits.append(1.0)
+    unit = max(capacity_bytes or 1, *(step.bytes for step in steps), 1)
+    index, peak = {o.key: i for i, o in enumerate(options)}, len(options)
     if capacity_bytes is not None:
-        unit = max(capacity_bytes, 1)
         rows.append([(i, o.memory_bytes / unit) for i, o in enumerate(options) if o.memory_bytes])
+        rows[-1] += [(peak, 1.0)] if steps else []
         limits.append((capacity_bytes - base_memory_bytes) / unit)
+    for step in steps:
+        freed = [(index[key], -freed / unit) for key, freed in step.freed.items() if freed]
+        rows.append([*freed, (peak, -1.0)])
+        limits.append(-step.bytes / unit)
     allowed = np.array([error_budget > 0 or o.error == 0 for o in options], dtype=float)
-    return _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
+    memory = capacity_bytes, base_memory_bytes, steps
+    return _maximise(options, rows, limits, allowed, memory, price_of_peak * unit)
 
 
-def _checked(options: Sequence[Option], error_budget: float) -> None:
+def _checked(options: Sequence[Option], error_budget: float, steps: Sequence[Step] = ()) -> None:
     index = {o.key: o for o in options}
     if len(index) != len(options):
         raise InvalidOption("two options have one key; expected a key of its own for each")
@@ -202,6 +236,11 @@ def _checked(options: Sequence[Option], error_budget: float) -> None:
             raise InvalidOption(
                 f"option {o.key!r} stands for {o.count} and conflicts with {other[0]!r}, which"
                 f" stands for {index[other[0]].count}; expected one count"
+            )
+    for key in {key for step in steps for key in step.freed}:
+        if key not in index or index[key].count != 1:
+            raise InvalidOption(
+                f"a step that {key!r} makes less: expected an option that counts once"
             )
 
 
@@ -230,23 +269,34 @@ def _conflicts(
     return rows, [float(options[row[0][0]].count) for row in rows]
 
 
-def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes) -> np.ndarray:
+def _maximise(
+    options: Sequence[Option],
+    rows: Sequence[Sequence[tuple[int, float]]],
+    limits: Sequence[float],
+    allowed: np.ndarray,
+    memory: tuple[int | None, int, Sequence[Step]],
+    price_of_peak: float,
+) -> np.ndarray:
+    """Of columns, the last is the peak where there are steps; its price is by its own unit."""
     if not options:
-        if capacity_bytes is not None and base_memory_bytes > capacity_bytes:
-            raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, 0))
+        capacity, base, steps = memory
+        if capacity is not None and base + max((s.bytes for s in steps), default=0) > capacity:
+            raise InfeasibleChoice(_does_not_fit(options, allowed, memory))
         return np.zeros(0, dtype=int)
     gains = np.array([o.gain for o in options])
-    scale = float(np.abs(gains).max()) or 1.0
+    scale = float(np.abs(gains).max()) or price_of_peak or 1.0
     # HiGHS stops within an absolute gap of 1e-6: objective in units of the typical gain; the
     # preference is large enough to decide ties and too small to outweigh a difference that counts.
     preference = np.linspace(1.0, 0.0, len(options)) * 1e-5 / len(options)
     objective = gains / scale + np.where(gains > 0, preference, 0.0)
+    peak = [0.0] if memory[2] else []
+    columns = len(options) + len(peak)
     constraints = []
     matrix = None
     if rows:
         entries = [(r, i, v) for r, row in enumerate(rows) for i, v in row]
         at_row, at_column, values = zip(*entries, strict=True) if entries else ((), (), ())
-        matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), len(options)))
+        matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), columns))
         constraints = [LinearConstraint(matrix, ub=np.array(limits))]
     counts = np.array([o.count for o in options])
     large = counts.sum() > EXACT_UP_TO
@@ -254,23 +304,22 @@ def _maximise(options, rows, limits, allowed, capacity_bytes, base_memory_bytes)
     def solved(integrality: int, gap: float):
         with quiet_c():
             return milp(
-                -objective,
-                integrality=np.full(len(options), integrality),
-                bounds=Bounds(0.0, allowed * counts),
+                np.array([*-objective, *(price_of_peak / scale for _ in peak)]),
+                integrality=np.array([integrality] * len(options) + [0] * len(peak)),
+                bounds=Bounds(0.0, np.array([*(allowed * counts), *(np.inf for _ in peak)])),
                 constraints=constraints,
                 options={"mip_rel_gap": gap},
             )
 
-    if large and (counts == 1).all() and (relaxed := solved(0, 0.0)).x is not None:
+    relaxes = large and not peak and (counts == 1).all()
+    if relaxes and (relaxed := solved(0, 0.0)).x is not None:
         taken = _rounded(relaxed.x, objective * allowed, matrix, np.array(limits))
         if taken is not None and objective[taken].sum() >= -relaxed.fun * (1 - LARGE_GAP):
             return taken.astype(int)
     result = solved(1, LARGE_GAP if large else 0.0)
     if result.x is None:
-        ok = zip(options, allowed, strict=True)
-        freed = -sum(min(o.memory_bytes, 0) * o.count for o, allows in ok if allows)
-        raise InfeasibleChoice(_does_not_fit(capacity_bytes, base_memory_bytes, freed))
-    return np.rint(result.x).astype(int)
+        raise InfeasibleChoice(_does_not_fit(options, allowed, memory))
+    return np.rint(result.x[: len(options)]).astype(int)
 
 
 def _rounded(
@@ -296,8 +345,18 @@ def _rounded(
     return taken
 
 
-def _does_not_fit(capacity: int | None, base: int, freed: int) -> str:
+def _does_not_fit(
+    options: Sequence[Option],
+    allowed: Sequence[float] | np.ndarray,
+    memory: tuple[int | None, int, Sequence[Step]],
+) -> str:
+    capacity, base, steps = memory
+    ok = [o for o, allows in zip(options, allowed, strict=True) if allows]
+    freed = -sum(min(o.memory_bytes, 0) * o.count for o in ok)
+    every = {o.key: 1 for o in ok}
+    least = max((_left(step, every) for step in steps), default=0)
+    beside = f", and at least {least} more at its fullest step," if steps else ""
     return (
-        f"the program holds {base} bytes and the device {capacity}; the options free at most"
-        f" {freed}. Choose a device with more memory, or allow options that free more"
+        f"the program holds {base} bytes{beside} and the device {capacity}; the options free at"
+        f" most {freed}. Choose a device with more memory, or allow options that free more"
     )

@@ -49,6 +49,7 @@ _REDUCTIONS = frozenset(
         "argmin",
     )
 )
+_CHAINS = {"gated_activation": "gate", "rotary": "rotary"}
 _GATHERS = frozenset(("embedding", "index", "index_select", "gather", "take", "take_along_dim"))
 _COPY_UNLESS_SAME = frozenset(
     ("to", "_to_copy", "contiguous", "reshape", "flatten", "type_as", "float", "half")
@@ -79,7 +80,7 @@ def work_of(node: fx.Node) -> Work:
         return _bodies(node)
     if not isinstance(node.target, OpOverload):
         return _NOTHING  # operator.getitem and arithmetic on sizes
-    results = _tensors([node.meta.get("val")])
+    results = tensors_of([node.meta.get("val")])
     if not results:
         if "val" not in node.meta and node.target._schema.returns:
             raise Uncountable(
@@ -92,7 +93,7 @@ def work_of(node: fx.Node) -> Work:
     law = _RIDGELINE.get(name) if node.target.namespace == "ridgeline" else law
     if law is not None:
         return Work((law(node),))
-    if _is_free(node, name, results):
+    if is_free(node, name, results):
         return _NOTHING
     return Work((_stream(node, name, results),))
 
@@ -121,7 +122,8 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return numbers(tensor.shape)
 
 
-def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+def tensors_of(values: Iterable[Any]) -> list[torch.Tensor]:
+    """Every tensor among values, those of nodes included."""
     found = []
     for value in values:
         if isinstance(value, fx.Node):
@@ -129,7 +131,7 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
+            found += tensors_of(value)
     return found
 
 
@@ -150,13 +152,14 @@ def _is_contiguous(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _is_free(node: fx.Node, name: str, results: list[torch.Tensor]) -> bool:
+def is_free(node: fx.Node, name: str, results: list[torch.Tensor]) -> bool:
+    """Is the result of an ATen call, `name`, a view: is nothing read or written?"""
     if name in ("dropout", "feature_dropout", "alpha_dropout"):
         return not node.args[2]
     if name in ("lift_fresh_copy", "alias", "detach_", "_assert_tensor_metadata"):
         return True
     if name in _COPY_UNLESS_SAME:
-        source = _tensors(node.args[:1])
+        source = tensors_of(node.args[:1])
         if not source or source[0].dtype != results[0].dtype:
             return False
         # A view keeps the strides of a source with gaps; a copy closes them.
@@ -167,7 +170,7 @@ def _is_free(node: fx.Node, name: str, results: list[torch.Tensor]) -> bool:
 
 def _stream(node: fx.Node, name: str, results: list[torch.Tensor]) -> Stream:
     written = sum(_size_bytes(t) for t in results)
-    operands = _tensors(node.args) + _tensors(node.kwargs.values())
+    operands = tensors_of(node.args) + tensors_of(node.kwargs.values())
     read = sum(_size_bytes(t) for t in operands)
     elements = max((prod(_shape(t)) for t in (*operands, *results)), default=0)
     access = "elementwise"
@@ -184,14 +187,16 @@ def _stream(node: fx.Node, name: str, results: list[torch.Tensor]) -> Stream:
     flops = elements * _FLOPS_PER_ELEMENT.get(name, 1)
     if name in ("clone", "copy_", "cat", "stack", *_COPY_UNLESS_SAME) or not operands:
         flops = 0
-    return Stream(read, written, flops, results[0].dtype, access)
+    ours = node.target.namespace == "ridgeline"
+    chain = _CHAINS.get(name, "") if ours else ""
+    return Stream(read, written, flops, results[0].dtype, access, chain)
 
 
 def _val(node: fx.Node, index: int) -> torch.Tensor:
     return node.args[index].meta["val"]
 
 
-def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The argument called `name`, given by position or keyword, else its schema's default."""
     for i, parameter in enumerate(node.target._schema.arguments):
         if parameter.name == name:
@@ -205,7 +210,7 @@ def _linear(node: fx.Node) -> Gemm:
     x, weight = _shape(_val(node, 0)), _shape(_val(node, 1))
     dtype = _val(node, 0).dtype
     n = weight[0] if len(weight) == 2 else 1
-    biased = _argument(node, "bias") is not None
+    biased = argument(node, "bias") is not None
     return Gemm(prod(x[:-1]), n, x[-1], dtype=dtype, bias=biased)
 
 
@@ -228,7 +233,7 @@ def _addmm(node: fx.Node) -> Kernel:
 
 def _sdpa(node: fx.Node) -> Kernel:
     query, key, value = (_val(node, i) for i in range(3))
-    causal = bool(_argument(node, "is_causal", False))
+    causal = bool(argument(node, "is_causal", False))
     q, kv = _shape(query)[-2], _shape(key)[-2]
     # is_causal starts at the top left: keys beyond the last query are never read.
     return _attention(query, key, value, causal, min(q, kv) if causal else kv, node)
@@ -236,7 +241,7 @@ def _sdpa(node: fx.Node) -> Kernel:
 
 def _ridgeline_attention(node: fx.Node) -> Kernel:
     query, key, value = (_val(node, i) for i in range(3))
-    diagonal = _argument(node, "diagonal")
+    diagonal = argument(node, "diagonal")
     kv = _shape(key)[-2]
     if isinstance(diagonal, fx.Node):
         diagonal = diagonal.meta["val"]
@@ -247,7 +252,7 @@ def _ridgeline_attention(node: fx.Node) -> Kernel:
 
 def _attention(query, key, value, causal: bool, kv: int, node: fx.Node) -> Attention:
     shape, keys = _shape(query), _shape(key)
-    mask = _argument(node, "mask", _argument(node, "attn_mask"))
+    mask = argument(node, "mask", argument(node, "attn_mask"))
     return Attention(
         batch=prod(shape[:-3]) if len(shape) > 3 else 1,
         heads=shape[-3] if len(shape) > 2 else 1,
@@ -259,33 +264,33 @@ def _attention(query, key, value, causal: bool, kv: int, node: fx.Node) -> Atten
         causal=causal,
         dtype=query.dtype,
         masked=mask is not None,
-        sinks=_argument(node, "sinks") is not None,
+        sinks=argument(node, "sinks") is not None,
         library="ridgeline" if node.target.namespace == "ridgeline" else "torch",
     )
 
 
 def _quantized_linear(node: fx.Node) -> Kernel:
-    x, scale, offset = _val(node, 0), _val(node, 2), _argument(node, "offset")
-    scheme = _argument(node, "codec", "uniform")
+    x, scale, offset = _val(node, 0), _val(node, 2), argument(node, "offset")
+    scheme = argument(node, "codec", "uniform")
     if scheme == "uniform":
         scheme = "symmetric"
         if offset is not None:
             scheme = "minimum" if offset.meta["val"].is_floating_point() else "zero_point"
     powers = scheme == "binary" and not scale.is_floating_point()
-    shape, multiply = _shape(x), _argument(node, "multiply")
-    beside = _tensors([_argument(node, "row_scale"), _argument(node, "permutation")])
+    shape, multiply = _shape(x), argument(node, "multiply")
+    beside = tensors_of([argument(node, "row_scale"), argument(node, "permutation")])
     return Gemm(
         m=prod(shape[:-1]),
         n=_shape(_val(node, 1))[0],
         k=shape[-1],
         dtype=multiply or x.dtype,
-        weight_bits=_argument(node, "bits"),
-        group_size=_argument(node, "group_size"),
+        weight_bits=argument(node, "bits"),
+        group_size=argument(node, "group_size"),
         scheme=scheme,
-        bias=_argument(node, "bias") is not None,
+        bias=argument(node, "bias") is not None,
         stored=None if multiply is None else x.dtype,
-        group_rows=_argument(node, "group_rows"),
-        terms=_shape(scale)[-1] if powers else _argument(node, "terms") * (scheme == "shift"),
+        group_rows=argument(node, "group_rows"),
+        terms=_shape(scale)[-1] if powers else argument(node, "terms") * (scheme == "shift"),
         centred=scheme != "binary" or offset is None,
         scale_bytes=scale.dtype.itemsize if scale.is_floating_point() else 2,
         beside_bytes=sum(map(_size_bytes, beside)),
@@ -309,12 +314,12 @@ def _binary_attention(node: fx.Node) -> Kernel:
 
 def _group_rational(node: fx.Node) -> Kernel:
     """One pass over memory either way; the backward evaluates about three times as much."""
-    operands, results = _tensors(node.args), _tensors([node.meta["val"]])
+    operands, results = tensors_of(node.args), tensors_of([node.meta["val"]])
     x, numerator, denominator = operands[-3:]
     times = 1 if len(results) == 1 else 3
     flops = 2 * times * (_shape(numerator)[1] + _shape(denominator)[1]) * prod(_shape(x))
     read, written = (float(sum(map(_size_bytes, tensors))) for tensors in (operands, results))
-    return Stream(read, written, flops, x.dtype)
+    return Stream(read, written, flops, x.dtype, chain="rational")
 
 
 def _norm(node: fx.Node) -> Kernel:
@@ -332,7 +337,7 @@ def _norm_rational(node: fx.Node) -> Kernel:
 
 def _linear_rational(node: fx.Node) -> Kernel:
     terms = sum(_shape(_val(node, i))[1] for i in (3, 4))
-    side = f"{_argument(node, 'side')}_terms"
+    side = f"{argument(node, 'side')}_terms"
     return dataclasses.replace(_linear(node), library="ridgeline", **{side: terms})
 
 
@@ -340,8 +345,8 @@ def _convolution(node: fx.Node) -> Kernel:
     """An implicit GEMM: rows are output positions (input positions when transposed)."""
     image, weight = _val(node, 0), _val(node, 1)
     x, w, y = _shape(image), _shape(weight), _shape(node.meta["val"])
-    transposed = "transpose" in node.target._opname or bool(_argument(node, "transposed", False))
-    groups = _argument(node, "groups", 1)
+    transposed = "transpose" in node.target._opname or bool(argument(node, "transposed", False))
+    groups = argument(node, "groups", 1)
     spatial = len(w) - 2
     rows = prod((x if transposed else y)[-spatial:]) * (x[0] if len(x) == len(w) else 1)
     n = w[1] if transposed else w[0] // groups
@@ -355,7 +360,7 @@ def _convolution(node: fx.Node) -> Kernel:
         batch=groups,
         dtype=image.dtype,
         left_elements=prod(x),
-        bias=_argument(node, "bias") is not None,
+        bias=argument(node, "bias") is not None,
     )
 
 

@@ -23,7 +23,7 @@ from ridgeline.cost_model import cpu_time, gpu_time
 from ridgeline.cost_model.elementwise import root4
 from ridgeline.cost_model.energy import joules
 from ridgeline.cost_model.launches import Queue, queue
-from ridgeline.cost_model.target import InvalidTarget, Target
+from ridgeline.cost_model.target import InvalidTarget, Refinement, Target
 from ridgeline.cost_model.work import (
     Attention,
     BinaryAttention,
@@ -115,7 +115,7 @@ def kernel_seconds(
     else:
         p = _price(kernel, target, resident_bytes)
         compute, memory, fixed = p.compute, p.memory, p.fixed
-    if refined := target.refined.get(kind_of(kernel)):
+    if refined := _refined(kernel, target):
         compute, memory = compute * refined.compute, memory * refined.memory
         fixed *= refined.fixed
     return root4(compute, memory), fixed, "compute" if compute > memory else "memory"
@@ -145,16 +145,23 @@ def kind_of(kernel: Kernel) -> str:
             return f"{'prefill' if kernel.q > 1 else 'decode'} attention {dtype}"
         return f"{'gemm' if kernel.weight_bits is None else 'quantized gemm'} {dtype}"
     if isinstance(kernel, Stream):
-        return kernel.access
+        return f"{kernel.access} {kernel.chain}".rstrip()
     names = {BinaryAttention: "binary attention", Norm: "norm", Collective: "collective"}
     return names[type(kernel)]
+
+
+def _refined(kernel: Kernel, target: Target) -> Refinement | None:
+    """What was measured of the kernel's kind; of a chain that was not, of all chains together."""
+    kind = kind_of(kernel)
+    pooled = kernel.access if isinstance(kernel, Stream) else kind
+    return target.refined.get(kind) or target.refined.get(pooled)
 
 
 def interval(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> tuple[float, float]:
     """ln(low / seconds) and ln(high / seconds) of one kernel."""
     if target.kind != "cpu" or isinstance(kernel, Collective):
         return _price(kernel, target, resident_bytes).interval
-    refined = target.refined.get(kind_of(kernel))
+    refined = _refined(kernel, target)
     error = (refined.error if refined else _CPU_ERROR) + target.spread
     return -math.log1p(error), math.log1p(error)
 
@@ -163,7 +170,7 @@ def measured_error(kernel: Kernel, target: Target, resident_bytes: float = 0.0) 
     """Mean relative error of the kernel's kind, as far as it was measured: on a CPU, whose kinds
     nobody measured before `ridgeline calibrate`, its probe's spread alone."""
     if target.kind == "cpu":
-        refined = target.refined.get(kind_of(kernel))
+        refined = _refined(kernel, target)
         return (refined.error if refined else 0.0) + target.spread
     below, above = interval(kernel, target, resident_bytes)
     return MEAN_OF_INTERVAL * (above - below)

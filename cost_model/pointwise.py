@@ -16,6 +16,7 @@ prints: torch's tanh, which GELU by tanh calls too, takes four times as long, it
 what is one exponential little more; ReLU is bound by memory and gains nothing.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,11 @@ _RATIONAL = 27
 _INDUCTOR_TURN, _OUR_TURN = 48, 20
 _GATED_CALLS, _ROTARY_CALLS = 1, {"cpu": 1, "cuda": 2, "hip": 2}
 _COMPLEX_CALLS = 2  # a view as complex and the product, both called from Inductor's code
-_CALL = Stream(0.0, 0.0)
+
+
+def _calls(number: int, chain: str) -> tuple[Stream, ...]:
+    """Of Python, or of code between kernels: they cost a launch each."""
+    return (Stream(0.0, 0.0, chain=chain),) * number
 
 
 def gated_work(
@@ -38,8 +43,8 @@ def gated_work(
     """act(gate) * up of `elements` elements on a target of this kind, by our kernel or Inductor."""
     moved = elements * dtype.itemsize
     each = (_OURS if ours and kind == "cpu" else _INDUCTOR)[activation]
-    calls = (_CALL,) * _GATED_CALLS if ours else ()
-    return Work((Stream(2 * moved, moved, each * elements, dtype), *calls))
+    calls = _calls(_GATED_CALLS if ours else 0, "gate")
+    return Work((Stream(2 * moved, moved, each * elements, dtype, chain="gate"), *calls))
 
 
 def activation_work(
@@ -49,7 +54,8 @@ def activation_work(
     rational function of ours with degrees 5 and 4."""
     moved = elements * dtype.itemsize
     each = _RATIONAL if rational and kind == "cpu" else _ALONE[activation]
-    return Work((Stream(moved, moved, each * elements, dtype), *((_CALL,) * rational)))
+    made = Stream(moved, moved, each * elements, dtype, chain="rational")
+    return Work((made, *_calls(int(rational), "rational")))
 
 
 def rotary_work(
@@ -77,19 +83,22 @@ def rotary_work(
                 stream
                 for n in elements
                 for stream in (
-                    Stream(4 * n + angle_bytes, 4 * n, _INDUCTOR_TURN * n, torch.float32),
-                    *((Stream(size * n, 4 * n),) * casts),
-                    *((_CALL,) * _COMPLEX_CALLS),
+                    _turn(4 * n + angle_bytes, 4 * n, _INDUCTOR_TURN * n, torch.float32),
+                    *((_turn(size * n, 4 * n, 0, torch.float32),) * casts),
+                    *_calls(_COMPLEX_CALLS, "rotary"),
                 )
             )
         )
     if not ours:
-        loops = (Stream(n * size + angle_bytes, n * size, _INDUCTOR_TURN * n, dtype)
+        loops = (_turn(n * size + angle_bytes, n * size, _INDUCTOR_TURN * n, dtype)
                  for n in elements)  # fmt: skip
         return Work(tuple(loops))
     moved = sum(elements) * size
     each = _OUR_TURN if kind == "cpu" else _INDUCTOR_TURN
-    turned = Stream(
+    turned = _turn(
         moved + angle_bytes + stored * size, moved + stored * size, each * sum(elements), dtype
     )
-    return Work((turned, *((_CALL,) * _ROTARY_CALLS[kind])))
+    return Work((turned, *_calls(_ROTARY_CALLS[kind], "rotary")))
+
+
+_turn = functools.partial(Stream, chain="rotary")

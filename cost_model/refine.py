@@ -24,6 +24,7 @@ PRIOR = 0.1
 """A factor of e costs as much as a misfit of exp(sqrt(0.1)) of one measurement, 37 %."""
 HUBER = 0.2
 ERROR_FLOOR = 0.05
+POOLED = "elementwise"
 FEWEST = 4
 """Measurements of a kind below which it stays as it is."""
 
@@ -48,10 +49,13 @@ class Measurement:
 
 
 def refine(measurements: Sequence[Measurement]) -> dict[str, Refinement]:
-    """A refinement for every kind with at least FEWEST measurements."""
+    """A refinement for every kind with at least FEWEST measurements, and one for all elementwise
+    chains, by which those are predicted that nobody measured."""
     kinds: dict[str, list[Measurement]] = {}
     for m in measurements:
-        kinds.setdefault(m.kind, []).append(m)
+        pooled = m.kind.partition(" ")[0] == POOLED
+        for kind in dict.fromkeys((m.kind, POOLED) if pooled else (m.kind,)):
+            kinds.setdefault(kind, []).append(m)
     return {kind: _with_error(of) for kind, of in kinds.items() if len(of) >= FEWEST}
 
 

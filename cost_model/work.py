@@ -235,7 +235,8 @@ class Norm:
 class Stream:
     """A kernel that memory bounds: elementwise, reduction, gather, copy.
 
-    flops run on the vector unit. access: "elementwise", "reduction" or "gather".
+    flops run on the vector unit. access: "elementwise", "reduction" or "gather". chain: which chain
+    of operations it is, "gate", "rotary" or "rational", whoever's kernel runs it; "" for others.
     """
 
     bytes_read: float
@@ -243,6 +244,7 @@ class Stream:
     flops: int = 0
     dtype: torch.dtype = torch.float32
     access: str = "elementwise"
+    chain: str = ""
 
     @property
     def bytes(self) -> Roles:

@@ -10,7 +10,14 @@ from torch import fx
 
 from ridgeline.codegen.kernel import constant
 from ridgeline.codegen.lower import lower
-from ridgeline.cost_model import Target, estimate, load_target, work_of_graph
+from ridgeline.cost_model import (
+    InfeasibleChoice,
+    Lifetimes,
+    Target,
+    estimate,
+    load_target,
+    work_of_graph,
+)
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
@@ -20,16 +27,18 @@ from ridgeline.passes.apply import apply, copy_graph
 from ridgeline.passes.base import Candidate, Pass, Setting, location
 from ridgeline.passes.certify import CertificateError, Mismatch, equivalence
 from ridgeline.passes.compile_program import CompileProgram
-from ridgeline.passes.decide import Choice, Objective, choose, decision, refusal_decision
+from ridgeline.passes.decide import Choice, Objective, choose
+from ridgeline.passes.decision_lines import decision, refusal_decision
 from ridgeline.passes.fold import fold_stacks
 from ridgeline.passes.ignore import check_patterns, ignored
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.plan import Certificate, Decision, Plan
 from ridgeline.passes.propose import propose
 from ridgeline.passes.record import record
+from ridgeline.passes.room import Room, too_full
 from ridgeline.passes.settle import settle
 from ridgeline.passes.weights import WeightStore
-from ridgeline.passes.workload import CAPTURED, Sizes, Workload, sizes_of, state_bytes
+from ridgeline.passes.workload import CAPTURED, Sizes, Workload, bytes_of, sizes_of, state
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +53,17 @@ def weight_bytes(module: fx.GraphModule) -> int:
     return sum(t.nbytes for t in tensors.values())
 
 
-def graph_figures(module: fx.GraphModule, target: Target) -> dict[str, Any]:
-    """What a plan says of a whole graph: its cost, and `held_bytes` of its distinct weights."""
-    held = weight_bytes(module)
+def graph_figures(
+    module: fx.GraphModule, target: Target, results: int | None = None
+) -> dict[str, Any]:
+    """What a plan says of a whole graph: its cost, `held_bytes` of its distinct weights,
+    `state_bytes` of the caches that it leaves beside its `results`, and `live_bytes` of what else
+    is alive at the fullest step."""
+    held, caches = weight_bytes(module), state(module.graph, results)
     cost = estimate(work_of_graph(module.graph), target, resident_bytes=held)
-    return {**asdict(cost), "held_bytes": held}
+    live = Room(Lifetimes(module.graph, caches), target).peak_bytes()
+    held_bytes = {"held_bytes": held, "state_bytes": bytes_of(caches), "live_bytes": live}
+    return {**asdict(cost), **held_bytes}
 
 
 class Compiler(CompileProgram):
@@ -136,15 +151,7 @@ class Compiler(CompileProgram):
             with spent("measure"):
                 sensitivity = observed.sensitivity()
         with spent("choose"), sizes_at(sizes.values):
-            choice = choose(
-                candidates,
-                self.target,
-                tolerance=self.tolerance,
-                objective=self.objective,
-                sensitivity=sensitivity,
-                weight_bytes=weight_bytes(module),
-                state_bytes=state_bytes(program),
-            )
+            choice = self._choice(candidates, program, module, sensitivity)
         with spent("certify"):
             evidence, unsound = self._certified(choice.chosen)
         sound = [c for c in choice.chosen if c not in unsound]
@@ -179,11 +186,41 @@ class Compiler(CompileProgram):
         plan.refused += left
         with spent("choose"), sizes_at(sizes.values):
             plan.predicted[label] = {
-                side: graph_figures(m, self.target)
+                side: graph_figures(m, self.target, program.results)
                 for side, m in (("before", module), ("after", rewritten))
             }
+        if said := too_full(label, plan.predicted[label]["after"], self.target, program.training):
+            plan.note(said)
         record(plan, label)
         return rewritten
+
+    def _choice(
+        self,
+        candidates: Sequence[Candidate],
+        program: Program,
+        module: fx.GraphModule,
+        sensitivity: float,
+    ) -> Choice:
+        """Among what fits the memory with all that is alive at once; where nothing does, which the
+        plan then says, with weights and caches alone."""
+        caches = state(module.graph, program.results)
+
+        def chosen(room: Room | None) -> Choice:
+            return choose(
+                candidates,
+                self.target,
+                tolerance=self.tolerance,
+                objective=self.objective,
+                sensitivity=sensitivity,
+                weight_bytes=weight_bytes(module),
+                state_bytes=bytes_of(caches),
+                room=room,
+            )
+
+        try:
+            return chosen(Room(Lifetimes(module.graph, caches), self.target))
+        except InfeasibleChoice:
+            return chosen(None)
 
     def _sizes(self, program: Program, label: str) -> Sizes:
         """The sizes to choose for; the plan says them where they are not those captured."""

@@ -1,16 +1,15 @@
 """One joint decision: candidates become options of the solver, its answer becomes `Decision`s."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
 
 from ridgeline.cost_model import Cost, Option, Target, Work, doubt, estimate, solve
-from ridgeline.ir.provenance import source_of
-from ridgeline.passes.base import Candidate, location
-from ridgeline.passes.plan import Certificate, Decision, RefusedBy
-from ridgeline.passes.propose import Refusal
+from ridgeline.passes.base import Candidate
+from ridgeline.passes.plan import RefusedBy
+from ridgeline.passes.room import Room, relief_of, together
 
 Objective = Literal["latency", "memory", "energy", "eflops"]
 
@@ -66,17 +65,22 @@ def choose(
     weight_bytes: int,
     state_bytes: int = 0,
     counts: Mapping[Candidate, int] | None = None,
+    room: Room | None = None,
 ) -> Choice:
     """Pick the candidates to apply on `target`.
 
     sensitivity: output error per unit of local error, measured by a probe; 0 where nothing is known
     of errors, and cost alone decides. weight_bytes: of all weights of the program; state_bytes: of
     its caches, which take device memory too. counts: how many sites alike each candidate stands for
-    (`Option.count`); one each where it is None. Raises InfeasibleChoice where no choice fits it.
+    (`Option.count`); one each where it is None. room: what else is alive while it runs; None: not
+    counted. Raises InfeasibleChoice where no choice fits the memory.
     """
     counts = counts or dict.fromkeys(candidates, 1)
     held = weight_bytes + state_bytes
-    too_large = held > target.memory_bytes
+    relief = relief_of(candidates, counts, room, held, objective == "memory")
+    peak = 0 if relief is None else int(relief.live.max(initial=0))
+    too_large = held + peak > target.memory_bytes
+    freeing = relief.freed if relief and (too_large or objective == "memory") else {}
     known: dict[Work, Cost] = {}  # a model repeats its layers
 
     def cost(work: Work) -> Cost:
@@ -101,32 +105,43 @@ def choose(
         [
             c
             for c in candidates
-            if worth[c] > max(price[c], doubts[c]) or (too_large and c.memory_bytes < 0)
+            if worth[c] > max(price[c], doubts[c])
+            or (too_large and c.memory_bytes < 0)
+            or c in freeing
         ],
         worth,
+        freeing,
     )
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
             touched.setdefault(node, []).append(i)
+    whole = together({i for i, c in enumerate(useful) if c in freeing}, useful, touched)
     options = [
         Option(
             key=str(i),
-            gain=worth[c] - price[c],
-            memory_bytes=c.memory_bytes,
-            error=c.error * sensitivity,
+            gain=(worth[c] - price[c]) * (n := counts[c] if i in whole else 1),
+            memory_bytes=c.memory_bytes * n,
+            error=c.error * sensitivity * n**0.5,
             conflicts=frozenset(str(j) for n in c.site.nodes for j in touched[n] if j != i),
-            count=counts[c],
+            count=counts[c] // n,
         )
         for i, c in enumerate(useful)
     ]
+    keys = {c: str(i) for i, c in enumerate(useful) if i in whole}
     taken = solve(
         options,
         error_budget=tolerance,
         capacity_bytes=target.memory_bytes,
         base_memory_bytes=held,
+        steps=() if relief is None else relief.steps(keys),
+        price_of_peak=1.0 if relief and objective == "memory" else 0.0,
     ).times
-    times = {c: taken[str(i)] for i, c in enumerate(useful) if str(i) in taken}
+    times = {
+        c: taken[str(i)] * (counts[c] if i in whole else 1)
+        for i, c in enumerate(useful)
+        if str(i) in taken
+    }
     chosen = list(times)
     spent = sum(n * (c.error * sensitivity) ** 2 for c, n in times.items())
 
@@ -142,7 +157,9 @@ NEXT_TO_NOTHING = 0.01
 """A relative difference of errors that is none: what was observed tells no more."""
 
 
-def _undominated(candidates: Sequence[Candidate], worth: dict[Candidate, float]) -> list[Candidate]:
+def _undominated(
+    candidates: Sequence[Candidate], worth: dict[Candidate, float], freeing: Collection[Candidate]
+) -> list[Candidate]:
     """Without the forms beside which the same pass has one, for the same values, that wins more,
     takes no other nodes, holds no more memory and is as exact but for next to nothing."""
     sites: dict[tuple[str, tuple[fx.Node, ...]], list[Candidate]] = {}
@@ -155,6 +172,7 @@ def _undominated(candidates: Sequence[Candidate], worth: dict[Candidate, float])
             and set(d.site.nodes) <= set(c.site.nodes)
             and d.memory_bytes <= c.memory_bytes
             and d.error <= c.error * (1 + NEXT_TO_NOTHING)
+            and (d in freeing or c not in freeing)
             for d in sites[c.rewrite.name, c.site.outs]
         )
 
@@ -347,42 +365,3 @@ def _figure(cost: Cost, objective: Objective) -> str:
         "eflops": ("eMFLOPs", 1e-6, "eflops"),
     }.get(objective, ("µs", 1e6, "seconds"))
     return f"{getattr(cost, field) * factor:.1f} {unit}"
-
-
-def decision(
-    candidate: Candidate,
-    costs: tuple[Cost, Cost],
-    phase: str,
-    by: RefusedBy | None = None,
-    reason: str = "",
-    needed: str = "",
-    certificate: Certificate | None = None,
-) -> Decision:
-    """A candidate's line in the account."""
-    return Decision(
-        rewrite=candidate.rewrite.name,
-        at=candidate.at,
-        exactness=candidate.rewrite.exactness,
-        refused_by=by,
-        reason=reason,
-        phase=phase,
-        variant=candidate.variant,
-        needed=needed,
-        before=costs[0],
-        after=costs[1],
-        certificate=certificate,
-    )
-
-
-def refusal_decision(refusal: Refusal, phase: str) -> Decision:
-    """The line of a site that never became a candidate."""
-    return Decision(
-        rewrite=refusal.rewrite.name,
-        at=location(refusal.reject.node),
-        exactness=refusal.rewrite.exactness,
-        refused_by=refusal.by,
-        reason=refusal.reject.reason,
-        phase=phase,
-        needed=refusal.reject.needed,
-        source=source_of(refusal.reject.node),
-    )

@@ -50,6 +50,11 @@ def _phase(
         f"  weights {_change(before, after, 'held_bytes', _bytes)}; energy"
         f" {_change(before, after, 'energy_joules', _energy)} (of a 45 nm process)"
     )
+    held = [(name, after.get(f"{name}_bytes", 0)) for name in ("held", "state", "live")]
+    if held[2][1]:
+        names = {"held": "weights", "state": "caches", "live": "what is computed"}
+        parts = " + ".join(f"{names[name]} {_bytes(size)}" for name, size in held if size)
+        console.print(f"  memory {_bytes(sum(size for _, size in held))} at its fullest: {parts}")
     if otherwise := [
         d for d in (*plan.applied, *plan.refused) if d.phase == phase and d.otherwise_by_eflops
     ]:

@@ -84,7 +84,7 @@ class Found:
         elements = math.prod(numbers(x.shape))
         moved = elements * x.dtype.itemsize
         read = moved + sum(t.numel() * t.dtype.itemsize for t in held)
-        return Work((Stream(read, moved, 2 * self.terms * elements, x.dtype),))
+        return Work((Stream(read, moved, 2 * self.terms * elements, x.dtype, chain="rational"),))
 
     @property
     def _called(self) -> list[fx.Node]:

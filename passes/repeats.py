@@ -15,35 +15,52 @@ so that answers are compared once, in full, for each target.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ridgeline.cost_model import Replaced
 from ridgeline.ir.match import Site
 from ridgeline.ir.symbolic import size_expression
 from ridgeline.passes.base import Candidate
 from ridgeline.passes.propose import Found, Refusal, Weighed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Repeats:
     """found: the sites of one block of each kind. counts: site -> how many are like it, itself
-    included. misses: refusals that are of no site. blocks: site -> the nodes of its block."""
+    included. misses: refusals that are of no site. blocks: site -> the nodes of its block, and of
+    those that are like it, each in order."""
 
     found: list[Found]
     counts: dict[Site, int]
     misses: list[Weighed]
-    blocks: dict[Site, frozenset[fx.Node]]
+    blocks: dict[Site, list[list[fx.Node]]]
+
+    @cached_property
+    def _alike(self) -> dict[fx.Node, list[list[fx.Node]]]:
+        return {node: alike for alike in self.blocks.values() for node in alike[0]}
 
     def hold(self, weighed: Iterable[Weighed]) -> bool:
         """Does every candidate stay within its block, as those did that were compared?"""
         return all(
-            self.blocks[w.site].issuperset(c.site.nodes)
+            set(self.blocks[w.site][0]).issuperset(c.site.nodes)
             for w in weighed
             if w.site is not None
             for c in w.candidates
         )
+
+    def copies(self, candidate: Candidate) -> list[Replaced]:
+        """The site of a candidate, and those that are like it."""
+        site = candidate.site
+        first, *others = self._alike[site.nodes[0]]
+        place = {node: i for i, node in enumerate(first)}
+        return [
+            Replaced(*(tuple(nodes[place[n]] for n in of) for of in (site.nodes, site.outs)))
+            for nodes in (first, *others)
+        ]
 
     def kept(self, weighed: Iterable[Weighed]) -> list[Weighed]:
         """Of everything weighed, what is of a site of `found`, or of none."""
@@ -54,16 +71,14 @@ def repeats(found: Sequence[Found], weighed: Sequence[Weighed]) -> Repeats:
     """Sort the blocks of sites in a graph; `weighed`: every site of `found`, at any sizes."""
     pass_of = {site: f.rewrite.name for f in found for site in f.sites}
     first: dict[Any, list[Weighed]] = {}
-    number: dict[Any, int] = {}
-    nodes_of: dict[Any, frozenset[fx.Node]] = {}
+    alike: dict[Any, list[list[fx.Node]]] = {}
     for block in _blocks(weighed):
         nodes = sorted({n for w in block for n in _nodes(w)})
         key = _key(block, nodes, pass_of)
         first.setdefault(key, block)
-        nodes_of.setdefault(key, frozenset(nodes))
-        number[key] = number.get(key, 0) + 1
-    counts = {w.site: number[key] for key, block in first.items() for w in block if w.site}
-    blocks = {w.site: nodes_of[key] for key, block in first.items() for w in block if w.site}
+        alike.setdefault(key, []).append(nodes)
+    counts = {w.site: len(alike[key]) for key, block in first.items() for w in block if w.site}
+    blocks = {w.site: alike[key] for key, block in first.items() for w in block if w.site}
     kept = [replace(f, sites=[s for s in f.sites if s in counts], misses=()) for f in found]
     return Repeats(kept, counts, [w for w in weighed if w.site is None], blocks)
 

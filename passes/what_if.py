@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from ridgeline.cost_model import Cost, InfeasibleChoice, Target, Work, estimate, work_of
+from ridgeline.cost_model import Cost, InfeasibleChoice, Lifetimes, Target, Work, estimate, work_of
 from ridgeline.cost_model.work import Kernel
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
@@ -27,8 +27,9 @@ from ridgeline.passes.compiler import weight_bytes
 from ridgeline.passes.decide import Choice, Objective, choose, figure
 from ridgeline.passes.propose import Weighed, find_sites, weigh
 from ridgeline.passes.repeats import Repeats, kinds, repeats
+from ridgeline.passes.room import Room
 from ridgeline.passes.unobserved import UnknownWeights, Unobserved
-from ridgeline.passes.workload import Sizes, WorkloadError, sizes_of, state_bytes
+from ridgeline.passes.workload import Sizes, WorkloadError, sizes_of, state, state_bytes
 
 ALLOWED = 0.5
 """The tolerance that passes are told: any that admits approximate rewrites."""
@@ -83,15 +84,17 @@ class Unfired:
 class Answer:
     """One decision: passes by name, cost before and after, bytes held.
 
-    weights: (before, after) of the program's weights; state: of its caches. before, after, and the
-    kernels of work_before, work_after, are None where no choice fits the machine's memory. unfired:
-    why passes do not fire where they could, or nearly could.
+    weights: (before, after) of the program's weights; state: of its caches; live: (before, after)
+    of what else is alive at the fullest step. before, after, and the kernels of work_before,
+    work_after, are None where no choice fits the machine's memory. unfired: why passes do not fire
+    where they could, or nearly could.
     """
 
     target: Target
     sizes: Sizes
     weights: tuple[int, int]
     state: int
+    live: tuple[int, int]
     firing: dict[str, Firing]
     before: Cost | None = None
     after: Cost | None = None
@@ -121,6 +124,7 @@ class WhatIf:
         self._works: dict[tuple[int, ...], dict[int, Work]] = {}
         self._kinds = kinds(node for node in self.graph.nodes if node.op == "call_function")
         self._repeats: dict[Target, Repeats] = {}
+        self._lifetimes = Lifetimes(self.graph, state(self.graph, program.results))
 
     @property
     def has_context(self) -> bool:
@@ -147,7 +151,9 @@ class WhatIf:
         )
         with sizes_at(sizes.values):
             weighed, counts = self._weighed(target, setting)
-            state = state_bytes(self.program)
+            held_state = state_bytes(self.program)
+            room = Room(self._lifetimes, target, self._repeats[target].copies)
+            live = room.peak_bytes()
             try:
                 choice = choose(
                     list(counts),
@@ -156,18 +162,22 @@ class WhatIf:
                     objective=self.objective,
                     sensitivity=0.0,
                     weight_bytes=self.weight_bytes,
-                    state_bytes=state,
+                    state_bytes=held_state,
                     counts=counts,
+                    room=room,
                 )
             except InfeasibleChoice:
-                return Answer(target, sizes, (self.weight_bytes,) * 2, state, {})
+                weights = self.weight_bytes, self.weight_bytes
+                return Answer(target, sizes, weights, held_state, (live, live), {})
             firing = _firing(counts, choice)
             unfired = _unfired(weighed, self._repeats[target], choice, counts, self.objective)
             held = self.weight_bytes + sum(n * c.memory_bytes for c, n in choice.times.items())
             sides = self._sides(sizes, choice)
             costs = [estimate(w, target, resident_bytes=self.weight_bytes) for w in sides]
-            weights = self.weight_bytes, held
-            return Answer(target, sizes, weights, state, firing, *costs, *sides, unfired)
+            weights, alive = (self.weight_bytes, held), (live, room.peak_bytes(choice.times))
+            return Answer(
+                target, sizes, weights, held_state, alive, firing, *costs, *sides, unfired
+            )
 
     def _weighed(
         self, target: Target, setting: Setting

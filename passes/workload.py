@@ -10,7 +10,7 @@ A program has a free symbol for its batch and one for its length where its model
 What a program has fixed it is chosen for as it is, and `Sizes.fixed` says so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -23,11 +23,23 @@ from ridgeline.ir.sizes import captured_sizes, number, numbers
 from ridgeline.ir.symbolic import shape_of
 
 PHASES = ("prefill", "decode", "forward")
+LARGEST = {"batch": 2**20, "context": 2**30}
+_MEANS = {"batch": "sequences at once", "context": "tokens"}
 Number = int | Mapping[str, int] | None
 
 
 class WorkloadError(RidgelineError, ValueError):
     """A phase, batch or context that no program can be chosen for."""
+
+
+def check_number(name: str, value: int, said: str = "") -> None:
+    """Raises WorkloadError for a batch or context, called `said`, that no machine will see; sizes
+    are products of several, and have to stay 64-bit integers."""
+    if not 1 <= value <= LARGEST[name]:
+        shown = f"{value}" if value < 10**12 else f"{float(min(value, 10**300)):.0e}"
+        raise WorkloadError(
+            f"{said or name} is {shown}; expected 1 to {LARGEST[name]} ({_MEANS[name]})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,7 @@ class Workload:
             for v in values:
                 if not isinstance(v, int) or isinstance(v, bool) or v < 1:
                     raise WorkloadError(f"{name} is {v!r}; pass an integer of at least 1")
+                check_number(name, v)
         if self.phase is not None and self.batch is None and self.context is None:
             raise WorkloadError(
                 f"phase is {self.phase!r} and neither batch nor context is given; pass one of them,"
@@ -124,15 +137,24 @@ def sizes_of(program: Program, batch: int | None, context: int | None) -> Sizes:
     return Sizes(values, *found, tuple(said))
 
 
-def state_bytes(program: Program) -> int:
-    """Bytes of the caches that a call leaves behind, at the sizes of `ridgeline.ir.sizes`: new
-    tensors beyond its results, and inputs that it updates in place."""
-    graph = program.module.graph
+def state(graph: fx.Graph, results: int | None) -> list[fx.Node]:
+    """The caches that a call leaves behind: new tensors beyond its `results`, and inputs that it
+    updates in place."""
     outputs = graph.output_node().args[0]
-    new = [] if program.results is None else outputs[program.results :]
+    new = [] if results is None else outputs[results:]  # pyright: ignore
     kept = [n for n in graph.find_nodes(op="placeholder") if _is_tensor(n) and writes(n)]
-    held = {n: n.meta["val"] for n in (*new, *kept) if isinstance(n, fx.Node) and _is_tensor(n)}
-    return sum(_bytes(t) for t in held.values())
+    held = (n for n in (*new, *kept) if isinstance(n, fx.Node) and _is_tensor(n))
+    return list(dict.fromkeys(held))
+
+
+def state_bytes(program: Program) -> int:
+    """Bytes of its `state`, at the sizes of `ridgeline.ir.sizes`."""
+    return bytes_of(state(program.module.graph, program.results))
+
+
+def bytes_of(nodes: Iterable[fx.Node]) -> int:
+    """Of the tensors that nodes hold."""
+    return sum(_bytes(n.meta["val"]) for n in nodes)
 
 
 def _bytes(tensor: Tensor) -> int:

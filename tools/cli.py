@@ -16,6 +16,7 @@ from ridgeline.tools.cli_options import (
     Batch,
     Bench,
     Context,
+    FileOrFolder,
     Format,
     Goal,
     Ignore,
@@ -27,11 +28,13 @@ from ridgeline.tools.cli_options import (
     Target,
     Tolerance,
     Trace,
+    between,
     clear_errors,
     errors,
     out,
     status,
     writable,
+    writable_file,
     write,
 )
 
@@ -44,6 +47,10 @@ if TYPE_CHECKING:
     from ridgeline.ir.program import Program
     from ridgeline.passes.compiler import Compiler
     from ridgeline.passes.workload import Workload
+
+LARGEST = 2**20
+"""Batches at most, as `ridgeline.passes.workload` has it, whose import takes seconds."""
+DAY = 86_400.0
 
 app = typer.Typer(
     help="Rewrite a PyTorch model for one machine, and see every step.",
@@ -150,10 +157,13 @@ def dump(
     tolerance: Tolerance = 0.0,
     objective: Goal = Objective.latency,
     ignore: Ignore = None,
-    output: Output = None,
+    output: FileOrFolder = None,
     traceback: Trace = False,
 ) -> None:
     """Print MODEL's graph at a stage; --stage kernels gives the kernels' sources to take away."""
+    folder = stage is Stage.kernels
+    if output is not None and output.exists() and output.is_dir() != folder:
+        raise typer.BadParameter(f"-o {output}: expected a {'folder' if folder else 'file'}")
     with clear_errors(traceback):
         from ridgeline.tools.dump import render_graph
 
@@ -207,9 +217,11 @@ def whatif(
     phase: Annotated[str, typer.Option(help="prefill, decode, forward; all if none.")] = "",
     dtype: Annotated[str, typer.Option(help="Of a model built from a config.")] = "bfloat16",
     objective: Goal = Objective.latency,
-    largest_batch: Annotated[int, typer.Option(help="Where the search for flips ends.")] = 512,
+    largest_batch: Annotated[
+        int, typer.Option(help="Where the search for flips ends.", callback=between(1, LARGEST))
+    ] = 512,
     plot: Annotated[
-        Path | None, typer.Option(callback=writable, help="Draw rooflines and times here.")
+        Path | None, typer.Option(callback=writable_file, help="Draw rooflines and times here.")
     ] = None,
     traceback: Trace = False,
 ) -> None:
@@ -237,7 +249,11 @@ def calibrate(
     show: Annotated[bool, typer.Option("--show", help="Only the log of past runs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and store nothing.")] = False,
     patience: Annotated[
-        float, typer.Option(help="Seconds to try again while other work disturbs.", min=0)
+        float,
+        typer.Option(
+            help="Seconds to try again while other work disturbs.",
+            callback=between(0, DAY),
+        ),
     ] = 60.0,
     traceback: Trace = False,
 ) -> None:
@@ -254,7 +270,9 @@ def calibrate(
 @app.command()
 def bench(
     what: Annotated[Bench, typer.Argument(help="What to measure.")],
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 11,
+    rounds: Annotated[
+        int, typer.Option(help="Interleaved rounds.", callback=between(1, 10_000))
+    ] = 11,
     traceback: Trace = False,
 ) -> None:
     """Interleaved timings against named baselines on this machine, as ratios with their spread."""
@@ -354,6 +372,8 @@ def _write_sources(reports: "Sequence[KernelReport]", output: Path | None) -> No
         raise typer.Exit(1)
     for i, report in enumerate(reports):
         suffix = "cu" if report.backend == "tvm-cuda" else "py"
+        if output is not None:
+            output.mkdir(exist_ok=True)
         name = f"{report.op.partition('::')[2]}_{report.backend}_{i}.{suffix}"
         if output is None:
             typer.echo(f"# ==== {name}: {report.configuration}\n{report.source()}")

@@ -1,11 +1,11 @@
 """Options that commands share, where they print, and how their errors end."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -63,23 +63,52 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Module paths to leave al
 
 
 def writable(path: Path | None) -> Path | None:
-    """Before any work: its folder, or the nearest one that is there, takes files."""
+    """Before any work: its folder is there and takes files. None is made: a slip of the hand in a
+    path is no wish for folders."""
     if path is not None:
-        folder = next(p for p in path.absolute().parents if p.exists())
+        folder = path.absolute().parent
+        if not folder.exists():
+            raise typer.BadParameter(f"the folder {folder} does not exist; make it first")
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise typer.BadParameter(f"{folder} is no folder that can be written to")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise typer.BadParameter(f"{path} is there and cannot be written to")
     return path
 
 
-Output = Annotated[
+def writable_file(path: Path | None) -> Path | None:
+    """The same of a file that is to be written, over another perhaps."""
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; name a file in it")
+    return writable(path)
+
+
+def between(low: float, high: float) -> Callable[[Any], Any]:
+    """A number within bounds, which the error names; NaN is within none."""
+
+    def check(value: Any) -> Any:
+        if not low <= value <= high:
+            shown = f"{value:.3g}" if abs(value) > 1e12 else f"{value:g}"
+            raise typer.BadParameter(f"expected {low:.12g} to {high:.12g}, found {shown}")
+        return value
+
+    return check
+
+
+def _output(check: Callable[[Path | None], Path | None], help: str) -> Any:
+    return typer.Option("--output", "-o", callback=check, help=help)
+
+
+Output = Annotated[Path | None, _output(writable_file, "Write here, not to the screen.")]
+FileOrFolder = Annotated[
     Path | None,
-    typer.Option("--output", "-o", callback=writable, help="Write here, not to the screen."),
+    _output(writable, "Write here; of --stage kernels a folder, made where its parent is there."),
 ]
 Trace = Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")]
 
 
 def write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Raises OSError where the folder is gone since it was checked."""
     file.write_text(text)
 
 

@@ -19,15 +19,17 @@ from ridgeline.passes import PASSES
 from ridgeline.passes.decide import Objective
 from ridgeline.passes.quantized_model import Progress as Report
 from ridgeline.passes.what_if import Answer, WhatIf
+from ridgeline.passes.workload import check_number
 from ridgeline.tools.progress import stage_bars
 from ridgeline.tools.whatif_flips import Ranges, flips, host_bound_below
-from ridgeline.tools.whatif_model import QuestionError, programs
+from ridgeline.tools.whatif_model import QuestionError, positions_of, programs
 from ridgeline.tools.whatif_table import (
     Row,
     answer_tables,
     flip_lines,
     host_lines,
     length,
+    listed,
     refusal_lines,
 )
 
@@ -58,8 +60,10 @@ class Request:
             raise QuestionError(f"--dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if not self.targets or not self.batches or not self.contexts:
             raise QuestionError("name at least one target, one batch and one context")
-        if self.largest < 1:
-            raise QuestionError(f"--largest-batch is {self.largest}; pass at least 1")
+        check_number("batch", self.largest, "--largest-batch")
+        for name, values in (("batch", self.batches), ("context", self.contexts)):
+            for value in values:
+                check_number(name, value, f"--{name}")
 
 
 class Questions:
@@ -116,6 +120,11 @@ def run(
         console = Console(file=console.file, width=max(console.width, PIPE_WIDTH), highlight=False)
     for part in answer_tables(request.model, rows):
         console.print(part)
+    beyond = [c for c in request.contexts if c > (positions_of(request.model) or c)]
+    if beyond:
+        shown = listed([length(c) for c in beyond])
+        had = length(positions_of(request.model) or 0)
+        console.print(Text(f"note: the model has {had} positions; {shown} is beyond them"))
     passes = {phase: [p.name for p in q.passes] for phase, q in questions.by_phase.items()}
     for line in (
         *refusal_lines(rows, request.objective, passes),

@@ -31,16 +31,16 @@ class Ranges:
     form: str = ""
 
     def __str__(self) -> str:
-        return " ".join(filter(None, self.words))
+        end = f"to batch {self.largest}, the largest that fits" if self.capped else ""
+        return ", ".join(filter(None, (" ".join(filter(None, self.words)), end)))
 
     @property
     def words(self) -> tuple[str, str]:
         """("below batch", "52"): what may stand once for several machines, and the rest."""
-        end = f"{self.largest}, the largest that fits" if self.capped else str(self.largest)
         if not self.fires:
             return "never", ""
         if self.fires == ((1, self.largest),):
-            return f"always (to batch {end})" if self.capped else "always", ""
+            return "always", ""
         said = []
         for first, last in self.fires:
             if first == 1:

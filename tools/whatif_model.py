@@ -79,6 +79,14 @@ def generates(model: nn.Module) -> bool:
     return callable(able) and bool(able()) and "input_ids" in takes and _cache_name(takes) != ""
 
 
+def positions_of(spec: str) -> int | None:
+    """Tokens that the config of MODEL has positions for; None where it says nothing."""
+    if spec.rpartition(":")[0].endswith(".py") or spec.endswith(".pt2"):
+        return None
+    text = _config(spec).get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None)
+
+
 def window_of(model: nn.Module) -> int:
     """Tokens that the sliding windows of a language model hold; 0 without."""
     config: Any = model.config

@@ -25,8 +25,18 @@ def answer_tables(model: str, rows: Sequence[Row]) -> Iterator[Table | Text]:
             padding=(0, 1, 0, 0),
             pad_edge=False,
         )
-        for heading in ("target", "batch", "context", "time", "bound by", "weights", "caches", ""):
-            left = heading in ("target", "bound by", "")
+        for heading in (
+            "target",
+            "batch",
+            "context",
+            "time",
+            "bound by",
+            "weights",
+            "caches",
+            "live",
+            "",
+        ):
+            left = heading in ("target", "bound by", "fires")
             table.add_column(heading, justify="left" if left else "right", no_wrap=True)
         last = None
         for _, target, batch, context, answer in (row for row in rows if row[0] == phase):
@@ -49,8 +59,8 @@ def answer_tables(model: str, rows: Sequence[Row]) -> Iterator[Table | Text]:
 
 CAPTION = (
     "time: before -> after, predicted. bound by: percent of the time after (c compute, m memory,"
-    " l launch, x links). weights, caches: after. The last column, what fires, with a share where"
-    " it is not every site:"
+    " l launch, x links). weights, caches, live (whatever else is alive at the fullest): after."
+    " fires, with a share where it is not every site:"
 )
 
 
@@ -60,9 +70,9 @@ def letter(number: int) -> str:
 
 
 def _figures(answer: Answer) -> list[str]:
-    """Time, its split, bytes of weights and caches."""
+    """Time, its split, bytes of weights, of caches, and of what else is alive."""
     before, after = answer.before, answer.after
-    held = [gigabytes(answer.weights[1]), gigabytes(answer.state)]
+    held = [gigabytes(size) for size in (answer.weights[1], answer.state, answer.live[1])]
     if before is None or after is None:
         return [f"over {gigabytes(answer.target.memory_bytes)}", "does not fit", *held]
     split = " ".join(
@@ -123,19 +133,28 @@ def _refused(row: Row, unfired: Unfired, objective: Objective) -> str:
 def flip_lines(
     found: Mapping[tuple[str, str, int | None], Mapping[str, Ranges] | None], largest: int
 ) -> Iterable[str]:
-    """A sentence per phase, context and pass, over the targets."""
+    """A sentence per phase, context and pass, over the targets, and one about what fits."""
     yield f"Where passes fire at most of their sites, by batch (searched to {largest}):"
     groups = dict.fromkeys((phase, context) for phase, _, context in found)
     for phase, context in groups:
         there = {t: r for (p, t, c), r in found.items() if (p, c) == (phase, context)}
-        names = dict.fromkeys(name for ranges in there.values() for name in ranges or ())
         at = phase if context is None else f"{phase}, context {length(context)}"
+        ends = {t: next(iter(r.values()), None) if r else None for t, r in there.items()}
+        fits: dict[tuple[str, str], list[str]] = {}
+        for target, end in ends.items():
+            if there[target] is None:
+                fits.setdefault(("none", ""), []).append(target)
+            elif end is not None and end.capped:
+                fits.setdefault((str(end.largest), ""), []).append(target)
+        if fits:
+            yield f"  {at}: the largest batch that fits: {_by_target(fits)}"
+        names = dict.fromkeys(name for ranges in there.values() for name in ranges or ())
         for name in names:
             wheres: dict[tuple[str, str], list[str]] = {}
             for target, ranges in there.items():
-                words = ranges[name].words if ranges and name in ranges else ("never", "")
-                words = ("does not fit", "") if ranges is None else words
-                wheres.setdefault(words, []).append(target)
+                if ranges is not None:
+                    words = ranges[name].words if name in ranges else ("never", "")
+                    wheres.setdefault(words, []).append(target)
             forms = {r[name].form for r in there.values() if r and name in r}
             yield f"  {at}: {_wins(name, forms)} {_by_target(wheres)}"
 
@@ -166,12 +185,12 @@ def host_lines(
         yield "Without CUDA or HIP graphs, launched one by one, what is left is bound by the host:"
     for phase, context in dict.fromkeys((phase, context) for phase, _, context in known):
         at = phase if context is None else f"{phase}, context {length(context)}"
-        said = []
+        wheres: dict[tuple[str, str], list[str]] = {}
         for (p, target, c), batch in known.items():
             if (p, c) == (phase, context):
-                where = "always" if batch > largest else f"below batch {batch}"
-                said.append(f"{'never' if batch == 1 else where} on {target}")
-        yield f"  {at}: {'; '.join(said)}"
+                where = ("always", "") if batch > largest else ("below batch", str(batch))
+                wheres.setdefault(("never", "") if batch == 1 else where, []).append(target)
+        yield f"  {at}: {_by_target(wheres)}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import re
 
 from ridgeline.ir.errors import RidgelineError
-from ridgeline.passes.workload import PHASES, Workload, WorkloadError
+from ridgeline.passes.workload import PHASES, Workload, WorkloadError, check_number
 
 
 class NumberError(RidgelineError, ValueError):
@@ -11,16 +11,19 @@ class NumberError(RidgelineError, ValueError):
 
 
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    """``1,8,64`` or ``1k,32k`` (k = 1024). Raises NumberError."""
+    """``1,8,64`` or ``1k,32k`` (k = 1024), of --batch or --context. Raises NumberError, and
+    WorkloadError for more than makes sense."""
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d*)(k?)", part.strip().lower())
+        match = re.fullmatch(r"([1-9]\d{0,299})(k?)", part.strip().lower())
         if match is None:
             raise NumberError(
                 f"{option} is {text!r}; expected positive numbers as 1,8,64 or 1k,32k, found"
                 f" {part!r}"
             )
-        found.append(int(match[1]) * (1024 if match[2] else 1))
+        number = int(match[1]) * (1024 if match[2] else 1)
+        check_number(option.removeprefix("--"), number, option)
+        found.append(number)
     return tuple(dict.fromkeys(found))
 
 
@@ -59,10 +62,12 @@ def _number(text: str, option: str) -> int | dict[str, int] | None:
 
 def _one(text: str, option: str) -> int:
     try:
-        (number,) = whole_numbers(text, option)
-    except ValueError as error:
+        numbers = whole_numbers(text, option)
+    except NumberError:
+        numbers = ()
+    if len(numbers) != 1:
         raise NumberError(
             f"{option} is {text!r}; expected one positive number, as 8 or 4k, or one by phase, as"
             " prefill=1,decode=64"
-        ) from error
-    return number
+        )
+    return numbers[0]

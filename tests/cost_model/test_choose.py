@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ridgeline.cost_model import InfeasibleChoice, InvalidOption, Option, choose, solve
+from ridgeline.cost_model import InfeasibleChoice, InvalidOption, Option, Step, choose, solve
 from ridgeline.tools import bench_choose
 
 KEYS = "abcdefg"
@@ -94,6 +94,57 @@ def test_counts_are_as_good_as_copies(instance, counts):
     assert choice.error**2 == pytest.approx(sum(o.error**2 for o in taken))
     assert choice.error <= budget + 1e-9
     assert all(0 < choice.times[o.key] <= o.count for o in options if o.key in choice.chosen)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    instances(),
+    st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(-2, 6), min_size=8, max_size=8)),
+             min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.5]),
+)  # fmt: skip
+def test_the_fullest_step_equals_brute_force(instance, drawn, price):
+    """Steps at which more is held, of which options free some; a byte of the fullest may count."""
+    options, budget, capacity, base = instance
+    steps = [
+        Step(size, {o.key: n for o, n in zip(options, freed, strict=False)})
+        for size, freed in drawn
+    ]
+
+    def peak(chosen):
+        taken = {o.key for o in chosen}
+        return max(
+            0, *(s.bytes - sum(n for key, n in s.freed.items() if key in taken) for s in steps)
+        )
+
+    sets = [
+        chosen
+        for size in range(len(options) + 1)
+        for chosen in itertools.combinations(options, size)
+        if feasible(chosen, budget, None if capacity is None else capacity - peak(chosen), base)
+    ]
+    arguments = {
+        "error_budget": budget, "capacity_bytes": capacity, "base_memory_bytes": base,
+        "steps": steps, "price_of_peak": price,
+    }  # fmt: skip
+    if not sets:
+        with pytest.raises(InfeasibleChoice):
+            solve(options, **arguments)
+        return
+    best = max(sum(o.gain for o in chosen) - price * peak(chosen) for chosen in sets)
+    choice = solve(options, **arguments)
+    taken = [o for o in options if o.key in choice.chosen]
+    assert tuple(taken) in sets
+    assert choice.gain - price * peak(taken) == pytest.approx(best)
+
+
+def test_a_step_is_made_less_by_options_that_count_once():
+    with pytest.raises(InvalidOption, match="counts once"):
+        solve([Option("a", 1.0, count=2)], steps=[Step(5, {"a": 1})])
+    with pytest.raises(InfeasibleChoice, match=r"holds 10 bytes, and at least 3 more at its full"):
+        solve(
+            [Option("a", 1.0)], capacity_bytes=12, base_memory_bytes=10, steps=[Step(5, {"a": 2})]
+        )
 
 
 def test_odd_circles_of_conflicts_are_not_shared_out_twice():

@@ -7,8 +7,18 @@ import math
 import pytest
 import torch
 
-from ridgeline.cost_model import Gemm, InvalidTarget, Norm, Work, estimate, probe, refine
+from ridgeline.cost_model import (
+    Gemm,
+    InvalidTarget,
+    Norm,
+    Stream,
+    Work,
+    estimate,
+    probe,
+    refine,
+)
 from ridgeline.cost_model.estimate import interval, kind_of, measured_error
+from ridgeline.cost_model.pointwise import gated_work, rotary_work
 from ridgeline.cost_model.refine import Measurement
 from ridgeline.cost_model.target import Refinement
 
@@ -63,6 +73,35 @@ def test_an_estimate_is_refined_by_kind(host):
     assert measured_error(gemm, refined) == measured_error(gemm, host)
     assert interval(norm, refined)[1] == pytest.approx(math.log(1.07 + host.spread))
     assert interval(gemm, refined) == interval(gemm, host)
+
+
+def test_a_chain_is_a_kind_of_its_own_and_the_others_go_by_all_of_them(host):
+    """A rotary embedding and a rational function spend their time on different things."""
+    slow, quick = Refinement(2.0, 2.0, 2.0), Refinement(0.5, 0.5, 0.5)
+    found = [
+        dataclasses.replace(m, kind=f"elementwise {chain}", measured=m.predicted(truth))
+        for chain, truth in (("gate", slow), ("rotary", quick))
+        for m in measured(Refinement())
+    ]
+    refined = refine.refine(found)
+    assert refined.keys() == {"elementwise", "elementwise gate", "elementwise rotary"}
+    assert refined["elementwise gate"].error < 0.25 < refined["elementwise"].error
+    target = dataclasses.replace(host, refined=refined)
+
+    def factor(work):
+        return estimate(work, target).seconds / estimate(work, host).seconds
+
+    sizes = {"kind": "cpu", "ours": True}
+    gate = gated_work(100_000, torch.float32, "silu", **sizes)
+    theirs = gated_work(100_000, torch.float32, "silu", kind="cpu", ours=False)
+    turn = rotary_work([100_000], 1000, torch.float32, **sizes)
+    other = Work((Stream(8e5, 4e5, 100_000),))
+    assert factor(gate) == pytest.approx(2, rel=0.15) == factor(theirs)
+    assert factor(turn) == pytest.approx(0.5, rel=0.15)
+    assert factor(turn) < 0.8 < factor(other) < 1.3 < factor(gate)
+    assert [kind_of(k) for k in (*turn.kernels, *other.kernels)] == [
+        *["elementwise rotary"] * len(turn.kernels), "elementwise",
+    ]  # fmt: skip
 
 
 def test_a_file_comes_back_for_the_same_probe_only(host, tmp_path):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from ridgeline.cost_model import load_target
+from ridgeline.cost_model import Lifetimes, load_target
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.sizes import sizes_at
 from ridgeline.passes import PASSES
@@ -14,9 +14,10 @@ from ridgeline.passes.base import Setting
 from ridgeline.passes.compiler import weight_bytes
 from ridgeline.passes.decide import choose
 from ridgeline.passes.propose import propose
+from ridgeline.passes.room import Room
 from ridgeline.passes.unobserved import UnknownWeights, Unobserved
 from ridgeline.passes.what_if import ALLOWED, WhatIf
-from ridgeline.passes.workload import sizes_of, state_bytes
+from ridgeline.passes.workload import sizes_of, state, state_bytes
 from ridgeline.tools.whatif_model import programs
 
 pytest.importorskip("transformers")
@@ -52,6 +53,7 @@ def _one_by_one(program, target, batch, context):
             sensitivity=0.0,
             weight_bytes=weight_bytes(module),
             state_bytes=state_bytes(program),
+            room=Room(Lifetimes(module.graph, state(module.graph, program.results)), target),
         )
     made: dict[str, int] = {}
     for c in choice.chosen:
@@ -95,13 +97,15 @@ def test_where_memory_is_short_some_layers_are_rewritten_and_others_not(by_phase
     coded = free.firing["quantized_linear"]
     weights = free.weights[0]
     for kept in (0.95, 0.7, 0.5):
-        small = dataclasses.replace(a100, memory_bytes=int(free.state + kept * weights))
+        small = dataclasses.replace(
+            a100, memory_bytes=int(free.state + free.live[1] + kept * weights)
+        )
         answer = question.at(small, 256, 1024)
         made, held, gain = _one_by_one(program, small, 256, 1024)
-        assert answer.weights[1] + answer.state <= small.memory_bytes
+        assert answer.weights[1] + answer.state + answer.live[1] <= small.memory_bytes
         assert answer.firing["quantized_linear"].made > coded.made
         assert answer.before.seconds - answer.after.seconds == pytest.approx(gain, rel=5e-3)
-        assert held <= small.memory_bytes - answer.state
+        assert held <= small.memory_bytes - answer.state - answer.live[1]
         assert made["quantized_linear"] == pytest.approx(
             answer.firing["quantized_linear"].made, abs=2
         )

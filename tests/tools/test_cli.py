@@ -1,6 +1,7 @@
 """The command line: what it prints, and one clear line with a status for bad input."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,87 @@ def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
     assert result.exit_code == 2
     said = " ".join(result.output.replace("│", " ").split())  # boxed, and broken anywhere
     assert "is no folder that can be written to" in said
+
+
+def _unboxed(result) -> str:
+    """Usage errors come in a box, and are broken anywhere."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("optimize", "no_such.py:build"), "-o"),
+        (("optimize", "no_such.py:build"), "--save"),
+        (("dump", "no_such.py:build"), "-o"),
+        (("dump", "no_such.py:build", "--stage", "kernels"), "-o"),
+        (("whatif", "smollm2"), "--plot"),
+        (("sweep",), "-o"),
+        (("accuracy", "no_such"), "-o"),
+    ],
+)
+def test_no_folder_is_made_for_an_output(command, option, tmp_path):
+    """A slip of the hand in a path: named before any work."""
+    result = invoke(*command, option, str(tmp_path / "no" / "such" / "out"))
+    assert result.exit_code == 2
+    said = "".join(_unboxed(result).split())  # a long path is broken too
+    assert "does not exist; make it first".replace(" ", "") in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_is_a_file_and_of_kernels_a_folder(model, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for command, output, kind in (
+        (("optimize", f"{model}:good"), tmp_path, "is a folder"),
+        (("dump", f"{model}:good"), tmp_path, "expected a file"),
+        (("dump", f"{model}:good", "--stage", "kernels"), file, "expected a folder"),
+    ):
+        result = invoke(*command, "-o", str(output))
+        assert result.exit_code == 2
+        assert kind in _unboxed(result)
+    assert file.read_text() == "kept"
+    if not os.access("/", os.W_OK):  # who is root may write everywhere
+        result = invoke("optimize", f"{model}:good", "-o", "/plan.json")
+        assert "cannot be written to" in _unboxed(result) or result.exit_code == 2
+
+
+HUGE = "1" + 30 * "0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("explain", "{}", "--tolerance", "-0.1"), "choose 0 <= tolerance < 1"),
+        (("explain", "{}", "--tolerance", "nan"), "choose 0 <= tolerance < 1"),
+        (("explain", "{}", "--tolerance", "1e30"), "choose 0 <= tolerance < 1"),
+        (("explain", "{}", "--tolerance", "inf"), "choose 0 <= tolerance < 1"),
+        (("dump", "{}", "--tolerance", "1"), "choose 0 <= tolerance < 1"),
+        (("optimize", "{}", "--tolerance", "2"), "choose 0 <= tolerance < 1"),
+        (("explain", "{}", "--batch", "-1"), "expected one positive number"),
+        (("explain", "{}", "--batch", "0"), "expected one positive number"),
+        (("explain", "{}", "--batch", "1,2"), "expected one positive number"),
+        (("explain", "{}", "--batch", HUGE), "--batch is 1e+30; expected 1 to 1048576"),
+        (("optimize", "{}", "--batch", "prefill=" + HUGE), "expected 1 to 1048576"),
+        (("optimize", "{}", "--context", "9999999k"), "expected 1 to 1073741824 (tokens)"),
+        (("optimize", "{}", "--bits", "0"), "--bits is 0; choose one of"),
+        (("optimize", "{}", "--bits", HUGE), "choose one of"),
+        (("optimize", "{}", "--average-bits", "nan"), "choose 2 to 4"),
+        (("optimize", "{}", "--average-bits", "-3"), "choose 2 to 4"),
+        (("whatif", "smollm2", "--largest-batch", "0"), "expected 1 to 1048576, found"),
+        (("whatif", "smollm2", "--largest-batch", HUGE), "expected 1 to 1048576, found"),
+        (("bench", "choose", "--rounds", "0"), "expected 1 to 10000, found"),
+        (("bench", "choose", "--rounds", "-3"), "expected 1 to 10000, found"),
+        (("bench", "choose", "--rounds", HUGE), "expected 1 to 10000, found"),
+        (("calibrate", "--patience", "-1"), "expected 0 to 86400, found"),
+        (("calibrate", "--patience", "nan"), "expected 0 to 86400, found nan"),
+        (("calibrate", "--patience", "inf"), "expected 0 to 86400, found"),
+    ],
+)
+def test_numbers_out_of_range_name_the_range(arguments, said, model):
+    result = invoke(*(a.replace("{}", f"{model}:good") for a in arguments))
+    assert result.exit_code in (1, 2)
+    assert said.replace(" ", "") in "".join(_unboxed(result).split())
 
 
 def test_a_missing_model_is_said_before_the_cpu_is_probed(monkeypatch):

@@ -1,6 +1,7 @@
 """`ridgeline whatif`: decisions and flips per target, without weights; options without sense."""
 
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -20,7 +21,7 @@ from ridgeline.tools import whatif
 from ridgeline.tools.cli import app
 from ridgeline.tools.whatif_flips import Ranges, flips
 from ridgeline.tools.whatif_model import QuestionError, programs
-from ridgeline.tools.whatif_table import flip_lines, letter, said
+from ridgeline.tools.whatif_table import flip_lines, host_lines, letter, said
 
 pytest.importorskip("transformers")
 LLAMA_7B = {
@@ -148,6 +149,34 @@ def test_what_does_not_fit_says_so(questions):
     assert answer.before is answer.after is None
 
 
+def test_scores_in_memory_end_what_fits(tmp_path, monkeypatch):
+    """Attention that is spelled out, at 64k tokens: 2^32 scores a head, all heads at once."""
+    transformers = pytest.importorskip("transformers")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**LLAMA_7B, "num_hidden_layers": 2}))
+    build = transformers.AutoModelForCausalLM.from_config
+    eager = functools.partial(build, attn_implementation="eager")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", eager)
+    (program,) = programs(str(file), ("prefill",), torch.float32, 65536).values()
+    scores = 4 * 32 * 65536**2
+    alone, fused = (WhatIf(program, [p for p in PASSES if p.name in names]) for names in
+                    ((), ("flash_attention",)))  # fmt: skip
+    b200 = load_target("b200")
+    assert b200.memory_bytes < scores
+    assert not alone.at(b200, 1, 65536).fits
+    assert alone.at(b200, 1, 65536).live[0] > scores
+    answer = fused.at(b200, 1, 65536)
+    assert answer.fits
+    assert answer.firing["flash_attention"].made == 2
+    assert answer.live[0] > scores > 8 * answer.live[1]
+    # No kernel of ours is built for it.
+    assert not fused.at(load_target("mi250x"), 1, 65536).fits
+    assert alone.at(load_target("mi250x"), 1, 1024).fits
+    # Both layers, or neither: half of them frees nothing.
+    slow = dataclasses.replace(b200, memory_bytes=fused.weight_bytes + answer.state + scores // 2)
+    assert fused.at(slow, 1, 65536).firing["flash_attention"].made == 2
+
+
 # -- the search ------------------------------------------------------------------------------------
 
 
@@ -158,7 +187,7 @@ def _asking(fires, limit=10**9):
         asked.append(batch)
         cost = "a cost" if batch <= limit else None
         firing = {"p": Firing(10, 10 * fires(batch), {})}
-        return Answer(load_target("a100"), Sizes({}), (1, 1), 1, firing, cost, cost)
+        return Answer(load_target("a100"), Sizes({}), (1, 1), 1, (0, 0), firing, cost, cost)
 
     return ask, asked
 
@@ -181,7 +210,7 @@ def test_flips_are_found_to_the_batch(fires, expected):
 
 def test_memory_ends_the_search():
     ask, _ = _asking(lambda b: True, limit=119)
-    assert str(flips(ask, 1024)["p"]) == "always (to batch 119, the largest that fits)"
+    assert str(flips(ask, 1024)["p"]) == "always, to batch 119, the largest that fits"
     assert flips(_asking(lambda b: True, limit=0)[0], 1024) is None
     assert flips(_asking(lambda b: False)[0], 1024) == {}
     assert str(Ranges((), 1024, False)) == "never"
@@ -231,6 +260,9 @@ def test_a_function_is_asked_at_other_batches(tmp_path):
         (["no-such.json"], "expected a model's config in json"),
         (["smollm2", "--batch", "1,0"], "--batch is '1,0'; expected positive numbers"),
         (["smollm2", "--context", "1m"], "--context is '1m'"),
+        (["smollm2", "--batch", "1" + 30 * "0"], "--batch is 1e[+]30; expected 1 to 1048576"),
+        (["smollm2", "--batch", "2" * 400], "--batch is .*; expected positive numbers"),
+        (["smollm2", "--context", "1048577k"], r"--context is \d+; expected 1 to 1073741824"),
         (["smollm2", "--dtype", "int8"], "--dtype is 'int8'"),
         (["smollm2", "--targets", ""], "at least one target"),
         (["smollm2", "--phase", "training"], "has no phase training; it has prefill, decode"),
@@ -285,11 +317,18 @@ def test_targets_share_the_words_of_a_flip():
         ("decode", "a10", 1024): {},
         ("decode", "cpu", 1024): {"p": Ranges(((1, 512),), 512, False, "4-bit minimum g32")},
     }
-    _, line = flip_lines(found, 512)
-    assert line.strip() == (
-        "decode, context 1k: 4-bit wins (p) below batch 52 on a100, 31 on h100 and l4, always (to"
-        " batch 9, the largest that fits) on v100, does not fit on t4, never on a10, always on cpu"
+    _, fits, line = flip_lines(found, 512)
+    assert fits.strip() == (
+        "decode, context 1k: the largest batch that fits: 9 on v100, none on t4"
     )
+    assert line.strip() == (
+        "decode, context 1k: 4-bit wins (p) below batch 52 on a100, 31 on h100 and l4, always on"
+        " v100 and cpu, never on a10"
+    )
+    assert list(host_lines({("decode", t, 8): n for t, n in (("a", 1), ("b", 1), ("c", 4), ("d", 9),
+                                                             ("e", 600))}, 512))[1] == (
+        "  decode, context 8: never on a and b, below batch 4 on c, 9 on d, always on e"
+    )  # fmt: skip
 
 
 def test_letters():

@@ -1,0 +1,187 @@
+"""Live bytes by step: by hand, and against what torch allocates on this CPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from ridgeline.cost_model import Lifetimes, Replaced, load_target
+from ridgeline.ir.capture import capture
+from ridgeline.ir.normalize import normalize
+
+FP32, BF16 = torch.float32, torch.bfloat16
+BATCH, HEADS, LENGTH, SIZE = 2, 4, 256, 32
+SCORES = BATCH * HEADS * LENGTH * LENGTH
+
+
+class _Call(nn.Module):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *operands: torch.Tensor) -> torch.Tensor:
+        return self.function(*operands)
+
+
+class _Gated(nn.Module):
+    """Two layers of a gated MLP around a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = (nn.Linear(*s) for s in ((64, 256), (64, 256), (256, 64)))
+        self.norm = nn.RMSNorm(64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            y = self.norm(x)
+            x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return x
+
+
+def raw(q, k, v, mask):
+    return torch.softmax(q @ k.transpose(-1, -2) * 0.125 + mask, -1) @ v
+
+
+def upcast(q, k, v, mask):
+    scores = q @ k.transpose(-1, -2) * 0.125 + mask
+    return torch.softmax(scores, -1, dtype=FP32).to(q.dtype) @ v
+
+
+def narrow_values(q, k, v, mask):
+    """Of which torch's CPU has no kernel that stores no scores."""
+    return F.scaled_dot_product_attention(q, k, v[..., :16], mask)
+
+
+def fused(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def operands(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(BATCH, HEADS, LENGTH, SIZE)] * 3 + [(BATCH, 1, LENGTH, LENGTH)]
+    return tuple(torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+
+
+@torch.no_grad()
+def lifetimes(model: nn.Module, *args: torch.Tensor) -> Lifetimes:
+    return Lifetimes(normalize(capture(model.eval(), args).program.module).graph)
+
+
+@torch.no_grad()
+def allocated(model: nn.Module, *args: torch.Tensor) -> int:
+    """The most bytes that torch has allocated at once in a call of the compiled model."""
+    compiled = torch.compile(model, dynamic=False)
+    compiled(*args)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        compiled(*args)
+    results = seen.profiler.kineto_results
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("function", [raw, upcast, narrow_values])
+def test_the_peak_of_attention_is_what_torch_allocates(function, dtype):
+    model, args = _Call(function), operands(dtype)
+    predicted = lifetimes(model, *args).live_bytes(load_target("cpu")).max()
+    assert predicted > SCORES * 4  # of which there are any
+    assert predicted == pytest.approx(allocated(model, *args), rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.slow
+def test_the_peak_of_a_gated_mlp_is_about_what_torch_allocates():
+    model, x = _Gated(), torch.randn(8, 128, 64)
+    predicted = lifetimes(model, x).live_bytes(load_target("cpu")).max()
+    rows = 8 * 128 * 4
+    assert predicted == rows * (2 * 256 + 2 * 64)  # gate, up, the normalised and the sum
+    assert predicted == pytest.approx(allocated(model, x), rel=0.2)
+
+
+def test_a_step_by_hand():
+    """Views and casts of inputs are nobody's; a value lives to its last reader."""
+
+    def function(x, w):
+        a = x @ w  # 24 floats
+        b = torch.relu(a.reshape(4, 6) + 1.0)  # one kernel, which takes the place of `a`
+        c = b @ b.transpose(0, 1)  # 16, beside 24
+        return c, c.sum()  # 16 and 1
+
+    found = lifetimes(_Call(function), torch.randn(4, 5), torch.randn(5, 6))
+    live = found.live_bytes(load_target("a100"))
+    by_name = dict(zip((n.name for n in found.nodes), live, strict=True))
+    assert by_name["matmul"] == by_name["relu"] == 4 * 24
+    assert by_name["matmul_1"] == 4 * (24 + 16)
+    assert by_name["output"] == 4 * 17
+
+
+def test_parts_and_writes_in_place_are_of_the_value_they_are_of():
+    def function(x, w):
+        a, b = (x @ w).chunk(2, -1)  # one value of 24 floats, two views
+        c = a @ b.transpose(0, 1)  # 16 beside it
+        c.add_(1.0)
+        return c @ x  # 20 beside `c`
+
+    found = lifetimes(_Call(function), torch.randn(4, 5), torch.randn(5, 6))
+    live = dict(zip(found.nodes, found.live_bytes(load_target("a100")), strict=True))
+    by_name = {node.name: size for node, size in live.items()}
+    assert any(getattr(n.target, "__name__", "") == "getitem" for n in found.nodes)
+    assert any(n.name.startswith("add_") for n in found.nodes)
+    assert by_name["matmul_1"] == 4 * (24 + 16)
+    assert by_name["matmul_2"] == 4 * (16 + 20)
+
+
+def test_what_a_site_alone_reads_is_freed():
+    found = lifetimes(_Call(raw), *operands(FP32))
+    target = load_target("h100")
+    inner = [n for n in found.nodes if n.op == "call_function"]
+    result = 4 * BATCH * HEADS * LENGTH * SIZE
+    whole = found.live_bytes(target)
+    assert whole.max() == 4 * SCORES + result
+    site = Replaced(tuple(inner), (inner[-1],))
+    assert found.relieves(site)
+    assert found.having([site]).live_bytes(target).max() == result
+    half = Replaced(tuple(inner[-2:]), (inner[-1],))  # softmax and product: the scores stay
+    assert found.having([half]).live_bytes(target).max() == 4 * SCORES + result
+
+
+@pytest.mark.parametrize(
+    ("target", "function", "dtype", "stored"),
+    [
+        ("a100", fused, FP32, 0),
+        ("a100", fused, BF16, 0),
+        ("a100", fused, torch.float64, 2 * 8),
+        ("cpu", fused, BF16, 0),
+        ("cpu", fused, torch.float64, 0),
+        ("cpu", narrow_values, BF16, 2 * 4),
+        ("v100", fused, torch.float16, 0),
+    ],
+)
+def test_where_torch_stores_scores(target, function, dtype, stored):
+    args = operands(dtype)
+    live = lifetimes(_Call(function), *args).live_bytes(load_target(target)).max()
+    values = args[2].shape[-1] // (2 if function is narrow_values else 1)
+    assert live == stored * SCORES + dtype.itemsize * BATCH * HEADS * LENGTH * values
+
+
+@pytest.mark.parametrize(("target", "masked"), [("a100", True), ("a100", False), ("cpu", True)])
+def test_grouped_heads_with_a_mask_store_scores_on_a_gpu(target, masked):
+    """Flash attention takes no mask there, and the other kernel no groups."""
+
+    def grouped(q, k, v, mask):
+        mask = mask if masked else None
+        return F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], mask, enable_gqa=True)
+
+    live = lifetimes(_Call(grouped), *operands(BF16)).live_bytes(load_target(target)).max()
+    result, repeated = BATCH * HEADS * LENGTH * SIZE, 4 * 2 * BATCH * HEADS * LENGTH * SIZE
+    stored = masked and target == "a100"
+    assert live == 2 * result + (8 * SCORES + repeated if stored else 0)
