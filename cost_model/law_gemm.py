@@ -9,7 +9,10 @@ b products of (m, k) by (k, n) on C cores; share = ⌈m/Tm⌉ ⌈n/Tn⌉ b s / C
     t_compute = (t_clock⁴ + t_power⁴)^¼
     e(T)      = 1 / (1 + loss · 64 (1/Tm + 1/Tn)), relative to that of 256 x 128
     t_memory  = bytes ((1 - h)/(bandwidth e_m) + h/(l2 bandwidth e_l2)) / min(1, share/g)
-    h         = 1 / (1 + (bytes / (resident · l2))⁴): what a replayed kernel finds in the L2 cache
+    h         = 1 / (1 + (reuse / (resident · l2))⁴): what a replayed kernel finds in the L2 cache;
+                reuse: bytes touched since, of x and y a call's, of w also those of all copies of w
+                that a harness takes in turns
+    t_compute + stored · the share of t_memory that y takes: a tile is written after its products
     t_fixed   = floor + row log₂(1 + m) + split-K's second pass
                 + m row_q + m k / (rate_q C clock), a kernel in front that quantizes rows of x
                 + m n · unfused bytes / bandwidth, where scales are multiplied after the product
@@ -25,17 +28,15 @@ import numpy as np
 
 from ridgeline.cost_model.elementwise import Numbers, log2
 
-TILES = np.array(
-    [
-        (tm, tn, s)
-        for tm, tn in (
-            (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128),
-            (64, 64), (32, 128), (32, 64), (16, 128), (16, 64), (16, 32),
-        )
-        for s in (1, 2, 4, 8, 16)
-    ],
-    dtype=np.float64,
+_LARGE = ((256, 128), (128, 256), (128, 128))
+_SMALL = (
+    (64, 256), (128, 64), (64, 128), (64, 64), (32, 128), (32, 64), (16, 128), (16, 64), (16, 32),
 )  # fmt: skip
+TILES = np.array(
+    [(*tile, parts) for tile in _LARGE for parts in (1, 2, 3, 4, 5, 6, 8, 16)]
+    + [(*tile, parts) for tile in _SMALL for parts in (1, 2, 4, 8, 16)],
+    dtype=np.float64,
+)
 """Rows, columns and parts of the sum: what a library's kernels may work on at once."""
 _FITTED = np.array(
     [(tm, 0, s, w) for tm in (64, 128, 192, 256) for s in (1, 2, 4) for w in (1, 2)], np.float64
@@ -57,10 +58,11 @@ def _table(tiles: np.ndarray) -> tuple[np.ndarray, ...]:
 _FIXED, _ALL = _table(TILES), _table(np.concatenate([TILES, _FITTED[:, :3]]))
 
 CONSTANTS = {
-    "floor_us": 3.0, "compute": 1.0, "loss": 0.43, "fill": 150.0, "step_us": 0.28,
-    "wave_share": 0.45, "memory": 0.95, "saturation": 0.3, "split_us": 2.2, "partial": 0.3,
-    "row_us": 0.01, "resident": 0.2, "cache": 1.0, "power": 1.0,
-    "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0,
+    "floor_us": 2.7, "compute": 0.98, "loss": 0.8, "fill": 140.0, "step_us": 0.27,
+    "wave_share": 0.9, "memory": 1.0, "saturation": 0.3, "split_us": 2.0, "partial": 0.5,
+    "row_us": 0.01, "resident": 0.85, "cache": 1.0, "power": 1.0,
+    "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0, "copies": 5.5,
+    "stored_share": 0.35, "ramp_us": 0.25,
 }  # fmt: skip
 
 
@@ -69,12 +71,13 @@ def gemm(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """(fixed, compute, memory) seconds of the fastest candidate.
 
-    c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on the way, 0:
+    c: CONSTANTS in order; s: batch, m, n, k, bytes, weights and written (of them, those of w and
+    of y), quantized (1: x is quantized on the way, 0:
     not), whole (1: the sum over k is never split), serial (1: a step of the loop waits for its
     chain of instructions); arrays need a last axis of one, over which the candidates are laid.
     """
     floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, *rest = c
-    row_q, rate_q, again = rest
+    row_q, rate_q, again, copies, stored, ramp = rest
     m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
     cores, bandwidth = machine["cores"], machine["bandwidth"]
     moved = s["bytes"]
@@ -97,13 +100,19 @@ def gemm(
     each = np.sqrt(np.sqrt(square * square + (chain * (1 - serial)) ** 4)) + chain * serial
     clocked = depth * each
     clocked = clocked + pace * (fill * machine["prologue"] / 64)
-    power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
-    square = clocked * clocked
-    compute = np.sqrt(np.sqrt(square * square + power**4))
-    hit = 1 / (1 + (moved / (machine["l2"] * resident)) ** 4)
-    streamed = moved * ((1 - hit) / (bandwidth * e_m) + hit / (machine["l2_bandwidth"] * cache))
+    slow, fast = bandwidth * e_m, machine["l2_bandwidth"] * cache
+    weights = s["weights"]
+    kept = machine["l2"] * resident
+    warm = 1 / (1 + (moved / kept) ** 8)
+    hit = 1 / (1 + ((moved + (copies - 1) * weights) / kept) ** 8)
+    of_weights = weights * ((1 - hit) / slow + hit / fast)
+    of_others = (1 - warm) / slow + warm / fast
+    streamed = of_weights + (moved - weights) * of_others
+    streamed = streamed + (streamed * (ramp * 1e-6 * machine["floor"])) ** 0.5
     memory = streamed / np.minimum(1.0, share / g)
-    twice = several * (split * 1e-6 * machine["floor"] + _NEVER * s["whole"])
+    power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
+    compute = _sharp(clocked, power) + stored * s["written"] * of_others
+    twice = several * (split * 1e-6 * machine["floor"] * (m > 1) + _NEVER * s["whole"])
     twice = twice + written * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
     total = np.sqrt(np.sqrt(square_c * square_c + square_m * square_m)) + twice
@@ -117,6 +126,12 @@ def gemm(
     at = best[:, None]
     chosen = [np.take_along_axis(x, at, -1)[:, 0] for x in (twice, compute, memory)]
     return fixed[:, 0] + chosen[0], chosen[1], chosen[2]
+
+
+def _sharp(a: Numbers, b: Numbers) -> Numbers:
+    """(a⁸ + b⁸)^⅛: a board's clock sinks only once its power is reached."""
+    a, b = (a * a) ** 2, (b * b) ** 2
+    return np.sqrt(np.sqrt(np.sqrt(a * a + b * b)))
 
 
 def _columns(

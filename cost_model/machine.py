@@ -98,7 +98,7 @@ def machine_of(
         "cores": float(t.cores),
         "threads": _THREADS.get(t.arch, 2048.0),
         "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
-        "l2": t.l2_bytes * (0.5 if t.arch in _HALVED_L2 else 1.0),
+        "l2": t.l2_bytes * (0.35 if t.arch in _HALVED_L2 else 1.0),
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
         "attention": t.attention_efficiency / t.gemm_efficiency,
         "attention_peak": peak * (t.attention_efficiency if throttled else 1.0),

@@ -92,7 +92,9 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         a, w = GEMM_BITS[dtype]
         m, n, k = s["m"], s["n"], s["k"]
         out = 16 if dtype != "fp32" else 32
-        s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
+        s["weights"] = s["batch"] * n * k * (w / 8)
+        s["written"] = s["batch"] * m * n * (out / 8)
+        s["bytes"] = s["batch"] * m * k * (a / 8) + s["weights"] + s["written"]
         s["quantized"] = float(dtype == "fp8")
         s["whole"] = float(dtype == "fp8")  # scaled products of CUTLASS, as engines call them
         s["serial"] = float(dtype in ("w8a16", "w4a16"))

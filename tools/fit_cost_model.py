@@ -31,7 +31,7 @@ FEW = 24  # rows below which a machine has no constants of its own
 PRIOR, OWN_PRIOR = 1.5, 3.0
 TIGHT = {
     "power": 0.03, "vector": 0.03, "half": 0.1, "fill": 0.2, "quantized_row_ns": 0.1,
-    "quantized": 0.1,
+    "quantized": 0.1, "copies": 0.1,
 }  # fmt: skip
 PULL = 0.01  # of the mean error that moving a constant that far must save
 # It times attention's kernel alone, others with what an engine runs around it: left out of what
@@ -39,7 +39,8 @@ PULL = 0.01  # of the mean error that moving a constant that far must save
 BARE = "llmservingsim flash_attn2"
 # Batched products were timed from the host, one by one: none took less.
 BEGIN = {
-    "bmm.fp32": {"floor_us": 40.0},
+    "bmm.fp32": {"floor_us": 40.0, "copies": 1.0},
+    "gemm.fp32": {"copies": 1.0},
     # A step loads as many bytes, hence twice the depth.
     **{key: {"step_us": 0.14} for key in ("gemm.fp8", "gemm.int8")},
     **{key: {"loss": 0.25, "step_us": 0.16} for key in ("gemm.w8a16", "gemm.w4a16")},
