@@ -58,11 +58,11 @@ def _table(tiles: np.ndarray) -> tuple[np.ndarray, ...]:
 _FIXED, _ALL = _table(TILES), _table(np.concatenate([TILES, _FITTED[:, :3]]))
 
 CONSTANTS = {
-    "floor_us": 2.7, "compute": 0.98, "loss": 0.8, "fill": 140.0, "step_us": 0.27,
-    "wave_share": 0.9, "memory": 1.0, "saturation": 0.3, "split_us": 2.0, "partial": 0.5,
-    "row_us": 0.01, "resident": 0.85, "cache": 1.0, "power": 1.0,
+    "floor_us": 2.8, "compute": 0.97, "loss": 0.7, "fill": 135.0, "step_us": 0.29,
+    "wave_share": 0.9, "memory": 1.0, "saturation": 0.28, "split_us": 2.2, "partial": 0.4,
+    "row_us": 0.01, "resident": 0.95, "cache": 1.05, "power": 0.95,
     "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0, "copies": 5.5,
-    "stored_share": 0.35, "ramp_us": 0.25,
+    "stored_share": 0.34, "ramp_us": 0.22,
 }  # fmt: skip
 
 
