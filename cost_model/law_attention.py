@@ -11,8 +11,9 @@ into one tile) on C cores, share = blocks/C:
                 block of min(h_kv d, 512) threads for each token: those that a core holds at once
                 take a chain of loads
     t_power   = 4 b h d pairs / (sustained attention FLOP/s e_p)
-    t_fixed   = floor; of a chunk (q < kv), which was measured as the kernel alone, a launch, and
-                no t_write
+    t_compute = (t_clock⁸ + t_power⁸)^⅛
+    t_fixed   = floor, and where kernels pack, a launch that plans their tiles; of a chunk (q < kv),
+                which was measured as the kernel alone, a launch, and no t_write
 decode, with b h_kv (1 if heads are packed) blocks, each over kv/splits keys:
     splits    = min(⌈kv/128⌉, 2 C/blocks, √(kv key/part)), the last where a chain of loads and the
                 merging take the least; 1 where every head has keys of its own
@@ -34,10 +35,11 @@ from ridgeline.cost_model.elementwise import (
     largest,
     least,
     root4,
+    sharp,
 )
 
 PREFILL = {
-    "floor_us": 10.0, "compute": 1.0, "power": 1.1, "memory": 1.0, "block_us": 3.0,
+    "floor_us": 10.0, "compute": 0.97, "power": 1.02, "memory": 1.0, "block_us": 3.0,
     "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 1.0,
     "cache": 1.0, "write": 1.0, "alone": 0.7, "bare_us": 2.4, "token_us": 3.5,
 }  # fmt: skip
@@ -102,17 +104,20 @@ def prefill(
     clocked = root4(busy * (start + mean * u), start + wide * u * alone)
     x = machine["attention"]
     sustained = machine["attention_peak"] * e_p / (x + (1 - x) * narrow)
-    compute = root4(clocked, 4.0 * b * h * d * seen / sustained)
+    compute = sharp(clocked, 4.0 * b * h * d * seen / sustained)
     kept = choose(windowed > 0, least(kv, q + s["window"]), kv)
     moved = 2.0 * s["itemsize"] * b * d * (h * q + kh * kept)
     memory = _streamed(moved, machine, e_m, resident, cache)
     written = _streamed(4.0 * s["itemsize"] * b * d * kh * q, machine, write, resident, cache)
     threads = b * q * least(kh * d, 512.0) / (machine["threads"] * cores)
     written = (written * written + (threads * token * 1e-6 * machine["cycle"]) ** 2) ** 0.5
-    single = _copied(machine, s) * (q == 1)
-    chunk = ((q < kv) & (q > 1)) * 1.0
+    chunk = (q < kv) * 1.0
     written = written * (1 - chunk)
-    fixed = (chunk * bare + (1 - chunk) * empty + copy * single) * machine["slow"] + per_batch * b
+    single = _copied(machine, s) * (q == 1) * (1 - chunk)
+    # FlashAttention-3 and after plan their tiles by a kernel of its own.
+    whole = empty * machine["slow"] + bare * machine["packed"]
+    fixed = chunk * bare * machine["slow"] + (1 - chunk) * whole
+    fixed = fixed + copy * single * machine["slow"] + per_batch * b
     return fixed * 1e-6, compute + written, memory + written
 
 

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ridgeline.cost_model.elementwise import Numbers, log2
+from ridgeline.cost_model.elementwise import Numbers, log2, sharp
 
 _LARGE = ((256, 128), (128, 256), (128, 128))
 _SMALL = (
@@ -111,7 +111,7 @@ def gemm(
     streamed = streamed + (streamed * (ramp * 1e-6 * machine["floor"])) ** 0.5
     memory = streamed / np.minimum(1.0, share / g)
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
-    compute = _sharp(clocked, power) + stored * s["written"] * of_others
+    compute = sharp(clocked, power) + stored * s["written"] * of_others
     twice = several * (split * 1e-6 * machine["floor"] * (m > 1) + _NEVER * s["whole"])
     twice = twice + written * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
@@ -126,12 +126,6 @@ def gemm(
     at = best[:, None]
     chosen = [np.take_along_axis(x, at, -1)[:, 0] for x in (twice, compute, memory)]
     return fixed[:, 0] + chosen[0], chosen[1], chosen[2]
-
-
-def _sharp(a: Numbers, b: Numbers) -> Numbers:
-    """(a⁸ + b⁸)^⅛: a board's clock sinks only once its power is reached."""
-    a, b = (a * a) ** 2, (b * b) ** 2
-    return np.sqrt(np.sqrt(np.sqrt(a * a + b * b)))
 
 
 def _columns(
