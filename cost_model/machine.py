@@ -38,6 +38,7 @@ _JOULES_PER_FLOP_4_NM = 5.5e-12
 UNTHROTTLED = 0.9  # of the boost, by products that no power limit slows
 # Two halves of the L2 cache hold copies of what both sides' cores read.
 _HALVED_L2 = {"sm_80", "sm_90", "sm_100"}
+HALVED = 0.35  # of it is left to what is read again: an A100's products and decodes say so
 # float32 multiply-adds of a core in a cycle, where they aren't 128
 _LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
 # Threads that a core holds at once, where they aren't 2048
@@ -98,11 +99,14 @@ def machine_of(
         "cores": float(t.cores),
         "threads": _THREADS.get(t.arch, 2048.0),
         "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
-        "l2": t.l2_bytes * (0.35 if t.arch in _HALVED_L2 else 1.0),
+        "l2": t.l2_bytes * (HALVED if t.arch in _HALVED_L2 else 1.0),
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
         "attention": t.attention_efficiency / t.gemm_efficiency,
         "attention_peak": peak * (t.attention_efficiency if throttled else 1.0),
-        "vector": _unit_peak(t, "fp16") / t.peaks["float32"] / REFERENCE_RATIO,
+        # Exponentials are to products as on one unit where that of vectors multiplies.
+        "vector": (
+            1.0 if dtype == "fp32" else _unit_peak(t, "fp16") / t.peaks["float32"]
+        ) / REFERENCE_RATIO,
         "slow": slow,
         "floor": _floor(dtype, slow, REFERENCE_CLOCK_HZ / clock),
         "cycle": REFERENCE_CLOCK_HZ / clock,
@@ -197,13 +201,26 @@ def _rates(t: Target, op: str, dtype: str, clock: float) -> tuple[float, float, 
 
 
 def _unit_peak(t: Target, dtype: str) -> float:
-    """The published peak of the unit that runs it: the widest 16-bit one if it has no other."""
+    """The published peak of the unit that runs it; of vectors where none does."""
+    return _peak(t, dtype) or t.peaks["float32"]
+
+
+def _peak(t: Target, dtype: str) -> float | None:
     unit = shapes.UNIT[dtype]
-    if unit in ("float16", "float32"):
-        return t.peaks.get(unit, t.peaks["float32"])
     if unit.startswith("float8"):
         unit = next((u for u in t.peaks if u.startswith("float8_e4m3")), unit)
-    return t.peaks.get(unit) or t.peaks.get("float16") or t.peaks["float32"]
+    return t.peaks.get(unit)
+
+
+@functools.lru_cache(maxsize=1024)
+def executed(target: str | Target, op: str, dtype: str) -> str:
+    """The dtype at whose rate a product of `dtype` runs: float32 where the machine has no unit for
+    it, as V100 and T4 have none for bfloat16 and are handed conversions around vector kernels.
+
+    Raises as `load_target` does."""
+    if op not in ("gemm", "bmm", "attn_prefill", "attn_decode") or dtype == "fp32":
+        return dtype
+    return dtype if _peak(load_target(target), dtype) else "fp32"
 
 
 def _described(whole: str, stem: str) -> str:

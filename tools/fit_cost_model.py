@@ -48,6 +48,7 @@ BEGIN = {
 }
 UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
 FEWEST = 20  # errors that quantiles are taken of
+ENOUGH = 4  # machines
 WIDER = 1.25  # intervals of machines that were not measured
 
 Interval = list[tuple[float, float]]  # (5 %, 95 %) quantiles by the largest of the parts
@@ -201,10 +202,10 @@ def pooled(apart: Mapping[str, Sequence[Errors]], but: str) -> Errors:
 
 
 def interval_apart(found: Sequence[Errors], others: Errors) -> Interval:
-    """For a machine that wasn't measured. Two machines say little of a third: with fewer than
-    three, the errors of all other groups count as one more. A machine to come may differ more from
+    """For a machine that wasn't measured. Few machines say little of one more: with fewer than
+    ENOUGH, the errors of all other groups count as another. A machine to come may differ more from
     those measured than these among themselves: WIDER."""
-    limits = interval([*found, others] if len(found) < 3 else found)
+    limits = interval([*found, others] if len(found) < ENOUGH else found)
     return [(round(WIDER * low, 4), round(WIDER * high, 4)) for low, high in limits]
 
 
