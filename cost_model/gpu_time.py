@@ -75,6 +75,7 @@ DECODE_ROWS = 64
 BARE: Mapping[str, Mapping[str, float]] = {
     "prefill": {
         "floor_us": 1.9, "bare_us": 1.9, "copy_us": 0.0, "write": math.inf, "token_us": 0.0,
+        "plan_us": 0.0,
     },
     "decode": {"floor_us": 3.0, "copy_us": 0.0, "grouped_us": 0.0},
 }  # fmt: skip

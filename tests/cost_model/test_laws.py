@@ -88,3 +88,36 @@ def test_a_chunk_of_a_prompt_is_the_kernel_alone():
         for q in (64, 63)
     )
     assert chunk < whole - 5e-6
+
+
+@pytest.mark.parametrize("name", ["a100", "l40s", "h100", "b200"])
+def test_a_second_query_over_a_cache_never_takes_less(name):
+    def seconds(q: int) -> float:
+        shape = {**SHORT, "batch": 2, "kv_heads": 8, "q_len": q, "kv_len": 8192}
+        return _seconds(name, "attn_prefill", "bf16", shape)
+
+    times = [seconds(q) for q in (1, 2, 3, 4, 16)]
+    assert all(b > a * (1 - 1e-3) for a, b in zip(times, times[1:], strict=False))
+    # FlashAttention-2 splits the keys of a single query only, later kernels those of few.
+    jump = times[1] / times[0]
+    assert jump > 2 if name in ("a100", "l40s") else jump < 1.05
+
+
+def test_a_wave_begun_is_a_wave_paid_on_fixed_tiles():
+    # 128 and 192 tiles of 256 x 128 are two waves of an A100's 108 cores.
+    part, whole = (_seconds("a100", "gemm", "bf16", _product(512, n, 8192)) for n in (8192, 12288))
+    assert whole / part < 1.25
+    one = _seconds("a100", "gemm", "bf16", _product(512, 6144, 8192))
+    assert part / one > 1.4
+
+
+def test_copies_of_weights_taken_in_turns_leave_l2_before_activations_do():
+    def moved(m: int, n: int, k: int) -> float:
+        """Bytes/s of an L40S, whose L2 has 96 MiB, beyond its floor."""
+        shape = _product(m, n, k)
+        bytes_ = shapes.law_inputs("gemm", "bf16", shape)["bytes"]
+        return bytes_ / (_seconds("l40s", "gemm", "bf16", shape) - 2e-6)
+
+    dram = machine_of("l40s", "gemm", "bf16")[0]["bandwidth"]
+    assert moved(8, 4096, 2048) < 1.5 * dram  # 5.5 times 17 MB
+    assert moved(2048, 8192, 32) > 1.5 * dram  # y of 34 MB
