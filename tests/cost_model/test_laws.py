@@ -34,13 +34,15 @@ def test_a_tile_as_wide_as_fills_one_wave_saves_most_of_a_second_wave():
 def test_more_tiles_to_choose_from_never_take_longer(m, n):
     for k in (64, 1000, 65536):
         shape = _product(m, n, k)
-        fixed = _seconds("h200", "gemm", "fp16", shape, fine=0.0)
-        assert _seconds("h200", "gemm", "fp16", shape) <= fixed * (1 + 1e-12)
+        fixed = _seconds("h200", "gemm", "bf16", shape, fine=0.0)
+        assert _seconds("h200", "gemm", "bf16", shape) <= fixed * (1 + 1e-12)
 
 
 def test_boards_without_asynchronous_matrix_units_have_fixed_tiles():
     assert machine_of("b200", "gemm", "bf16")[0]["fine"] == 1.0
-    for name, dtype in (("rtxpro6000", "bf16"), ("a100", "bf16"), ("h100", "fp32")):
+    for name, dtype in (
+        ("rtxpro6000", "bf16"), ("a100", "bf16"), ("h100", "fp32"), ("h100", "fp16"),
+    ):  # fmt: skip
         assert machine_of(name, "gemm", dtype)[0]["fine"] == 0.0, name
 
 
