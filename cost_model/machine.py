@@ -128,7 +128,7 @@ def machine_of(
         "packed": 1.0 if asynchronous else 0.0,
         # A kernel may be launched before the one it depends on ends; and, on B200, one block a
         # core walks over the sequences.
-        "merge": 0.5 if asynchronous else 1.0,
+        "merge": 0.25 if asynchronous else 1.0,
         "start": 0.5 if asynchronous and t.arch == "sm_100" else 1.0,
     }
     name = t.name if _is_built_in(t) else f"{t.name} as described by others"
