@@ -45,6 +45,7 @@ _FITTED = np.array(
 _WAVES_PER_PART = _FITTED[:, 3] / _FITTED[:, 2]
 _WIDEST = np.minimum(256.0, 40960 // _FITTED[:, 0] // 8 * 8)  # an accumulator's numbers, at most
 _NONE = 1e-3  # columns of a tile that is no candidate: none is slower
+_WITHIN = 0.15  # of a second pass over parts, where a block adds them up
 _NEVER = 1.0  # second that splitting takes where kernels don't
 _LARGEST_EDGES = 64 * (1 / 256 + 1 / 128)
 
@@ -59,7 +60,7 @@ _FIXED, _ALL = _table(TILES), _table(np.concatenate([TILES, _FITTED[:, :3]]))
 
 CONSTANTS = {
     "floor_us": 2.8, "compute": 0.97, "loss": 0.7, "fill": 135.0, "step_us": 0.29,
-    "wave_share": 0.9, "memory": 1.0, "saturation": 0.28, "split_us": 2.2, "partial": 0.4,
+    "wave_share": 0.9, "memory": 1.0, "saturation": 0.28, "split_us": 2.2, "partial": 0.6,
     "row_us": 0.01, "resident": 0.95, "cache": 1.05, "power": 0.95,
     "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0, "copies": 5.5,
     "stored_share": 0.34, "ramp_us": 0.22,
@@ -108,11 +109,14 @@ def gemm(
     of_weights = weights * ((1 - hit) / slow + hit / fast)
     of_others = (1 - warm) / slow + warm / fast
     streamed = of_weights + (moved - weights) * of_others
-    streamed = streamed + (streamed * (ramp * 1e-6 * machine["floor"])) ** 0.5
-    memory = streamed / np.minimum(1.0, share / g)
+    filled = (streamed * (ramp * 1e-6 * machine["floor"])) ** 0.5
+    memory = streamed / np.minimum(1.0, share / g) + filled
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
     compute = sharp(clocked, power) + stored * s["written"] * of_others
-    twice = several * (split * 1e-6 * machine["floor"] * (m > 1) + _NEVER * s["whole"])
+    # Libraries have kernels of vectors for one row, where weights are unpacked for four, which add
+    # up within a block.
+    second = np.where(m > 1 + 3 * serial, 1.0, _WITHIN * serial)
+    twice = several * (split * 1e-6 * machine["floor"] * second + _NEVER * s["whole"])
     twice = twice + written * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
     total = np.sqrt(np.sqrt(square_c * square_c + square_m * square_m)) + twice

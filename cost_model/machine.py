@@ -75,16 +75,7 @@ def machine_of(
 
     Raises UnknownTarget for a name that isn't described, and InvalidShape for a CPU.
     """
-    topology = "nvswitch"
-    if isinstance(target, str):
-        stem, _, last = target.rpartition("_")
-        if last in TOPOLOGIES:
-            target, topology = _described(target, stem), last
-    if isinstance(target, str) and target in HOST:
-        raise InvalidShape(f"target: expected a GPU, found {target!r}: use `estimate` for CPUs")
-    t = load_target(target)
-    if t.kind == "cpu":
-        raise InvalidShape(f"target: expected a GPU, found {t.name!r}: use `estimate` for CPUs")
+    t, topology = _loaded(target)
     slow = t.launch_s / REFERENCE_LAUNCH_S
     clock = t.peaks["float32"] / (2 * t.cores * _LANES.get(t.arch, 128))
     modern = t.arch.startswith("sm_") and int(t.arch.removeprefix("sm_")) >= 90
@@ -219,10 +210,26 @@ def executed(target: str | Target, op: str, dtype: str) -> str:
     """The dtype at whose rate a product of `dtype` runs: float32 where the machine has no unit for
     it, as V100 and T4 have none for bfloat16 and are handed conversions around vector kernels.
 
-    Raises as `load_target` does."""
+    Raises as `machine_of` does."""
     if op not in ("gemm", "bmm", "attn_prefill", "attn_decode") or dtype == "fp32":
         return dtype
-    return dtype if _peak(load_target(target), dtype) else "fp32"
+    return dtype if _peak(_loaded(target)[0], dtype) else "fp32"
+
+
+def _loaded(target: str | Target) -> tuple[Target, str]:
+    """The machine that a name means, and its topology. Raises UnknownTarget, and InvalidShape for a
+    CPU."""
+    topology = "nvswitch"
+    if isinstance(target, str):
+        stem, _, last = target.rpartition("_")
+        if last in TOPOLOGIES:
+            target, topology = _described(target, stem), last
+    if isinstance(target, str) and target in HOST:
+        raise InvalidShape(f"target: expected a GPU, found {target!r}: use `estimate` for CPUs")
+    t = load_target(target)
+    if t.kind == "cpu":
+        raise InvalidShape(f"target: expected a GPU, found {t.name!r}: use `estimate` for CPUs")
+    return t, topology
 
 
 def _described(whole: str, stem: str) -> str:

@@ -26,7 +26,7 @@ from ridgeline.cost_model.target import Target, load_target
 
 _BOUNDS = ("launch", "compute", "memory")
 _NETWORK_BOUNDS = ("launch", "compute", "communication")
-LARGEST = 2**40  # of a shape: what the laws raise to the eighth power stays a number
+LARGEST_POWER = {"sizes": 32, "bytes": 50}  # of 2: what laws raise to the eighth stays a number
 
 
 def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **shape: int) -> Cost:
@@ -111,9 +111,12 @@ def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
             shown = "nothing" if value is None else repr(value)
             raise InvalidShape(f"{op}: {key}: expected an integer >= {least}, found {shown}")
         shape[key] = int(value)
-        if shape[key] > LARGEST:
+        most = LARGEST_POWER["bytes" if key == "bytes" else "sizes"]
+        if shape[key] > 2**most:
             bits = shape[key].bit_length()
-            raise InvalidShape(f"{op}: {key}: expected at most 2^40, found a number of {bits} bits")
+            raise InvalidShape(
+                f"{op}: {key}: expected at most 2^{most}, found a number of {bits} bits"
+            )
     if "heads" in shape and shape["heads"] % shape["kv_heads"]:
         raise InvalidShape(
             f"{op}: heads: expected a multiple of kv_heads = {shape['kv_heads']},"

@@ -150,7 +150,7 @@ def test_laws_take_arrays_as_they_take_numbers(op, dtype, shape, grows):
         ("gemm", "bf16", {"m": 1, "n": 4}, "k: expected an integer >= 1, found nothing"),
         ("gemm", "bf16", {**LAYER, "m": 0}, "m: expected an integer >= 1, found 0"),
         ("gemm", "bf16", {**LAYER, "m": 1.5}, "m: expected an integer >= 1, found 1.5"),
-        ("gemm", "bf16", {**LAYER, "m": 10**400}, "at most 2\\^40, found a number of 1329 bits"),
+        ("gemm", "bf16", {**LAYER, "m": 10**400}, "at most 2\\^32, found a number of 1329 bits"),
         ("gemm", "bf16", {**LAYER, "rows": 1}, "found 'rows'"),
         ("attn_decode", "bf16", {**HEADS, "kv_heads": 5, "kv_len": 9}, "multiple of kv_heads = 5"),
         ("attn_prefill", "bf16", {**HEADS, "q_len": 9, "kv_len": 8}, "at most kv_len = 8"),
@@ -162,13 +162,13 @@ def test_errors_say_what_was_expected_and_found(op, dtype, shape, said):
 
 
 def test_the_largest_shapes_have_a_price():
-    most = 2**40
+    most = 2**32
     shapes_of = {
         "gemm": dict.fromkeys("mnk", most) | {"batch": most},
         "attn_prefill": dict.fromkeys(("batch", "heads", "kv_heads", "head_dim"), most)
         | dict.fromkeys(("q_len", "kv_len", "window"), most),
         "add": {"rows": most, "width": most},
-        "all_reduce": {"world": 8, "per_node": 8, "bytes": most},
+        "all_reduce": {"world": 8, "per_node": 8, "bytes": 2**50},
     }
     for op, shape in shapes_of.items():
         for name in ("a100", "h100"):
