@@ -173,9 +173,10 @@ def _gemm(g: Gemm, target: Target, cold: bool) -> Price:
         return _own(g, found, target) if g.library == "ridgeline" else found
     unpack = PLANE_US * bits * (g.scheme == "binary") + SHIFT_US * g.terms * (g.scheme == "shift")
     found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, cold, unpack)
-    # No faster than a product that is handed as few bytes.
+    # No faster than a product that is handed as few bytes, where it is the products that take long.
     handed = _product(g, unit, target, cold, unpack)
-    return dataclasses.replace(found, compute=max(found.compute, handed.compute))
+    bound = handed.compute if handed.compute > handed.memory else 0.0
+    return dataclasses.replace(found, compute=max(found.compute, bound))
 
 
 def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0) -> Price:

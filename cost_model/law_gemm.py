@@ -6,14 +6,15 @@ b products of (m, k) by (k, n) on C cores; share = ⌈m/Tm⌉ ⌈n/Tn⌉ b s / C
                 pace + step where each step also unpacks weights
     pace      = waves · 2 Tm Tn 64 C / (boost e_c e(T)) seconds for 64 of the depth
     t_power   = 2 b m n k / (sustained e_p): what the board's power allows; idle cores draw none
-    t_compute = (t_clock⁴ + t_power⁴)^¼
+    t_compute = (t_clock⁸ + t_power⁸)^⅛ + stored · the time of y's bytes: a tile is written after its
+                products
     e(T)      = 1 / (1 + loss · 64 (1/Tm + 1/Tn)), relative to that of 256 x 128
-    t_memory  = bytes ((1 - h)/(bandwidth e_m) + h/(l2 bandwidth e_l2)) / min(1, share/g)
-    h         = 1 / (1 + (reuse / (resident · l2))⁴): what a replayed kernel finds in the L2 cache;
+    t_memory  = t / min(1, share/g) + √(t ramp): loads in flight while the queues fill
+    t         = bytes ((1 - h)/(bandwidth e_m) + h/(l2 bandwidth e_l2))
+    h         = 1 / (1 + (reuse / (resident · l2))⁸): what a replayed kernel finds in the L2 cache;
                 reuse: bytes touched since, of x and y a call's, of w also those of all copies of w
                 that a harness takes in turns
-    t_compute + stored · the share of t_memory that y takes: a tile is written after its products
-    t_fixed   = floor + row log₂(1 + m) + split-K's second pass
+    t_fixed   = floor + row log₂(1 + m) + split-K's second pass, but for kernels of few rows
                 + m row_q + m k / (rate_q C clock), a kernel in front that quantizes rows of x
                 + m n · unfused bytes / bandwidth, where scales are multiplied after the product
 Matrix units that read shared memory by themselves (Hopper's, B200's) come with kernels whose tiles
@@ -73,9 +74,9 @@ def gemm(
     """(fixed, compute, memory) seconds of the fastest candidate.
 
     c: CONSTANTS in order; s: batch, m, n, k, bytes, weights and written (of them, those of w and
-    of y), quantized (1: x is quantized on the way, 0:
-    not), whole (1: the sum over k is never split), serial (1: a step of the loop waits for its
-    chain of instructions); arrays need a last axis of one, over which the candidates are laid.
+    of y), quantized (1: x is quantized on the way, 0: not), whole (1: the sum over k is never
+    split), serial (1: a step of the loop waits for its chain of instructions); arrays need a last
+    axis of one, over which the candidates are laid.
     """
     floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, *rest = c
     row_q, rate_q, again, copies, stored, ramp = rest
