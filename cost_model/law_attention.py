@@ -153,6 +153,10 @@ def decode(
     later = (ceil(share) - 1) * start
     memory = (_streamed(moved, machine, e_m, resident, cache) ** 2 + later * later) ** 0.5
     several = (splits > 1) * 1.0
-    fixed = empty + shared * grouped * machine["copies"] + several * (merge * machine["merge"] + part * splits)
+    fixed = (
+        empty
+        + shared * grouped * machine["copies"]
+        + several * (merge * machine["merge"] + part * splits)
+    )
     fixed = (fixed + copy * _copied(machine, s)) * machine["slow"] + per_batch * b
     return fixed * 1e-6, serial * 1e-6, memory

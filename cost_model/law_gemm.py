@@ -6,8 +6,8 @@ b products of (m, k) by (k, n) on C cores; share = ⌈m/Tm⌉ ⌈n/Tn⌉ b s / C
                 pace + step where each step also unpacks weights
     pace      = waves · 2 Tm Tn 64 C / (boost e_c e(T)) seconds for 64 of the depth
     t_power   = 2 b m n k / (sustained e_p): what the board's power allows; idle cores draw none
-    t_compute = (t_clock⁸ + t_power⁸)^⅛ + stored · the time of y's bytes: a tile is written after its
-                products
+    t_compute = (t_clock⁸ + t_power⁸)^⅛ + stored · the time of y's bytes: a tile is written after
+                its products
     e(T)      = 1 / (1 + loss · 64 (1/Tm + 1/Tn)), relative to that of 256 x 128
     t_memory  = t / min(1, share/g) + √(t ramp): loads in flight while the queues fill
     t         = bytes ((1 - h)/(bandwidth e_m) + h/(l2 bandwidth e_l2))

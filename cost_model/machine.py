@@ -95,9 +95,8 @@ def machine_of(
         "attention": t.attention_efficiency / t.gemm_efficiency,
         "attention_peak": peak * (t.attention_efficiency if throttled else 1.0),
         # Exponentials are to products as on one unit where that of vectors multiplies.
-        "vector": (
-            1.0 if dtype == "fp32" else _unit_peak(t, "fp16") / t.peaks["float32"]
-        ) / REFERENCE_RATIO,
+        "vector": (1.0 if dtype == "fp32" else _unit_peak(t, "fp16") / t.peaks["float32"])
+        / REFERENCE_RATIO,
         "slow": slow,
         "floor": _floor(dtype, slow, REFERENCE_CLOCK_HZ / clock),
         "cycle": REFERENCE_CLOCK_HZ / clock,

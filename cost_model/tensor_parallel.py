@@ -44,16 +44,16 @@ ATTENTION_LAUNCHES, MLP_LAUNCHES = 5, 3
 DENSE_LAUNCHES = ATTENTION_LAUNCHES + MLP_LAUNCHES + 4
 """With all-reduce and norm, twice."""
 LAUNCH_S = 2.3e-6
-"""What a kernel launched by a call of its own starts later than in a graph: the launch call, as in the
-files of targets."""
+"""What a kernel launched by a call of its own starts later than in a graph: the launch call, as in
+the files of targets."""
 MARGIN = 1.01
 """A weave must be predicted faster by this: what the split's own errors, which don't cancel, are
 likely to be worth."""
 
 
 LIBRARY = "fp16"
-"""Of 16-bit products: in fp16 the laws were measured in serving engines' traces, with libraries as old
-as TokenWeave's, whose tiles on Hopper have a few widths only."""
+"""Of 16-bit products: in fp16 the laws were measured in serving engines' traces, with libraries of
+TokenWeave's time, whose tiles on Hopper have a few widths only."""
 
 
 class InvalidStack(RidgelineError):

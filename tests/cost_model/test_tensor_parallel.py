@@ -56,9 +56,7 @@ def test_a_split_has_as_few_waves_as_can_be(tokens: int, split: tuple[int, int])
 def test_the_price_of_a_split_follows_the_rule() -> None:
     def seconds(tokens: int, reserved: int = 0) -> float:
         shape = {"m": tokens, "n": 8192, "k": 8192}
-        return predict(
-            "h100", "gemm", tensor_parallel.LIBRARY, reserved=reserved, **shape
-        ).seconds
+        return predict("h100", "gemm", tensor_parallel.LIBRARY, reserved=reserved, **shape).seconds
 
     assert seconds(640) + seconds(512) < 0.97 * 2 * seconds(576)  # 3 + 2 waves against 3 + 3
     assert seconds(512, reserved=8) > 1.05 * seconds(512)  # 3 waves, 2
