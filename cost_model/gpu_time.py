@@ -173,10 +173,11 @@ def _gemm(g: Gemm, target: Target, cold: bool) -> Price:
         return _own(g, found, target) if g.library == "ridgeline" else found
     unpack = PLANE_US * bits * (g.scheme == "binary") + SHIFT_US * g.terms * (g.scheme == "shift")
     found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, cold, unpack)
-    # No faster than a product that is handed as few bytes, where it is the products that take long.
+    if g.m <= TILE_ROWS:  # it is the weights that take long
+        return found
+    # No faster than a product that is handed as few bytes.
     handed = _product(g, unit, target, cold, unpack)
-    bound = handed.compute if handed.compute > handed.memory else 0.0
-    return dataclasses.replace(found, compute=max(found.compute, bound))
+    return dataclasses.replace(found, compute=max(found.compute, handed.compute))
 
 
 def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0) -> Price:

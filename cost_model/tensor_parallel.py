@@ -88,11 +88,11 @@ class Constants:
 
 
 FITTED = Constants(
-    gemm=1.26,
-    expert=1.62,
-    attention=0.694,
-    wire=0.854,
-    interference=0.262,
+    gemm=1.24,
+    expert=1.63,
+    attention=0.871,
+    wire=0.858,
+    interference=0.165,
     moe_host_us=624.0,
 )
 
