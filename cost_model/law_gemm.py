@@ -116,7 +116,8 @@ def gemm(
     compute = sharp(clocked, power) + stored * s["written"] * of_others
     # Libraries have kernels of vectors for one row, where weights are unpacked for four, which add
     # up within a block.
-    second = np.where(m > 1 + 3 * serial, 1.0, _WITHIN * serial)
+    many = (m > 1 + 3 * serial) * 1.0
+    second = many + (1 - many) * _WITHIN * serial
     twice = several * (split * 1e-6 * machine["floor"] * second + _NEVER * s["whole"])
     twice = twice + written * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
