@@ -46,3 +46,10 @@ def root4(a: Numbers, b: Numbers) -> Numbers:
     """(a⁴ + b⁴)^¼: nearly the larger of the two."""
     a, b = a * a, b * b
     return (a * a + b * b) ** 0.25
+
+
+def sharp(a: Numbers, b: Numbers) -> Numbers:
+    """(a⁸ + b⁸)^⅛: the larger of the two but for a narrow passage, as where a board's clock sinks
+    once its power is reached."""
+    a, b = (a * a) ** 2, (b * b) ** 2
+    return (a * a + b * b) ** 0.125

@@ -37,7 +37,6 @@ from ridgeline.cost_model.calibration import calibration
 from ridgeline.cost_model.elementwise import root4
 from ridgeline.cost_model.machine import (
     PCIE_BYTES_PER_S,
-    REFERENCE_RATIO,
     machine_of,
     ring_bytes_per_s,
 )
@@ -76,6 +75,7 @@ DECODE_ROWS = 64
 BARE: Mapping[str, Mapping[str, float]] = {
     "prefill": {
         "floor_us": 1.9, "bare_us": 1.9, "copy_us": 0.0, "write": math.inf, "token_us": 0.0,
+        "plan_us": 0.0,
     },
     "decode": {"floor_us": 3.0, "copy_us": 0.0, "grouped_us": 0.0},
 }  # fmt: skip
@@ -173,6 +173,8 @@ def _gemm(g: Gemm, target: Target, cold: bool) -> Price:
         return _own(g, found, target) if g.library == "ridgeline" else found
     unpack = PLANE_US * bits * (g.scheme == "binary") + SHIFT_US * g.terms * (g.scheme == "shift")
     found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, cold, unpack)
+    if g.m <= TILE_ROWS:  # it is the weights that take long
+        return found
     # No faster than a product that is handed as few bytes.
     handed = _product(g, unit, target, cold, unpack)
     return dataclasses.replace(found, compute=max(found.compute, handed.compute))
@@ -197,7 +199,9 @@ def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0)
         machine = _cold(machine)
     shape = {"batch": g.batch, "m": g.m, "n": g.n, "k": g.k}
     # x comes in the dtype of the products
-    counted = {"bytes": sum(g.bytes.values()), "quantized": 0.0}
+    moved = g.bytes
+    counted = {"bytes": sum(moved.values()), "quantized": 0.0}
+    counted |= {"weights": moved["weight"], "written": moved["output"]}
     s = shapes.law_inputs("gemm", law, shape) | counted
     found = _by_law("gemm", law, (machine, name), s, changed, like=False)
     if unit not in MATRIX_UNITS and g.m < TILE_ROWS:
@@ -261,8 +265,6 @@ def _attention(a: Attention, target: Target, cold: bool) -> Price:
     pairs = a.flops / (2 * a.batch * a.heads * (a.head_dim + a.value_dim))
     counted = {"itemsize": a.dtype.itemsize, "bytes": sum(a.bytes.values()), "pairs": pairs}
     s = shapes.law_inputs(op, dtype, shape) | counted
-    if unit not in MATRIX_UNITS:  # exponentials are to products as on one unit
-        machine = {**machine, "vector": 1 / REFERENCE_RATIO}
     if law == "decode":
         # The law splits keys where heads share them; these kernels do so in any case.
         s["heads"] = max(a.heads * a.q, a.kv_heads + 1)

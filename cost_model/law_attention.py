@@ -11,8 +11,11 @@ into one tile) on C cores, share = blocks/C:
                 block of min(h_kv d, 512) threads for each token: those that a core holds at once
                 take a chain of loads
     t_power   = 4 b h d pairs / (sustained attention FLOP/s e_p)
-    t_fixed   = floor; of a chunk (q < kv), which was measured as the kernel alone, a launch, and
-                no t_write
+    t_compute = (t_clock⁸ + t_power⁸)^⅛
+    t_fixed   = floor, and where kernels pack, a launch that plans their tiles; of a chunk (q < kv),
+                which was measured as the kernel alone, a launch, and no t_write; its keys are split
+                over idle cores where kernels pack, as FlashAttention-2's do for a single query, and
+                merged by another launch
 decode, with b h_kv (1 if heads are packed) blocks, each over kv/splits keys:
     splits    = min(⌈kv/128⌉, 2 C/blocks, √(kv key/part)), the last where a chain of loads and the
                 merging take the least; 1 where every head has keys of its own
@@ -34,12 +37,14 @@ from ridgeline.cost_model.elementwise import (
     largest,
     least,
     root4,
+    sharp,
 )
 
 PREFILL = {
-    "floor_us": 10.0, "compute": 1.0, "power": 1.1, "memory": 1.0, "block_us": 3.0,
+    "floor_us": 10.0, "compute": 0.97, "power": 1.02, "memory": 1.0, "block_us": 3.0,
     "wave_share": 0.5, "vector": 0.5, "copy_us": 5.0, "batch_us": 0.02, "resident": 1.0,
     "cache": 1.0, "write": 1.0, "alone": 0.7, "bare_us": 2.4, "token_us": 3.5,
+    "plan_us": 2.4,
 }  # fmt: skip
 DECODE = {
     "floor_us": 11.0, "memory": 1.0, "block_us": 3.5, "key_us": 0.02, "merge_us": 4.0,
@@ -47,6 +52,7 @@ DECODE = {
     "batch_us": 0.005,
 }  # fmt: skip
 _TILE = 128
+_LEAST_SPLIT = 512  # keys of a block for which a merge is worth its launch
 
 
 def pairs(q: Numbers, kv: Numbers, window: Numbers) -> Numbers:
@@ -81,12 +87,15 @@ def prefill(
     (of a head, that the mask keeps).
     """
     empty, e_c, e_p, e_m, block, wave, v, copy, per_batch, resident, cache, write, *rest = c
-    alone, bare, token = rest
+    alone, bare, token, plan = rest
     b, h, d, q, kv = s["batch"], s["heads"], s["head_dim"], s["q_len"], s["kv_len"]
     cores, kh = machine["cores"], s["kv_heads"]
     packed = choose(q > 1, machine["packed"], 1.0)
     blocks = b * (packed * kh * ceil(q * h / kh / _TILE) + (1 - packed) * h * ceil(q / _TILE))
-    share = blocks / cores
+    chunk = (q < kv) * 1.0
+    most = largest(least(floor(cores / blocks), ceil(kv / _LEAST_SPLIT)), 1.0)
+    splits = choose(chunk * packed > 0, most, 1.0)
+    share = blocks * splits / cores
     windowed = (s["window"] > 0) * (s["window"] < kv) * 1.0
     wide = choose(windowed > 0, least(s["window"] + 2 * _TILE, kv), kv)
     seen = s["pairs"]
@@ -99,20 +108,23 @@ def prefill(
     u = 4.0 * _TILE * d * cores * (1 + v * machine["vector"] * narrow) / (machine["boost"] * e_c)
     busy = wave * ceil(share) + (1 - wave) * largest(share, 1.0)
     start = block * 1e-6 * machine["cycle"] ** 0.5
-    clocked = root4(busy * (start + mean * u), start + wide * u * alone)
+    clocked = root4(busy * (start + mean / splits * u), start + wide / splits * u * alone)
     x = machine["attention"]
     sustained = machine["attention_peak"] * e_p / (x + (1 - x) * narrow)
-    compute = root4(clocked, 4.0 * b * h * d * seen / sustained)
+    compute = sharp(clocked, 4.0 * b * h * d * seen / sustained)
     kept = choose(windowed > 0, least(kv, q + s["window"]), kv)
     moved = 2.0 * s["itemsize"] * b * d * (h * q + kh * kept)
     memory = _streamed(moved, machine, e_m, resident, cache)
     written = _streamed(4.0 * s["itemsize"] * b * d * kh * q, machine, write, resident, cache)
     threads = b * q * least(kh * d, 512.0) / (machine["threads"] * cores)
     written = (written * written + (threads * token * 1e-6 * machine["cycle"]) ** 2) ** 0.5
-    single = _copied(machine, s) * (q == 1)
-    chunk = ((q < kv) & (q > 1)) * 1.0
     written = written * (1 - chunk)
-    fixed = (chunk * bare + (1 - chunk) * empty + copy * single) * machine["slow"] + per_batch * b
+    single = _copied(machine, s) * (q == 1) * (1 - chunk)
+    # FlashAttention-3 and after plan their tiles by a kernel of its own.
+    whole = empty * machine["slow"] + plan * machine["packed"]
+    merged = (splits > 1) * bare * machine["merge"]
+    fixed = chunk * (bare * machine["slow"] + merged) + (1 - chunk) * whole
+    fixed = fixed + copy * single * machine["slow"] + per_batch * b
     return fixed * 1e-6, compute + written, memory + written
 
 
@@ -141,6 +153,10 @@ def decode(
     later = (ceil(share) - 1) * start
     memory = (_streamed(moved, machine, e_m, resident, cache) ** 2 + later * later) ** 0.5
     several = (splits > 1) * 1.0
-    fixed = empty + shared * grouped + several * (merge * machine["merge"] + part * splits)
+    fixed = (
+        empty
+        + shared * grouped * machine["copies"]
+        + several * (merge * machine["merge"] + part * splits)
+    )
     fixed = (fixed + copy * _copied(machine, s)) * machine["slow"] + per_batch * b
     return fixed * 1e-6, serial * 1e-6, memory

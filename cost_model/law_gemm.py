@@ -6,11 +6,15 @@ b products of (m, k) by (k, n) on C cores; share = ⌈m/Tm⌉ ⌈n/Tn⌉ b s / C
                 pace + step where each step also unpacks weights
     pace      = waves · 2 Tm Tn 64 C / (boost e_c e(T)) seconds for 64 of the depth
     t_power   = 2 b m n k / (sustained e_p): what the board's power allows; idle cores draw none
-    t_compute = (t_clock⁴ + t_power⁴)^¼
+    t_compute = (t_clock⁸ + t_power⁸)^⅛ + stored · the time of y's bytes: a tile is written after
+                its products
     e(T)      = 1 / (1 + loss · 64 (1/Tm + 1/Tn)), relative to that of 256 x 128
-    t_memory  = bytes ((1 - h)/(bandwidth e_m) + h/(l2 bandwidth e_l2)) / min(1, share/g)
-    h         = 1 / (1 + (bytes / (resident · l2))⁴): what a replayed kernel finds in the L2 cache
-    t_fixed   = floor + row log₂(1 + m) + split-K's second pass
+    t_memory  = t / min(1, share/g) + √(t ramp): loads in flight while the queues fill
+    t         = bytes ((1 - h)/(bandwidth e_m) + h/(l2 bandwidth e_l2))
+    h         = 1 / (1 + (reuse / (resident · l2))⁸): what a replayed kernel finds in the L2 cache;
+                reuse: bytes touched since, of x and y a call's, of w also those of all copies of w
+                that a harness takes in turns
+    t_fixed   = floor + row log₂(1 + m) + split-K's second pass, but for kernels of few rows
                 + m row_q + m k / (rate_q C clock), a kernel in front that quantizes rows of x
                 + m n · unfused bytes / bandwidth, where scales are multiplied after the product
 Matrix units that read shared memory by themselves (Hopper's, B200's) come with kernels whose tiles
@@ -23,19 +27,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ridgeline.cost_model.elementwise import Numbers, log2
+from ridgeline.cost_model.elementwise import Numbers, log2, sharp
 
-TILES = np.array(
-    [
-        (tm, tn, s)
-        for tm, tn in (
-            (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128),
-            (64, 64), (32, 128), (32, 64), (16, 128), (16, 64), (16, 32),
-        )
-        for s in (1, 2, 4, 8, 16)
-    ],
-    dtype=np.float64,
+_LARGE = ((256, 128), (128, 256), (128, 128))
+_SMALL = (
+    (64, 256), (128, 64), (64, 128), (64, 64), (32, 128), (32, 64), (16, 128), (16, 64), (16, 32),
 )  # fmt: skip
+TILES = np.array(
+    [(*tile, parts) for tile in _LARGE for parts in (1, 2, 3, 4, 5, 6, 8, 16)]
+    + [(*tile, parts) for tile in _SMALL for parts in (1, 2, 4, 8, 16)],
+    dtype=np.float64,
+)
 """Rows, columns and parts of the sum: what a library's kernels may work on at once."""
 _FITTED = np.array(
     [(tm, 0, s, w) for tm in (64, 128, 192, 256) for s in (1, 2, 4) for w in (1, 2)], np.float64
@@ -44,6 +46,7 @@ _FITTED = np.array(
 _WAVES_PER_PART = _FITTED[:, 3] / _FITTED[:, 2]
 _WIDEST = np.minimum(256.0, 40960 // _FITTED[:, 0] // 8 * 8)  # an accumulator's numbers, at most
 _NONE = 1e-3  # columns of a tile that is no candidate: none is slower
+_WITHIN = 0.15  # of a second pass over parts, where a block adds them up
 _NEVER = 1.0  # second that splitting takes where kernels don't
 _LARGEST_EDGES = 64 * (1 / 256 + 1 / 128)
 
@@ -57,10 +60,11 @@ def _table(tiles: np.ndarray) -> tuple[np.ndarray, ...]:
 _FIXED, _ALL = _table(TILES), _table(np.concatenate([TILES, _FITTED[:, :3]]))
 
 CONSTANTS = {
-    "floor_us": 3.0, "compute": 1.0, "loss": 0.43, "fill": 150.0, "step_us": 0.28,
-    "wave_share": 0.45, "memory": 0.95, "saturation": 0.3, "split_us": 2.2, "partial": 0.3,
-    "row_us": 0.01, "resident": 0.2, "cache": 1.0, "power": 1.0,
-    "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0,
+    "floor_us": 2.8, "compute": 0.97, "loss": 0.7, "fill": 135.0, "step_us": 0.29,
+    "wave_share": 0.9, "memory": 1.0, "saturation": 0.28, "split_us": 2.2, "partial": 0.6,
+    "row_us": 0.01, "resident": 0.95, "cache": 1.05, "power": 0.95,
+    "quantized_row_ns": 7.0, "quantized": 1.5, "unfused_bytes": 6.0, "copies": 5.5,
+    "stored_share": 0.34, "ramp_us": 0.22,
 }  # fmt: skip
 
 
@@ -69,12 +73,13 @@ def gemm(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """(fixed, compute, memory) seconds of the fastest candidate.
 
-    c: CONSTANTS in order; s: batch, m, n, k, bytes, quantized (1: x is quantized on the way, 0:
-    not), whole (1: the sum over k is never split), serial (1: a step of the loop waits for its
-    chain of instructions); arrays need a last axis of one, over which the candidates are laid.
+    c: CONSTANTS in order; s: batch, m, n, k, bytes, weights and written (of them, those of w and
+    of y), quantized (1: x is quantized on the way, 0: not), whole (1: the sum over k is never
+    split), serial (1: a step of the loop waits for its chain of instructions); arrays need a last
+    axis of one, over which the candidates are laid.
     """
     floor, e_c, loss, fill, step, q, e_m, g, split, partial, row, resident, cache, e_p, *rest = c
-    row_q, rate_q, again = rest
+    row_q, rate_q, again, copies, stored, ramp = rest
     m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
     cores, bandwidth = machine["cores"], machine["bandwidth"]
     moved = s["bytes"]
@@ -97,13 +102,23 @@ def gemm(
     each = np.sqrt(np.sqrt(square * square + (chain * (1 - serial)) ** 4)) + chain * serial
     clocked = depth * each
     clocked = clocked + pace * (fill * machine["prologue"] / 64)
+    slow, fast = bandwidth * e_m, machine["l2_bandwidth"] * cache
+    weights = s["weights"]
+    kept = machine["l2"] * resident
+    warm = 1 / (1 + (moved / kept) ** 8)
+    hit = 1 / (1 + ((moved + (copies - 1) * weights) / kept) ** 8)
+    of_weights = weights * ((1 - hit) / slow + hit / fast)
+    of_others = (1 - warm) / slow + warm / fast
+    streamed = of_weights + (moved - weights) * of_others
+    filled = (streamed * (ramp * 1e-6 * machine["floor"])) ** 0.5
+    memory = streamed / np.minimum(1.0, share / g) + filled
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
-    square = clocked * clocked
-    compute = np.sqrt(np.sqrt(square * square + power**4))
-    hit = 1 / (1 + (moved / (machine["l2"] * resident)) ** 4)
-    streamed = moved * ((1 - hit) / (bandwidth * e_m) + hit / (machine["l2_bandwidth"] * cache))
-    memory = streamed / np.minimum(1.0, share / g)
-    twice = several * (split * 1e-6 * machine["floor"] + _NEVER * s["whole"])
+    compute = sharp(clocked, power) + stored * s["written"] * of_others
+    # Libraries have kernels of vectors for one row, where weights are unpacked for four, which add
+    # up within a block.
+    many = (m > 1 + 3 * serial) * 1.0
+    second = many + (1 - many) * _WITHIN * serial
+    twice = several * (split * 1e-6 * machine["floor"] * second + _NEVER * s["whole"])
     twice = twice + written * (8.0 * partial / 3 * b * m * n / bandwidth)
     square_c, square_m = compute * compute, memory * memory
     total = np.sqrt(np.sqrt(square_c * square_c + square_m * square_m)) + twice

@@ -38,6 +38,7 @@ _JOULES_PER_FLOP_4_NM = 5.5e-12
 UNTHROTTLED = 0.9  # of the boost, by products that no power limit slows
 # Two halves of the L2 cache hold copies of what both sides' cores read.
 _HALVED_L2 = {"sm_80", "sm_90", "sm_100"}
+HALVED = 0.35  # of it is left to what is read again: an A100's products and decodes say so
 # float32 multiply-adds of a core in a cycle, where they aren't 128
 _LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
 # Threads that a core holds at once, where they aren't 2048
@@ -74,16 +75,7 @@ def machine_of(
 
     Raises UnknownTarget for a name that isn't described, and InvalidShape for a CPU.
     """
-    topology = "nvswitch"
-    if isinstance(target, str):
-        stem, _, last = target.rpartition("_")
-        if last in TOPOLOGIES:
-            target, topology = _described(target, stem), last
-    if isinstance(target, str) and target in HOST:
-        raise InvalidShape(f"target: expected a GPU, found {target!r}: use `estimate` for CPUs")
-    t = load_target(target)
-    if t.kind == "cpu":
-        raise InvalidShape(f"target: expected a GPU, found {t.name!r}: use `estimate` for CPUs")
+    t, topology = _loaded(target)
     slow = t.launch_s / REFERENCE_LAUNCH_S
     clock = t.peaks["float32"] / (2 * t.cores * _LANES.get(t.arch, 128))
     modern = t.arch.startswith("sm_") and int(t.arch.removeprefix("sm_")) >= 90
@@ -98,20 +90,24 @@ def machine_of(
         "cores": float(t.cores),
         "threads": _THREADS.get(t.arch, 2048.0),
         "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
-        "l2": t.l2_bytes * (0.5 if t.arch in _HALVED_L2 else 1.0),
+        "l2": t.l2_bytes * (HALVED if t.arch in _HALVED_L2 else 1.0),
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
         "attention": t.attention_efficiency / t.gemm_efficiency,
         "attention_peak": peak * (t.attention_efficiency if throttled else 1.0),
-        "vector": _unit_peak(t, "fp16") / t.peaks["float32"] / REFERENCE_RATIO,
+        # Exponentials are to products as on one unit where that of vectors multiplies.
+        "vector": (1.0 if dtype == "fp32" else _unit_peak(t, "fp16") / t.peaks["float32"])
+        / REFERENCE_RATIO,
         "slow": slow,
         "floor": _floor(dtype, slow, REFERENCE_CLOCK_HZ / clock),
         "cycle": REFERENCE_CLOCK_HZ / clock,
         "clock": clock,
         # Warp-specialized kernels begin a tile's loads while the last one is written.
         "prologue": REFERENCE_CLOCK_HZ / clock * (0.5 if asynchronous else 1.0),
-        # They keep about twice as many of a tile's loads in flight, and have tiles of any width.
+        # They keep about twice as many of a tile's loads in flight.
         "chain": (REFERENCE_CLOCK_HZ / clock) ** 0.5 * (0.5 if asynchronous else 1.0),
-        "fine": 1.0 if asynchronous else 0.0,
+        # Libraries of today have tiles of any width for them. Products in fp16 were measured in
+        # engines with those of Hopper's first year, which hadn't: few rows of an H100 say so.
+        "fine": 1.0 if asynchronous and dtype != "fp16" else 0.0,
         # Hopper's tensor memory accelerator keeps about twice as many bytes in flight a core.
         "key": (REFERENCE_CLOCK_HZ / clock) ** 0.5 * (0.5 if modern else 1.0),
         # Products in 8 bits scale rows and columns in their epilogue only since Hopper.
@@ -122,7 +118,7 @@ def machine_of(
         "packed": 1.0 if asynchronous else 0.0,
         # A kernel may be launched before the one it depends on ends; and, on B200, one block a
         # core walks over the sequences.
-        "merge": 0.5 if asynchronous else 1.0,
+        "merge": 0.25 if asynchronous else 1.0,
         "start": 0.5 if asynchronous and t.arch == "sm_100" else 1.0,
     }
     name = t.name if _is_built_in(t) else f"{t.name} as described by others"
@@ -197,13 +193,42 @@ def _rates(t: Target, op: str, dtype: str, clock: float) -> tuple[float, float, 
 
 
 def _unit_peak(t: Target, dtype: str) -> float:
-    """The published peak of the unit that runs it: the widest 16-bit one if it has no other."""
+    """The published peak of the unit that runs it; of vectors where none does."""
+    return _peak(t, dtype) or t.peaks["float32"]
+
+
+def _peak(t: Target, dtype: str) -> float | None:
     unit = shapes.UNIT[dtype]
-    if unit in ("float16", "float32"):
-        return t.peaks.get(unit, t.peaks["float32"])
     if unit.startswith("float8"):
         unit = next((u for u in t.peaks if u.startswith("float8_e4m3")), unit)
-    return t.peaks.get(unit) or t.peaks.get("float16") or t.peaks["float32"]
+    return t.peaks.get(unit)
+
+
+@functools.lru_cache(maxsize=1024)
+def executed(target: str | Target, op: str, dtype: str) -> str:
+    """The dtype at whose rate a product of `dtype` runs: float32 where the machine has no unit for
+    it, as V100 and T4 have none for bfloat16 and are handed conversions around vector kernels.
+
+    Raises as `machine_of` does."""
+    if op not in ("gemm", "bmm", "attn_prefill", "attn_decode") or dtype == "fp32":
+        return dtype
+    return dtype if _peak(_loaded(target)[0], dtype) else "fp32"
+
+
+def _loaded(target: str | Target) -> tuple[Target, str]:
+    """The machine that a name means, and its topology. Raises UnknownTarget, and InvalidShape for a
+    CPU."""
+    topology = "nvswitch"
+    if isinstance(target, str):
+        stem, _, last = target.rpartition("_")
+        if last in TOPOLOGIES:
+            target, topology = _described(target, stem), last
+    if isinstance(target, str) and target in HOST:
+        raise InvalidShape(f"target: expected a GPU, found {target!r}: use `estimate` for CPUs")
+    t = load_target(target)
+    if t.kind == "cpu":
+        raise InvalidShape(f"target: expected a GPU, found {t.name!r}: use `estimate` for CPUs")
+    return t, topology
 
 
 def _described(whole: str, stem: str) -> str:

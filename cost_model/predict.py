@@ -20,12 +20,13 @@ from ridgeline.cost_model import laws, shapes
 from ridgeline.cost_model.calibration import calibration
 from ridgeline.cost_model.energy import movement_joules, unit_joules
 from ridgeline.cost_model.estimate import Cost
-from ridgeline.cost_model.machine import machine_of, with_fewer_cores
+from ridgeline.cost_model.machine import executed, machine_of, with_fewer_cores
 from ridgeline.cost_model.shapes import InvalidShape
 from ridgeline.cost_model.target import Target, load_target
 
 _BOUNDS = ("launch", "compute", "memory")
 _NETWORK_BOUNDS = ("launch", "compute", "communication")
+LARGEST_POWER = {"sizes": 32, "bytes": 50}  # of 2: what laws raise to the eighth stays a number
 
 
 def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **shape: int) -> Cost:
@@ -42,20 +43,24 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     shape = _checked(op, dtype, shape)
     if isinstance(target, str) and target.endswith(".toml") and (file := Path(target)).is_file():
         target = _own(target, file.stat().st_mtime_ns)
-    machine, name = machine_of(target, op, dtype, shape.get("world"), shape.get("per_node"))
+    network = op in shapes.COLLECTIVES
+    runs = dtype if network else executed(target, op, dtype)
+    machine, name = machine_of(target, op, runs, shape.get("world"), shape.get("per_node"))
     if reserved:
         machine = with_fewer_cores(machine, op, reserved)
     s = shapes.law_inputs(op, dtype, shape)
+    if runs != dtype:  # a measured machine's kernels were others
+        s |= shapes.AS_ONE_KERNEL
     if shape.get("world") == 1:
         return Cost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "communication")
-    group = shapes.group_of(op, dtype)
+    group = shapes.group_of(op, runs)
     model = calibration()
     parts = model.parts(group, name, machine, s)
-    log_s = math.log(laws.total(parts)) + model.residual(group, name, machine, s)
+    like = name if runs == dtype else ""
+    log_s = math.log(laws.total(parts)) + model.residual(group, like, machine, s)
     largest = max(range(3), key=parts.__getitem__)
-    below, above = model.interval(group, name, largest)
+    below, above = model.interval(group, like, largest)
     flops, moved = shapes.flops(op, shape), s["bytes"]
-    network = op in shapes.COLLECTIVES
     eflops = 0.0 if network else flops + machine["intensity"] * moved
     energy = 0.0 if network else flops / 2 * _pair_joules(dtype) + movement_joules(moved)
     bound = _NETWORK_BOUNDS if network else _BOUNDS
@@ -106,6 +111,12 @@ def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
             shown = "nothing" if value is None else repr(value)
             raise InvalidShape(f"{op}: {key}: expected an integer >= {least}, found {shown}")
         shape[key] = int(value)
+        most = LARGEST_POWER["bytes" if key == "bytes" else "sizes"]
+        if shape[key] > 2**most:
+            bits = shape[key].bit_length()
+            raise InvalidShape(
+                f"{op}: {key}: expected at most 2^{most}, found a number of {bits} bits"
+            )
     if "heads" in shape and shape["heads"] % shape["kv_heads"]:
         raise InvalidShape(
             f"{op}: heads: expected a multiple of kv_heads = {shape['kv_heads']},"

@@ -23,6 +23,8 @@ UNIT = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn",
     "int8": "int8", "w8a16": "float16", "w4a16": "float16",
 }  # fmt: skip
+# Inputs of a product that runs at another dtype's rate than its own: none of the kernels in front.
+AS_ONE_KERNEL = {"quantized": 0.0, "whole": 0.0, "serial": 0.0}
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Tensors of rows x width elements that a memory-bound operator reads and writes; `u` marks a
 # unary form, whose second operand is a number.
@@ -92,7 +94,9 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         a, w = GEMM_BITS[dtype]
         m, n, k = s["m"], s["n"], s["k"]
         out = 16 if dtype != "fp32" else 32
-        s["bytes"] = s["batch"] * (m * k * (a / 8) + n * k * (w / 8) + m * n * (out / 8))
+        s["weights"] = s["batch"] * n * k * (w / 8)
+        s["written"] = s["batch"] * m * n * (out / 8)
+        s["bytes"] = s["batch"] * m * k * (a / 8) + s["weights"] + s["written"]
         s["quantized"] = float(dtype == "fp8")
         s["whole"] = float(dtype == "fp8")  # scaled products of CUTLASS, as engines call them
         s["serial"] = float(dtype in ("w8a16", "w4a16"))

@@ -12,8 +12,8 @@ Law. L layers, each attention (qkv, rotary, attention, o) and MLP (gate and up, 
 A, M and W are `predict`'s kernels, which count waves of tiles, so a split that needs a wave more,
 or blocks of communication that push a tile into one, cost what they cost; T0 is T/2 rounded up to
 128, plus 0, 128 or 256. Attention of T1 reads T0's keys. Experts (MoE): each of E gets its mean
-share of the tokens, so halves read all of the weights twice. launch="eager": a layer's call takes
-its host time at least, and the woven layer two of them.
+share of the tokens, so halves read all of the weights twice. launch="eager": a kernel starts a
+launch call later, a layer's call takes its host time at least, and the woven layer two of them.
 
 Constants (`FITTED`): factors on predicted GEMM, expert and attention times in a serving engine with
 locked clocks; of all-reduce wire time inside a model; interference; the host's time of an MoE
@@ -39,12 +39,21 @@ OFFSETS = (0, 128, 256)
 WEAVE_BLOCKS = (2, 4, 8, 16)
 LEAST_HALF = 128
 """Tokens of a half below which no tile is full."""
-DENSE_LAUNCHES = 12
-"""Kernels of a dense layer: qkv, rotary, cache, attention, o, gate-up, activation, down, and twice
-all-reduce and norm."""
+ATTENTION_LAUNCHES, MLP_LAUNCHES = 5, 3
+"""Kernels: qkv, rotary, cache, attention, o; gate-up, activation, down."""
+DENSE_LAUNCHES = ATTENTION_LAUNCHES + MLP_LAUNCHES + 4
+"""With all-reduce and norm, twice."""
+LAUNCH_S = 2.3e-6
+"""What a kernel launched by a call of its own starts later than in a graph: the launch call, as in
+the files of targets."""
 MARGIN = 1.01
 """A weave must be predicted faster by this: what the split's own errors, which don't cancel, are
 likely to be worth."""
+
+
+LIBRARY = "fp16"
+"""Of 16-bit products: in fp16 the laws were measured in serving engines' traces, with libraries of
+TokenWeave's time, whose tiles on Hopper have a few widths only."""
 
 
 class InvalidStack(RidgelineError):
@@ -79,11 +88,11 @@ class Constants:
 
 
 FITTED = Constants(
-    gemm=1.26,
-    expert=1.62,
-    attention=0.694,
-    wire=0.854,
-    interference=0.262,
+    gemm=1.24,
+    expert=1.63,
+    attention=0.871,
+    wire=0.858,
+    interference=0.165,
     moe_host_us=624.0,
 )
 
@@ -247,6 +256,7 @@ class _Layer:
         self.stack, self.links, self.c = stack, links, constants
         self.target, self.world = links.target, links.world
         self.saved = all_reduce.EAGER_S if launch == "graph" else 0.0
+        self.added = LAUNCH_S if launch == "eager" else 0.0
         host = DENSE_LAUNCHES * links.target.eager_launch_s
         if stack.experts:
             host = constants.moe_host_us * 1e-6
@@ -255,7 +265,7 @@ class _Layer:
 
     def gemm(self, m: int, n: int, k: int, reserved: int, batch: int = 1) -> float:
         return predict(
-            self.target, "gemm", "bf16", reserved=reserved, m=m, n=n, k=k, batch=batch
+            self.target, "gemm", LIBRARY, reserved=reserved, m=m, n=n, k=k, batch=batch
         ).seconds
 
     def stream(self, op: str, rows: int, width: int, reserved: int) -> float:
@@ -272,7 +282,8 @@ class _Layer:
         }  # fmt: skip
         scores = predict(self.target, "attn_prefill", "bf16", reserved=reserved, **shape).seconds
         turned = self.stream("rope", queries, (heads + kv_heads) * s.head_dim, reserved)
-        return self.c.gemm * products + self.c.attention * scores + turned
+        launched = ATTENTION_LAUNCHES * self.added
+        return self.c.gemm * products + self.c.attention * scores + turned + launched
 
     def mlp(self, tokens: int, reserved: int = 0) -> float:
         s, width = self.stack, self.stack.intermediate // self.world
@@ -283,7 +294,7 @@ class _Layer:
         products = self.gemm(rows, 2 * width, s.hidden, reserved, batch)
         products += self.gemm(rows, s.hidden, width, reserved, batch)
         gate = self.stream("silu_mul", tokens * max(1, s.experts_per_token), width, reserved)
-        return factor * products + gate
+        return factor * products + gate + MLP_LAUNCHES * self.added
 
     def _busy(self, tokens: int) -> float:
         return self.attention(tokens, tokens) + self.mlp(tokens)

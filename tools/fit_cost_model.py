@@ -31,7 +31,7 @@ FEW = 24  # rows below which a machine has no constants of its own
 PRIOR, OWN_PRIOR = 1.5, 3.0
 TIGHT = {
     "power": 0.03, "vector": 0.03, "half": 0.1, "fill": 0.2, "quantized_row_ns": 0.1,
-    "quantized": 0.1,
+    "quantized": 0.1, "copies": 0.1,
 }  # fmt: skip
 PULL = 0.01  # of the mean error that moving a constant that far must save
 # It times attention's kernel alone, others with what an engine runs around it: left out of what
@@ -39,13 +39,16 @@ PULL = 0.01  # of the mean error that moving a constant that far must save
 BARE = "llmservingsim flash_attn2"
 # Batched products were timed from the host, one by one: none took less.
 BEGIN = {
-    "bmm.fp32": {"floor_us": 40.0},
-    # A step loads as many bytes, hence twice the depth.
-    **{key: {"step_us": 0.14} for key in ("gemm.fp8", "gemm.int8")},
+    "bmm.fp32": {"floor_us": 40.0, "copies": 1.0},
+    "gemm.fp32": {"copies": 1.0},
+    # A step loads as many bytes, hence twice the depth; kernels of fewer stages and tiles.
+    "gemm.fp8": {"step_us": 0.12, "loss": 1.4, "floor_us": 4.2, "compute": 0.85, "memory": 0.93},
+    "gemm.int8": {"step_us": 0.14, "split_us": 15.0, "floor_us": 10.3, "resident": 0.4},
     **{key: {"loss": 0.25, "step_us": 0.16} for key in ("gemm.w8a16", "gemm.w4a16")},
 }
 UNKNOWN = [(-0.5, 0.5)] * 3  # where nothing of a law was measured on two machines
 FEWEST = 20  # errors that quantiles are taken of
+ENOUGH = 4  # machines
 WIDER = 1.25  # intervals of machines that were not measured
 
 Interval = list[tuple[float, float]]  # (5 %, 95 %) quantiles by the largest of the parts
@@ -199,10 +202,10 @@ def pooled(apart: Mapping[str, Sequence[Errors]], but: str) -> Errors:
 
 
 def interval_apart(found: Sequence[Errors], others: Errors) -> Interval:
-    """For a machine that wasn't measured. Two machines say little of a third: with fewer than
-    three, the errors of all other groups count as one more. A machine to come may differ more from
+    """For a machine that wasn't measured. Few machines say little of one more: with fewer than
+    ENOUGH, the errors of all other groups count as another. A machine to come may differ more from
     those measured than these among themselves: WIDER."""
-    limits = interval([*found, others] if len(found) < 3 else found)
+    limits = interval([*found, others] if len(found) < ENOUGH else found)
     return [(round(WIDER * low, 4), round(WIDER * high, 4)) for low, high in limits]
 
 

@@ -1,5 +1,7 @@
 """What the laws say of kernels: tiles that fill waves, sums left whole, packed queries, pages."""
 
+import itertools
+
 import pytest
 
 from ridgeline.cost_model import laws, shapes
@@ -34,13 +36,15 @@ def test_a_tile_as_wide_as_fills_one_wave_saves_most_of_a_second_wave():
 def test_more_tiles_to_choose_from_never_take_longer(m, n):
     for k in (64, 1000, 65536):
         shape = _product(m, n, k)
-        fixed = _seconds("h200", "gemm", "fp16", shape, fine=0.0)
-        assert _seconds("h200", "gemm", "fp16", shape) <= fixed * (1 + 1e-12)
+        fixed = _seconds("h200", "gemm", "bf16", shape, fine=0.0)
+        assert _seconds("h200", "gemm", "bf16", shape) <= fixed * (1 + 1e-12)
 
 
 def test_boards_without_asynchronous_matrix_units_have_fixed_tiles():
     assert machine_of("b200", "gemm", "bf16")[0]["fine"] == 1.0
-    for name, dtype in (("rtxpro6000", "bf16"), ("a100", "bf16"), ("h100", "fp32")):
+    for name, dtype in (
+        ("rtxpro6000", "bf16"), ("a100", "bf16"), ("h100", "fp32"), ("h100", "fp16"),
+    ):  # fmt: skip
         assert machine_of(name, "gemm", dtype)[0]["fine"] == 0.0, name
 
 
@@ -88,3 +92,38 @@ def test_a_chunk_of_a_prompt_is_the_kernel_alone():
         for q in (64, 63)
     )
     assert chunk < whole - 5e-6
+
+
+@pytest.mark.parametrize("name", ["a100", "l40s", "h100", "b200"])
+def test_a_second_query_over_a_cache_never_takes_less(name):
+    def seconds(q: int) -> float:
+        shape = {**SHORT, "batch": 2, "kv_heads": 8, "q_len": q, "kv_len": 8192}
+        return _seconds(name, "attn_prefill", "bf16", shape)
+
+    times = [seconds(q) for q in (1, 2, 3, 4, 16)]
+    assert all(b > a * (1 - 1e-3) for a, b in itertools.pairwise(times))
+    # FlashAttention-2 splits the keys of a single query only, later kernels those of few.
+    jump = times[1] / times[0]
+    assert jump > 2 if name in ("a100", "l40s") else jump < 1.05
+
+
+def test_a_wave_begun_is_a_wave_paid_on_fixed_tiles():
+    # 2 x 54 tiles of 256 x 128 are one wave of an A100's 108 cores, 2 x 56 are two.
+    one, begun = (_seconds("a100", "gemm", "bf16", _product(512, n, 5120)) for n in (6912, 7168))
+    assert begun / one > 1.25
+    # A board at its power's limit clocks higher while cores are idle.
+    one, begun = (_seconds("l40s", "gemm", "bf16", _product(512, n, 5120)) for n in (9088, 9344))
+    assert begun / one < 1.25
+
+
+def test_copies_of_weights_taken_in_turns_leave_l2_before_activations_do():
+    def moved(m: int, n: int, k: int) -> float:
+        """Bytes/s of an L40S, whose L2 has 96 MiB, beyond its floor."""
+        shape = _product(m, n, k)
+        bytes_ = shapes.law_inputs("gemm", "bf16", shape)["bytes"]
+        return bytes_ / (_seconds("l40s", "gemm", "bf16", shape) - 2e-6)
+
+    dram = machine_of("l40s", "gemm", "bf16")[0]["bandwidth"]
+    assert moved(8, 8192, 2048) < 1.2 * dram  # 5.5 times 34 MB
+    assert moved(8, 4096, 1024) > 1.2 * dram  # 5.5 times 8 MB
+    assert moved(2048, 8192, 32) > 1.2 * dram  # y of 34 MB

@@ -4,13 +4,17 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.cost_model import (
+    Gemm,
     InvalidShape,
     InvalidTarget,
     UnknownTarget,
+    Work,
+    estimate,
     laws,
     load_target,
     predict,
@@ -146,6 +150,7 @@ def test_laws_take_arrays_as_they_take_numbers(op, dtype, shape, grows):
         ("gemm", "bf16", {"m": 1, "n": 4}, "k: expected an integer >= 1, found nothing"),
         ("gemm", "bf16", {**LAYER, "m": 0}, "m: expected an integer >= 1, found 0"),
         ("gemm", "bf16", {**LAYER, "m": 1.5}, "m: expected an integer >= 1, found 1.5"),
+        ("gemm", "bf16", {**LAYER, "m": 10**400}, "at most 2\\^32, found a number of 1329 bits"),
         ("gemm", "bf16", {**LAYER, "rows": 1}, "found 'rows'"),
         ("attn_decode", "bf16", {**HEADS, "kv_heads": 5, "kv_len": 9}, "multiple of kv_heads = 5"),
         ("attn_prefill", "bf16", {**HEADS, "q_len": 9, "kv_len": 8}, "at most kv_len = 8"),
@@ -154,6 +159,32 @@ def test_laws_take_arrays_as_they_take_numbers(op, dtype, shape, grows):
 def test_errors_say_what_was_expected_and_found(op, dtype, shape, said):
     with pytest.raises(InvalidShape, match=said):
         predict("a100", op, dtype, **shape)
+
+
+def test_the_largest_shapes_have_a_price():
+    most = 2**32
+    shapes_of = {
+        "gemm": dict.fromkeys("mnk", most) | {"batch": most},
+        "attn_prefill": dict.fromkeys(("batch", "heads", "kv_heads", "head_dim"), most)
+        | dict.fromkeys(("q_len", "kv_len", "window"), most),
+        "add": {"rows": most, "width": most},
+        "all_reduce": {"world": 8, "per_node": 8, "bytes": 2**50},
+    }
+    for op, shape in shapes_of.items():
+        for name in ("a100", "h100"):
+            assert np.isfinite(predict(name, op, "fp16", **shape).high)
+
+
+@pytest.mark.parametrize("name", ["v100", "t4", "v100_pcie"])
+def test_bfloat16_runs_at_float32s_rate_where_no_unit_multiplies_it(name):
+    large = {"m": 4096, "n": 4096, "k": 4096}
+    half, brain, single = (
+        predict(name, "gemm", d, **large).seconds for d in ("fp16", "bf16", "fp32")
+    )
+    assert brain > 2 * half
+    assert brain == pytest.approx(single, rel=0.2)
+    planned = estimate(Work((Gemm(4096, 4096, 4096, dtype=torch.bfloat16),)), load_target(name))
+    assert planned.seconds == pytest.approx(brain, rel=1e-9)
 
 
 # A tile's step may make more work take no longer, a fitted residual a little less: rounding.

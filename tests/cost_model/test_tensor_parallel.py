@@ -56,10 +56,9 @@ def test_a_split_has_as_few_waves_as_can_be(tokens: int, split: tuple[int, int])
 def test_the_price_of_a_split_follows_the_rule() -> None:
     def seconds(tokens: int, reserved: int = 0) -> float:
         shape = {"m": tokens, "n": 8192, "k": 8192}
-        return predict("h100", "gemm", "bf16", reserved=reserved, **shape).seconds
+        return predict("h100", "gemm", tensor_parallel.LIBRARY, reserved=reserved, **shape).seconds
 
-    # 3 + 2 waves against 3 + 3: libraries have tiles of other widths too, so little hangs on it
-    assert seconds(640) + seconds(512) < 1.03 * 2 * seconds(576)
+    assert seconds(640) + seconds(512) < 0.97 * 2 * seconds(576)  # 3 + 2 waves against 3 + 3
     assert seconds(512, reserved=8) > 1.05 * seconds(512)  # 3 waves, 2
 
 
@@ -67,8 +66,8 @@ def test_the_price_of_a_split_follows_the_rule() -> None:
 def test_the_gain_of_llama_70b_is_within_5_points(tokens: int) -> None:
     run = prefills()["Llama", 8, tokens]
     assert run.choice.chosen == "weave"
-    assert run.gain.predicted == pytest.approx(run.gain.measured, abs=0.03)
-    assert all(abs(time.error) < 0.1 for time in run.times)
+    assert run.gain.predicted == pytest.approx(run.gain.measured, abs=0.02)
+    assert all(abs(time.error) < 0.06 for time in run.times)
     assert run.gain.fitted == (tokens in (2048, 16384, 32768))
 
 
@@ -109,10 +108,10 @@ def test_errors_on_rows_left_out() -> None:
         return sum(errors) / len(errors)
 
     for column in ("no_ar", "baseline_multimem", "overlap_fused"):
-        assert mean("Llama", 8, column) < 0.06
-        assert mean("Llama", 4, column) < 0.035
-        assert mean("Qwen2.5", 8, column) < 0.035
-        assert mean("Qwen2.5", 4, column) < 0.035
+        assert mean("Llama", 8, column) < 0.03
+        assert mean("Llama", 4, column) < 0.03
+        assert mean("Qwen2.5", 8, column) < 0.03
+        assert mean("Qwen2.5", 4, column) < 0.03
         assert mean("Mixtral", 8, column) < 0.05
     # Many small experts are slower than eight large ones: out by a fifth, in the same ratio.
     assert 0.1 < mean("Qwen3", 8, "no_ar") < 0.25
