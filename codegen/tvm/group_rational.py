@@ -41,6 +41,10 @@ PARALLEL_ELEMENTS = 1 << 15
 STREAMED_BYTES = 8 << 20
 """Bytes of y or dx from which a later reader finds it in no cache of a core anyway."""
 
+MAPPED_BYTES = 32 << 20
+"""Bytes from which glibc maps each block anew (its largest M_MMAP_THRESHOLD): the system has just
+zeroed its lines in the caches, and stores past them take 1.3 to 1.5 times as long as into them."""
+
 _ISA = 9
 """Where the fields of `group_rational_units.Spec` name the instruction set."""
 
@@ -135,7 +139,7 @@ def _streamed(result: Tensor, fields: tuple[Any, ...]) -> bool:
     """Is y or dx, contiguous, to go past the caches? Whole vectors in groups fill its rows."""
     whole = result.dtype == torch.float32 and fields[0] % 16 == 0
     aligned = result.data_ptr() % 64 == 0
-    return whole and aligned and result.nbytes >= STREAMED_BYTES and _X86
+    return whole and aligned and STREAMED_BYTES <= result.nbytes < MAPPED_BYTES and _X86
 
 
 def group_rational(

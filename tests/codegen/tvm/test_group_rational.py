@@ -138,6 +138,13 @@ def test_what_goes_past_the_caches_is_the_same_bit_for_bit(threads, monkeypatch)
     assert all(torch.equal(*pair) for pair in zip(past, usual, strict=True))
 
 
+@pytest.mark.skipif(not kernels._X86, reason="streaming stores are an x86 instruction here")
+def test_blocks_that_the_system_has_just_zeroed_stay_in_the_caches():
+    bytes_of_results = [2**22, 2**23, 2**25 - 64, 2**25]
+    streamed = [kernels._streamed(torch.empty(b // 4), (16,)) for b in bytes_of_results]
+    assert streamed == [False, True, True, False]
+
+
 def test_sums_are_more_accurate_than_eager_ones():
     own, eager = torch.zeros(2), torch.zeros(2)
     for _ in range(4):
