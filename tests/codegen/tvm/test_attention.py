@@ -123,10 +123,12 @@ def test_sinks_take_their_share(isa, dtype):
     for queries, keys in [(1, 1), (1, 700), (5, 17), (77, 130)]:
         q, k, v = operands(2, 6, 2, queries, keys, dtype=dtype)
         noise = torch.randn(queries, keys, generator=torch.Generator().manual_seed(1))
-        for given in (sinks.to(dtype), sinks.double(), sinks.repeat(2)[::2]):
+        check(q, k, v, noise.masked_fill(noise > 1, -torch.inf), sinks, diagonal=keys - queries)
+        if dtype == torch.bfloat16:  # whose kernels differ in what they load, with or without masks
+            continue
+        for given in (sinks, sinks.double(), sinks.repeat(2)[::2]):
             check(q, k, v, None, given)
-        for mask in (noise > 0.5, noise.masked_fill(noise > 1, -torch.inf)):
-            check(q, k, v, mask, sinks, diagonal=keys - queries)
+        check(q, k, v, noise > 0.5, sinks, diagonal=keys - queries)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,10 +136,12 @@ def test_scores_are_capped(isa, dtype):
     for queries, keys in [(1, 1), (1, 700), (5, 17), (77, 130)]:
         q, k, v = operands(2, 4, 2, queries, keys, dtype=dtype)
         noise = torch.randn(queries, keys, generator=torch.Generator().manual_seed(1))
+        check(q, k, v, noise.masked_fill(noise > 1, -torch.inf), noise[0, :1].repeat(4), soft_cap=3)
+        if dtype == torch.bfloat16:  # as above
+            continue
         for cap in (50.0, 0.5, -2.0):
             check(q, k, v, soft_cap=cap, diagonal=keys - queries)
         check(q, k, v, noise > -0.5, soft_cap=3.0)
-        check(q, k, v, noise.masked_fill(noise > 1, -torch.inf), noise[0, :1].repeat(4), soft_cap=3)
 
 
 @pytest.mark.parametrize("queries", [3, 70])
