@@ -2,18 +2,26 @@
 
 A model in eval mode is compiled for inference: without what a backward needs, with folded and
 quantised weights. PyTorch would give its results gradients all the same, where gradients are
-enabled and a parameter requires one. Such results are marked as they would be, and whoever asks for
-their gradients gets an error that says what to do, never a gradient that lacks a part.
+enabled and a parameter that they depend on requires one. Such results are marked as they would be,
+and whoever asks for their gradients gets an error that says what to do, never a gradient that lacks
+a part.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ridgeline.ir.call import Call
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.gradient_sources import Sources
+
+HAS_BACKWARD = (
+    "a kind of call in eval mode has code with a backward, and its weights are not quantised, since"
+    " an input requires gradients, as a state does that an earlier call returned; if none are"
+    " wanted, make the calls in torch.no_grad()"
+)
+"""What a plan says where an input turns a call of a model in eval mode into one that trains."""
 
 
 class GradientError(RidgelineError, RuntimeError):
@@ -21,11 +29,12 @@ class GradientError(RidgelineError, RuntimeError):
 
 
 class _ForInference(torch.autograd.Function):
-    """The identity, for results without history."""
+    """Results without history, under other tensor objects, as a parameter's: they may be views, or
+    the caller's own, and neither can be given a history in place."""
 
     @staticmethod
-    def forward(ctx: Any, results: Sequence[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(results)
+    def forward(ctx: Any, results: Sequence[Tensor], parameter: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -37,33 +46,21 @@ class _ForInference(torch.autograd.Function):
         )
 
 
-def trainable(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """The modules' own parameters that require gradients."""
-    held = (p for module in modules for p in module._parameters.values())
-    return [p for p in held if p is not None and p.requires_grad]
-
-
-def marked(
-    outputs: Sequence[Any], results: int, call: Call, modules: Sequence[nn.Module]
-) -> Sequence[Any]:
-    """`outputs`, the first `results` of which are what the model returns, marked where gradients
-    are recorded: those that hold floating numbers and are neither the call's own nor a cache's."""
-    if not torch.is_grad_enabled():
+def marked(outputs: Sequence[Any], sources: Sources) -> Sequence[Any]:
+    """`outputs` of inference code, marked where gradients are recorded: those of which one of the
+    `sources` requires a gradient now."""
+    if not sources or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return outputs
-    given = {id(x) for x in (*call.flat, *outputs[results:])}
-    at = [
-        i
-        for i, x in enumerate(outputs[:results])
-        if isinstance(x, Tensor)
-        and (x.is_floating_point() or x.is_complex())
-        and not (x.requires_grad or id(x) in given)
-    ]
-    if not at or not (parameters := trainable(modules)):
-        return outputs
-    whole = list(outputs)
-    distinct = {id(outputs[i]): outputs[i] for i in at}  # one tensor may be returned twice
-    made = _ForInference.apply(list(distinct.values()), *parameters)
-    known = dict(zip(distinct, made, strict=True))
-    for i in at:
-        whole[i] = known[id(outputs[i])]
-    return whole
+    history: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}  # by parameter, then by result
+    for tensors, at in sources:
+        parameter = next((t for t in tensors if t.requires_grad), None)
+        if parameter is None:
+            continue
+        _, results = history.setdefault(id(parameter), (parameter, {}))
+        # one tensor may be returned twice, and one that is a parameter has its history
+        results.update((id(outputs[i]), outputs[i]) for i in at if not outputs[i].requires_grad)
+    known: dict[int, Tensor] = {}
+    for parameter, results in history.values():
+        made = _ForInference.apply(list(results.values()), parameter) if results else ()
+        known.update(zip(results, made, strict=True))
+    return [known.get(id(x), x) for x in outputs]
