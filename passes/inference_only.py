@@ -51,16 +51,17 @@ def marked(outputs: Sequence[Any], sources: Sources) -> Sequence[Any]:
     `sources` requires a gradient now."""
     if not sources or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return outputs
-    history: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}  # by parameter, then by result
+    history: dict[int, tuple[Tensor, list[int]]] = {}  # by parameter: it, and what it reaches
     for tensors, at in sources:
         parameter = next((t for t in tensors if t.requires_grad), None)
-        if parameter is None:
-            continue
-        _, results = history.setdefault(id(parameter), (parameter, {}))
-        # one tensor may be returned twice, and one that is a parameter has its history
-        results.update((id(outputs[i]), outputs[i]) for i in at if not outputs[i].requires_grad)
-    known: dict[int, Tensor] = {}
-    for parameter, results in history.values():
-        made = _ForInference.apply(list(results.values()), parameter) if results else ()
-        known.update(zip(results, made, strict=True))
-    return [known.get(id(x), x) for x in outputs]
+        if parameter is not None:
+            _, reached = history.setdefault(id(parameter), (parameter, []))
+            reached += [i for i in at if not outputs[i].requires_grad]  # not a parameter itself
+    whole = list(outputs)
+    for parameter, reached in history.values():
+        distinct = {id(outputs[i]): outputs[i] for i in reached}  # one may be returned twice
+        made = _ForInference.apply(list(distinct.values()), parameter) if distinct else ()
+        known = dict(zip(distinct, made, strict=True))
+        for i in reached:
+            whole[i] = known[id(outputs[i])]
+    return whole
