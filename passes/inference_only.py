@@ -29,8 +29,8 @@ class GradientError(RidgelineError, RuntimeError):
 
 
 class _ForInference(torch.autograd.Function):
-    """Results without history, under other tensor objects, as a parameter's: they may be views, or
-    the caller's own, and neither can be given a history in place."""
+    """The results as new tensors on the same memory, with a history that ends at `parameter`: what
+    came may be a view or the caller's own, which must not be given one."""
 
     @staticmethod
     def forward(ctx: Any, results: Sequence[Tensor], parameter: Tensor) -> tuple[Tensor, ...]:
