@@ -7,7 +7,7 @@ written). An operator whose schema cannot be trusted counts as viewing, or writi
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -80,14 +80,18 @@ def views(node: fx.Node) -> Iterator[fx.Node]:
         yield from (a for a in _arguments(node, 1) if _holds_tensors(a.meta.get("val")))
 
 
-def _written_by(node: fx.Node) -> set[fx.Node]:
+def written_by(node: fx.Node) -> set[fx.Node]:
+    """The arguments that the operation may write."""
     if node.op != "call_function":
         return set()
     return {a for a in _arguments(node, 2) if _holds_tensors(a.meta.get("val"))}
 
 
-def sharing(node: fx.Node) -> set[fx.Node]:
-    """Every value that may share memory with that of `node`, which is one of them."""
+def sharing(node: fx.Node, apart: Collection[Any] = ()) -> set[fx.Node]:
+    """Every value that may share memory with that of `node`, which is one of them.
+
+    apart: operators whose results are counted as memory of their own.
+    """
     found: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -95,8 +99,8 @@ def sharing(node: fx.Node) -> set[fx.Node]:
         if at in found:
             continue
         found.add(at)
-        stack.extend(views(at))
-        stack.extend(u for u in at.users if at in views(u))
+        stack.extend(views(at) if at.target not in apart else ())
+        stack.extend(u for u in at.users if u.target not in apart and at in views(u))
         if at.op == "get_attr":
             stack.extend(at.graph.find_nodes(op="get_attr", target=at.target))
     return found
@@ -108,7 +112,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
         user
         for value in sharing(node)
         for user in value.users
-        if user.op != "output" and value in _written_by(user)
+        if user.op != "output" and value in written_by(user)
     ]
 
 
@@ -123,7 +127,7 @@ def written_between(nodes: Iterable[fx.Node], last: fx.Node) -> tuple[fx.Node, f
     between: set[fx.Node] = set()
     node = first.next
     while first < last and node is not last:
-        if _written_by(node):
+        if written_by(node):
             between.add(node)
         node = node.next
     for node in nodes if between else ():
@@ -136,4 +140,4 @@ def written_between(nodes: Iterable[fx.Node], last: fx.Node) -> tuple[fx.Node, f
 
 def mutates(graph: fx.Graph) -> bool:
     """Does any operation of the graph write memory that others may read?"""
-    return any(_written_by(node) for node in graph.nodes)
+    return any(written_by(node) for node in graph.nodes)

@@ -24,6 +24,7 @@ from ridgeline.ir.aliases import writes
 from ridgeline.ir.autocast import active, make_explicit
 from ridgeline.ir.call import PLAIN, Call, flatten
 from ridgeline.ir.capture_errors import NO_GENERATOR, CaptureError, explain, quiet
+from ridgeline.ir.gradient_sources import Sources, gradient_sources
 from ridgeline.ir.guards import ShapeGuards
 from ridgeline.ir.module_state import ModuleState, plain_tensors_kept
 from ridgeline.ir.program import Phase, Program
@@ -43,13 +44,14 @@ class Captured:
 
     guards: which sizes the program takes. finish: (call, flat outputs) -> what the model returns;
     puts new tensors into the caller's caches. written: the inputs, caches aside, that the program
-    may write.
+    may write. sources: of inference code, what its results would have gradients from.
     """
 
     program: Program
     guards: ShapeGuards
     finish: Callable[[Call, Sequence[Any]], Any]
     written: tuple[int, ...] = ()
+    sources: Sources = ()
 
     def refuse_overlap(self, call: Call) -> None:
         """Raise OverlapError where an input that the program writes shares another's memory."""
@@ -108,7 +110,8 @@ def capture(
     own = {i for i, x in enumerate(call.flat) if any(x is leaf for leaf in call.leaves)}
     placeholders = enumerate(module.graph.find_nodes(op="placeholder"))
     written = tuple(i for i, node in placeholders if i in own and writes(node))
-    return Captured(program, ShapeGuards.of(module), trace.finish, written)
+    sources = () if training else gradient_sources(program)
+    return Captured(program, ShapeGuards.of(module), trace.finish, written, sources)
 
 
 class _Flat(nn.Module):

@@ -27,7 +27,7 @@ from ridgeline.ir.capture import Captured, CaptureError, OverlapError, capture
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes.compile_program import CompileProgram
 from ridgeline.passes.copy_model import copy_model, rebound
-from ridgeline.passes.inference_only import marked
+from ridgeline.passes.inference_only import HAS_BACKWARD, marked
 from ridgeline.passes.watched import RUN_HOOKS, Watched
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class OptimizedModule(nn.Module):
                 except InputMismatch:  # the sizes fit, but strides differ from the captured ones
                     tried.append(run)
                     continue
-                return self._finished(key, captured, call, outputs)
+                return captured.finish(call, marked(outputs, captured.sources))
             kind = (*key[:-1], call.kind)
             with state.lock:
                 if key in state.refused or kind in state.refused:
@@ -189,13 +189,7 @@ class OptimizedModule(nn.Module):
             if isinstance(error, CacheError) and key is not None:
                 key = kind  # pyright: ignore[reportPossiblyUnboundVariable]
             raise _Refused(None if isinstance(error, OverlapError) else key, error) from error
-        return self._finished(key, captured, call, outputs)
-
-    def _finished(self, key: Any, captured: Captured, call: Call, outputs: Any) -> Any:
-        trains = key[0]
-        if not trains:
-            outputs = marked(outputs, captured.program.results, call, self._ridgeline.modules)
-        return captured.finish(call, outputs)
+        return captured.finish(call, marked(outputs, captured.sources))
 
     def _forget_changed_weights(self) -> None:
         """Drop graphs that hold weights which have been reassigned or, once folded, changed."""
@@ -228,6 +222,8 @@ class OptimizedModule(nn.Module):
         state.compile_program.meet(f"a capture of graph {number}", call)
         with state.compile_program.compiling():
             captured, run = self._compiled(args, kwargs)
+        if captured.program.training and not self.training:
+            self.plan.note(HAS_BACKWARD)
         if autocast.active():  # the graph casts by itself
             run = autocast.without(run)
         if len(state.graphs) >= state.max_graphs:

@@ -2,18 +2,26 @@
 
 A model in eval mode is compiled for inference: without what a backward needs, with folded and
 quantised weights. PyTorch would give its results gradients all the same, where gradients are
-enabled and a parameter requires one. Such results are marked as they would be, and whoever asks for
-their gradients gets an error that says what to do, never a gradient that lacks a part.
+enabled and a parameter that they depend on requires one. Such results are marked as they would be,
+and whoever asks for their gradients gets an error that says what to do, never a gradient that lacks
+a part.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ridgeline.ir.call import Call
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.ir.gradient_sources import Sources
+
+HAS_BACKWARD = (
+    "a kind of call in eval mode has code with a backward, and its weights are not quantised, since"
+    " an input requires gradients, as a state does that an earlier call returned; if none are"
+    " wanted, make the calls in torch.no_grad()"
+)
+"""What a plan says where an input turns a call of a model in eval mode into one that trains."""
 
 
 class GradientError(RidgelineError, RuntimeError):
@@ -21,11 +29,12 @@ class GradientError(RidgelineError, RuntimeError):
 
 
 class _ForInference(torch.autograd.Function):
-    """The identity, for results without history."""
+    """The results as new tensors on the same memory, with a history that ends at `parameter`: what
+    came may be a view or the caller's own, which must not be given one."""
 
     @staticmethod
-    def forward(ctx: Any, results: Sequence[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(results)
+    def forward(ctx: Any, results: Sequence[Tensor], parameter: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -37,33 +46,22 @@ class _ForInference(torch.autograd.Function):
         )
 
 
-def trainable(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """The modules' own parameters that require gradients."""
-    held = (p for module in modules for p in module._parameters.values())
-    return [p for p in held if p is not None and p.requires_grad]
-
-
-def marked(
-    outputs: Sequence[Any], results: int, call: Call, modules: Sequence[nn.Module]
-) -> Sequence[Any]:
-    """`outputs`, the first `results` of which are what the model returns, marked where gradients
-    are recorded: those that hold floating numbers and are neither the call's own nor a cache's."""
-    if not torch.is_grad_enabled():
+def marked(outputs: Sequence[Any], sources: Sources) -> Sequence[Any]:
+    """`outputs` of inference code, marked where gradients are recorded: those of which one of the
+    `sources` requires a gradient now."""
+    if not sources or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return outputs
-    given = {id(x) for x in (*call.flat, *outputs[results:])}
-    at = [
-        i
-        for i, x in enumerate(outputs[:results])
-        if isinstance(x, Tensor)
-        and (x.is_floating_point() or x.is_complex())
-        and not (x.requires_grad or id(x) in given)
-    ]
-    if not at or not (parameters := trainable(modules)):
-        return outputs
+    history: dict[int, tuple[Tensor, list[int]]] = {}  # by parameter: it, and what it reaches
+    for tensors, at in sources:
+        parameter = next((t for t in tensors if t.requires_grad), None)
+        if parameter is not None:
+            _, reached = history.setdefault(id(parameter), (parameter, []))
+            reached += [i for i in at if not outputs[i].requires_grad]  # not a parameter itself
     whole = list(outputs)
-    distinct = {id(outputs[i]): outputs[i] for i in at}  # one tensor may be returned twice
-    made = _ForInference.apply(list(distinct.values()), *parameters)
-    known = dict(zip(distinct, made, strict=True))
-    for i in at:
-        whole[i] = known[id(outputs[i])]
+    for parameter, reached in history.values():
+        distinct = {id(outputs[i]): outputs[i] for i in reached}  # one may be returned twice
+        made = _ForInference.apply(list(distinct.values()), parameter) if distinct else ()
+        known = dict(zip(distinct, made, strict=True))
+        for i in reached:
+            whole[i] = known[id(outputs[i])]
     return whole
