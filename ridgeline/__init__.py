@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ridgeline import nn
+    from ridgeline import cost_model, nn, passes
     from ridgeline.cost_model import load_target, target_names
     from ridgeline.ir.errors import RidgelineError
     from ridgeline.passes import PASSES, optimize, reparameterize
@@ -18,16 +18,20 @@ __all__ = [
     "RidgelineError",
     "__version__",
     "bits_per_weight",
+    "cost_model",
     "load_quantized",
     "load_target",
     "nn",
     "optimize",
     "parallelize",
+    "passes",
     "plan_parallel",
     "reparameterize",
     "save_quantized",
     "target_names",
 ]
+
+_MODULES = ("cost_model", "nn", "passes")
 
 _HOMES = {
     "PASSES": "ridgeline.passes",
@@ -46,8 +50,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Public names are imported at first use: what they need (sympy, scipy) takes a second."""
-    if name == "nn":
-        return importlib.import_module("ridgeline.nn")
+    if name in _MODULES:
+        return importlib.import_module(f"ridgeline.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'ridgeline' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)

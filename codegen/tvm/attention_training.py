@@ -147,9 +147,9 @@ def attention_backward(
     )
     dq = dq[0] if chunks == 1 else dq.sum(0)
     return (
-        dq[..., :head_dim].to(query.dtype),
-        dk[..., :head_dim].to(key.dtype),
-        dv[..., :value_dim].to(value.dtype),
+        dq[..., :head_dim].to(query.dtype).contiguous(),
+        dk[..., :head_dim].to(key.dtype).contiguous(),
+        dv[..., :value_dim].to(value.dtype).contiguous(),
         delta,
     )
 

@@ -164,6 +164,15 @@ def test_the_same_numbers_every_time_and_few_heads_are_shared_out():
     assert all(off(f, e) < 2e-6 for f, e in zip(first, expected, strict=True))
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (20, 8), (24, 40)])
+def test_gradients_are_laid_out_as_their_fake_ones(dim, value_dim):
+    """Inductor's code reads them by the strides that were promised."""
+    q, k, v, grad = operands(2, 2, 1, 7, 9, dim, value_dim)
+    out, stats = cpu.attention_saved(q, k, v, scale=0.3)
+    found = cpu.attention_backward(grad, q, k, v, None, out, stats, scale=0.3)
+    assert all(f.is_contiguous() for f in found)
+
+
 def test_nothing_to_attend_to():
     q, k, v, grad = operands(1, 2, 2, 5, 0, 16, 16)
     assert all(not g.any() for g in gradients(saved, (q, k, v), grad, scale=1.0))

@@ -138,6 +138,13 @@ def test_what_goes_past_the_caches_is_the_same_bit_for_bit(threads, monkeypatch)
     assert all(torch.equal(*pair) for pair in zip(past, usual, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_any_number_of_channels_that_fill_no_vector(dtype):
+    for channels in range(1, 16):  # of nine, LLVM takes bf16 apart by what it does not have
+        check(*operands((40, channels), (1, 1), 1, 1, dtype, "abs_terms"))
+    check(*operands((65, 9), (3, 3), 5, 4, dtype, "abs_terms"))
+
+
 @pytest.mark.skipif(not kernels._X86, reason="streaming stores are an x86 instruction here")
 def test_blocks_that_the_system_has_just_zeroed_stay_in_the_caches():
     bytes_of_results = [2**22, 2**23, 2**25 - 64, 2**25]
