@@ -1,4 +1,4 @@
-"""Attention in raw operations on a CPU: a plan's lines and its totals count one and the same work."""
+"""Attention in raw operations on a CPU: a plan's lines and its totals count the same work."""
 
 import itertools
 
