@@ -188,8 +188,10 @@ def _stream(node: fx.Node, name: str, results: list[torch.Tensor]) -> Stream:
     if name in ("clone", "copy_", "cat", "stack", *_COPY_UNLESS_SAME) or not operands:
         flops = 0
     ours = node.target.namespace == "ridgeline"
-    chain = _CHAINS.get(name, "") if ours else ""
-    return Stream(read, written, flops, results[0].dtype, access, chain)
+    chain, rows = _CHAINS.get(name, "") if ours else "", 0
+    if node.target.overloadpacket in (aten.softmax, aten._softmax) and elements:
+        chain, rows = "softmax", elements // (_shape(results[0]) or (1,))[argument(node, "dim")]
+    return Stream(read, written, flops, results[0].dtype, access, chain, rows)
 
 
 def _val(node: fx.Node, index: int) -> torch.Tensor:

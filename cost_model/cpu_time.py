@@ -9,14 +9,16 @@ lies in the first cache, in equivalents of the fp32 unit's flops. Integer weight
 operations per element and pass of 32 rows, 128 where the weight is decoded first (unpack, scale),
 on the fp32 unit; binary codes add one per plane, shift codes take more. Binary codes that aren't
 decoded first are looked up: the compute is that of the tables, made once for each row, and of the
-lookups, both in equivalents of the fp32 unit's flops. Additions alone run at half of its rate.
+lookups, both in equivalents of the fp32 unit's flops. Additions alone run at half of its rate. A
+softmax is bound by its exponentials, taken of whole vectors, and by what a row costs beside them. A
+product of a batch computes whole vectors of its columns, and each matrix costs its call.
 """
 
 from math import ceil
 
 import torch
 
-from ridgeline.cost_model.cpu_attention import multiply_adds
+from ridgeline.cost_model.cpu_attention import LANES, multiply_adds
 from ridgeline.cost_model.operations import lookups
 from ridgeline.cost_model.target import Target
 from ridgeline.cost_model.work import Attention, BinaryAttention, Gemm, Kernel, Norm, Stream
@@ -41,6 +43,21 @@ ATTENTION_ROWS = 32
 # recurrence in LayerNorm, while its calls cost less than a kernel's that stands by itself.
 NORM_FLOPS = {"inductor": (26, 28, 20), "ridgeline": (15, 11, 10)}
 NORM_CALL_S = {"inductor": (0.0, 0.0), "ridgeline": (1.2e-6, 1.8e-6)}
+# Batched products of plain numbers: what each matrix costs beside its arithmetic, its call and the
+# packing of its edges; of bf16, what oneDNN takes to set one call up, in seconds. A softmax: of
+# each element in Inductor's three passes over a row (largest, exponentials and their sum,
+# division), most of it the exponential, and what converting one of 16 bits adds; of each row, the
+# sums across a vector's lanes. In flops of the fp32 unit. From [8, S, D] x [8, D, S] and [8, S, S]
+# x [8, S, D] by torch.bmm, and 8 S rows of softmax as Inductor compiles it, 10 lengths S from 8 to
+# 512, D of 16 and 64, on one core of a Xeon with AVX-512 and AMX, interleaved, the fastest of 15
+# rounds beside other work: products run at 0.75 to 0.95 of the fp32 peak where S fills its vectors
+# and at half of it at S = 33; bf16 ones take 14 us at S = 8. The softmax takes 0.85 to 1.1 ns an
+# element from S = 64 on, 2.5 at S = 33, 1.2 to 1.4 in bf16: twice what both products of 16
+# dimensions take. One after the other they take a quarter more, in memory that each of them touches
+# for the first time, which is not counted.
+MATRIX_FLOPS = 15_000
+BF16_BATCH_CALL_S = 12e-6
+SOFTMAX_FLOPS, SOFTMAX_16_BIT_FLOPS, SOFTMAX_ROW_FLOPS = 150, 55, 2900
 GRAIN_BYTES = 32768 * 4  # at::parallel_for runs smaller elementwise work on one thread
 
 Parts = tuple[float, float, float]
@@ -64,7 +81,8 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
         + (moved - weights) / bandwidth(moved, target)
     ) / target.bandwidth_efficiency
     if isinstance(kernel, Gemm):
-        return _gemm_compute(kernel, target), memory, fixed
+        slow_call = _batched(kernel) and kernel.dtype == torch.bfloat16
+        return _gemm_compute(kernel, target), memory, fixed + BF16_BATCH_CALL_S * slow_call
     if isinstance(kernel, Attention):
         return _attention_compute(kernel, target), memory, fixed
     if isinstance(kernel, BinaryAttention):
@@ -74,7 +92,7 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
         plain, second = NORM_CALL_S[kernel.library]
         return _norm_compute(kernel, target), memory, fixed + plain + second * kernel.residual
     if isinstance(kernel, Stream):
-        return kernel.flops / target.peak(torch.float32), memory, fixed
+        return _stream_compute(kernel, target), memory, fixed
     raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")
 
 
@@ -95,10 +113,18 @@ def _gemm_compute(g: Gemm, target: Target) -> float:
     rows = ceil(g.m / (MANY_CHUNK_M if decoded_first else CHUNK_M))
     parallel = _parallel(g.batch * rows * ceil(g.n / CHUNK_N), target)
     compute = g.flops / (target.peak(g.dtype) * target.gemm_efficiency * parallel)
+    if _batched(g):
+        compute *= ceil(g.n / LANES) * LANES / g.n
+        compute += g.batch * MATRIX_FLOPS / (target.peaks["float32"] * parallel)
     if g.weight_bits is not None:
         unpacked = _unpack_flops(g) * g.batch * g.n * g.k * rows
         compute += unpacked / (target.peaks["float32"] * parallel)
     return compute
+
+
+def _batched(g: Gemm) -> bool:
+    """Is it a batch of products of plain numbers, and no convolution?"""
+    return g.batch > 1 and g.weight_bits is None and g.left_elements is None
 
 
 def _unpack_flops(g: Gemm) -> float:
@@ -110,9 +136,22 @@ def _unpack_flops(g: Gemm) -> float:
 def _norm_compute(n: Norm, target: Target) -> float:
     plain, center, residual = NORM_FLOPS[n.library]
     per_element = plain + center * n.center + residual * n.residual + 2 * n.terms
-    parallel = _parallel(n.rows, target) if sum(n.bytes.values()) > GRAIN_BYTES else 0.0
-    busy = max(parallel, 1 / max(target.threads, 1))
-    return n.rows * n.size * per_element / (target.peak(torch.float32) * busy)
+    return n.rows * n.size * per_element / _rate_of_rows(n, n.rows, target)
+
+
+def _stream_compute(s: Stream, target: Target) -> float:
+    if s.chain != "softmax" or not s.rows:
+        return s.flops / target.peak(torch.float32)
+    size = s.bytes_written / s.dtype.itemsize / s.rows
+    each = SOFTMAX_FLOPS + SOFTMAX_16_BIT_FLOPS * (s.dtype.itemsize == 2)
+    per_row = each * ceil(size / LANES) * LANES + SOFTMAX_ROW_FLOPS
+    return s.rows * per_row / _rate_of_rows(s, s.rows, target)
+
+
+def _rate_of_rows(kernel: Kernel, rows: int, target: Target) -> float:
+    """FLOP/s of fp32 on rows, one of which one thread takes."""
+    parallel = _parallel(rows, target) if sum(kernel.bytes.values()) > GRAIN_BYTES else 0.0
+    return target.peak(torch.float32) * max(parallel, 1 / max(target.threads, 1))
 
 
 def _parallel(chunks: int, target: Target) -> float:

@@ -236,7 +236,8 @@ class Stream:
     """A kernel that memory bounds: elementwise, reduction, gather, copy.
 
     flops run on the vector unit. access: "elementwise", "reduction" or "gather". chain: which chain
-    of operations it is, "gate", "rotary" or "rational", whoever's kernel runs it; "" for others.
+    of operations it is, "gate", "rotary", "rational" or "softmax", whoever's kernel runs it; "" for
+    others. rows: of a softmax, the rows that are normalised.
     """
 
     bytes_read: float
@@ -245,6 +246,7 @@ class Stream:
     dtype: torch.dtype = torch.float32
     access: str = "elementwise"
     chain: str = ""
+    rows: int = 0
 
     @property
     def bytes(self) -> Roles:

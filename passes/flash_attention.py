@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ridgeline.cost_model import Attention, Target, Work, estimate, work_of
+from ridgeline.cost_model import Attention, Work, work_of
 from ridgeline.ir.attention import ATTENTION
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.masks import Mask, analyse
@@ -102,9 +102,8 @@ def accepts(site: Site, setting: Setting) -> list[Candidate] | Reject:
         return Reject("scores are capped at 0", site.outs[0], "leave out the factor of 0")
     call = Call(query, key, value, transposed, rest, sinks, scale, diagonal, soft_cap)
     before, after = sum((work_of(n) for n in site.nodes), Work()), _work(call, site)
-    if not any(isinstance(kernel, Attention) for kernel in before.kernels):
-        before = _in_raw_operations(before, after, setting.target)
-    elif setting.training:
+    fused = any(isinstance(kernel, Attention) for kernel in before.kernels)
+    if fused and setting.training:
         before, after = _with_backward(before), _with_backward(after)
     return [
         Candidate(
@@ -303,16 +302,6 @@ def _work(call: Call, site: Site) -> Work:
             ),
         )
     )
-
-
-def _in_raw_operations(before: Work, after: Work, target: Target) -> Work:
-    """`before`, or on a CPU torch's kernel where that is the dearer: it forms the same products and
-    the same softmax, and stores no scores. What small batched products cost beside their arithmetic
-    is known of that kernel alone."""
-    fused = Work(tuple(dataclasses.replace(k, library="torch") for k in after.kernels))
-    if target.kind != "cpu":
-        return before
-    return max(before, fused, key=lambda work: estimate(work, target).seconds)
 
 
 def _with_backward(work: Work) -> Work:
