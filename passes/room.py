@@ -115,7 +115,7 @@ def too_full(label: str, after: Mapping[str, Any], target: Target, training: boo
     if needed <= target.memory_bytes:
         return ""
     least = ", gradients not counted," if training else ""
-    named = (("weights", weights), ("caches", caches), ("what is computed", live))
+    named = (("weights", weights), ("caches", caches), ("what else is alive", live))
     figures = [f"{name} {size / 1e9:.3g} GB" for name, size in named if size]
     return (
         f"{label}: does not fit {target.name}: {' + '.join(figures)} at the fullest step{least} is"

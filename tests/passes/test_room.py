@@ -105,6 +105,6 @@ def test_the_plan_says_what_is_alive_and_that_it_does_not_fit(capsys):
         assert (figures["after"]["live_bytes"] < SCORES) == bool(passes)
         notes = [n for n in plan.notes if "does not fit h100" in n]
         assert len(notes) == (not fits)
-        assert all("what is computed" in note for note in notes)
+        assert all("what else is alive" in note for note in notes)
         plan.print()
         assert "at its fullest" in capsys.readouterr().out
