@@ -80,7 +80,7 @@ def choose(
     relief = relief_of(candidates, counts, room, held, objective == "memory")
     peak = 0 if relief is None else int(relief.live.max(initial=0))
     too_large = held + peak > target.memory_bytes
-    freeing = relief.freed if relief and (too_large or objective == "memory") else {}
+    freeing = relief.freed if relief else {}  # also beside what holds more and then does not fit
     known: dict[Work, Cost] = {}  # a model repeats its layers
 
     def cost(work: Work) -> Cost:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import ridgeline
 from ridgeline.cost_model import InfeasibleChoice, Lifetimes, load_target
 from ridgeline.ir.capture import capture
+from ridgeline.ir.match import Site
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.base import Setting
 from ridgeline.passes.decide import choose
@@ -69,6 +70,20 @@ def test_a_slower_form_is_taken_where_only_it_fits(offered):
     # Weights take the room as well.
     with pytest.raises(InfeasibleChoice):
         _chosen(slow, small, Room(room.lifetimes, small), weight_bytes=SCORES)
+
+
+def test_what_one_site_frees_is_room_for_another(offered):
+    """A form that holds more bytes fits beside attention without its scores, though all fits now."""
+    target, candidates, room = offered
+    flash = [dataclasses.replace(c, before=c.before + c.before + c.before) for c in candidates]
+    end = room.lifetimes.nodes[-1]
+    site = Site({}, {}, (end,), (end,), "")
+    large = dataclasses.replace(flash[0], site=site, memory_bytes=SCORES, variant="large")
+    memory = room.peak_bytes() + SCORES // 2
+    small = dataclasses.replace(target, memory_bytes=memory)
+    assert room.peak_bytes(dict.fromkeys(candidates, 1)) + SCORES <= memory
+    chosen = _chosen([*flash, large], small, Room(room.lifetimes, small)).chosen
+    assert set(chosen) == {*flash, large}
 
 
 def test_two_of_three_layers_leave_the_peak_where_it_is(offered):
