@@ -6,7 +6,8 @@ A step is a node of the graph, in order; views, and writes in place, belong to t
 are of. Counted as compiled: what an elementwise operation, a norm or a softmax makes for one other
 such operation alone is formed and read in one kernel, and never stored; and what such a kernel
 makes takes the place of an operand of the same kind that nothing reads afterwards. Inputs and
-weights are not counted, nor values held `elsewhere` (caches, which stay); results live to the end.
+weights are not counted, nor values held `elsewhere` (caches, which stay); results live to the end,
+and so do inputs that are `kept` (caches, until those that replace them are handed over).
 
 workspace(t), where a kernel stores more than its result, is that of
 
@@ -81,10 +82,11 @@ class Lifetimes:
         graph: fx.Graph,
         elsewhere: Collection[fx.Node] = (),
         replaced: Iterable[Replaced] = (),
+        kept: Collection[fx.Node] = (),
     ) -> None:
         """replaced: sites in whose place one kernel stands: what their own nodes alone read is not
-        stored."""
-        self.graph, self.elsewhere = graph, frozenset(elsewhere)
+        stored. kept: inputs that count, at every step."""
+        self.graph, self.elsewhere, self.kept = graph, frozenset(elsewhere), frozenset(kept)
         self.nodes = list(graph.nodes)
         self._step = {node: i for i, node in enumerate(self.nodes)}
         self._ends: dict[fx.Node, int] = {}  # node of a site -> the step of its kernel
@@ -110,7 +112,7 @@ class Lifetimes:
         if not key:
             return self
         if key not in self._others:
-            self._others[key] = Lifetimes(self.graph, self.elsewhere, key)
+            self._others[key] = Lifetimes(self.graph, self.elsewhere, key, self.kept)
         return self._others[key]
 
     def relieves(self, site: Replaced) -> bool:
@@ -122,7 +124,7 @@ class Lifetimes:
 
     def live_bytes(self, target: Target) -> np.ndarray:
         """Bytes by step, at the sizes of `ridgeline.ir.sizes`: whole numbers, to 2^53 exactly."""
-        sizes = [sum(prod(numbers(t.shape)) * t.dtype.itemsize for t in ts) for ts in self._tensors]
+        sizes = list(map(_bytes, self._tensors))
         change = [0] * (len(self.nodes) + 1)  # sums of what 64 bits may not hold
         for value in self._values:
             if value.fused:
@@ -135,6 +137,7 @@ class Lifetimes:
                 beside = value.exponentials * size
             change[value.born] += beside
             change[value.born + 1] -= beside
+        change[0] += _bytes(tensors_of(self.kept))
         live = list(accumulate(change[:-1]))
         for node in self._attentions:
             live[self._step[node]] += attention_workspace(node, target)
@@ -223,6 +226,10 @@ class Lifetimes:
         tags = node.target.tags  # pyright: ignore[reportFunctionMemberAccess]
         reduces = reads and torch.Tag.reduction in tags
         return torch.Tag.pointwise in tags or name in _ROWWISE or reduces
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(prod(numbers(t.shape)) * t.dtype.itemsize for t in tensors)
 
 
 def _inner(site: Replaced) -> set[fx.Node]:
