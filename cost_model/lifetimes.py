@@ -91,7 +91,9 @@ class Lifetimes:
         self._step = {node: i for i, node in enumerate(self.nodes)}
         self._ends: dict[fx.Node, int] = {}  # node of a site -> the step of its kernel
         self._inner = set[fx.Node]()
+        self._parts: list[tuple[fx.Node, ...]] = []
         for site in replaced:
+            self._parts.append(site.outs)
             end = max(self._step[node] for node in site.nodes)
             inner = _inner(site)
             self._inner |= inner
@@ -181,6 +183,11 @@ class Lifetimes:
         kernels = self._kernels()
         for value in self._values:
             value.last = max((kernels[r] for r in value.readers), default=value.last)
+        for outs in self._parts:  # one kernel makes them, mostly as views of one tensor
+            parts = [self._of[node] for node in outs if node in self._of]
+            for value in parts:
+                value.last = max(part.last for part in parts)
+                value.born = min(part.born for part in parts)
         for value in self._values:
             value.in_place = (
                 not value.fused and self._fusible(value.node) and self._takes_a_place(value)

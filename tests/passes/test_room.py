@@ -73,7 +73,7 @@ def test_a_slower_form_is_taken_where_only_it_fits(offered):
 
 
 def test_what_one_site_frees_is_room_for_another(offered):
-    """A form that holds more bytes fits beside attention without its scores, though all fits now."""
+    """A form that holds more bytes fits beside attention without its scores."""
     target, candidates, room = offered
     flash = [dataclasses.replace(c, before=c.before + c.before + c.before) for c in candidates]
     end = room.lifetimes.nodes[-1]
@@ -123,3 +123,35 @@ def test_the_plan_says_what_is_alive_and_that_it_does_not_fit(capsys):
         assert all("what else is alive" in note for note in notes)
         plan.print()
         assert "at its fullest" in capsys.readouterr().out
+
+
+class _Late(nn.Module):
+    """Two products of one input, the second after attention."""
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        early = x @ w
+        y = torch.softmax(x @ x.transpose(-1, -2) * 0.1, -1) @ x
+        return (x @ w) * y.tanh() @ w + early
+
+
+def test_a_rewrite_that_makes_the_peak_higher_is_not_taken_where_it_does_not_fit(offered):
+    target, (flash, *_), _ = offered
+    x = torch.randn(1, HEADS, LENGTH, SIZE)
+    with torch.no_grad():
+        graph = normalize(
+            capture(_Late().eval(), (x, torch.randn(SIZE, SIZE))).program.module
+        ).graph
+    products = graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    both = (products[0], products[3])
+    site = Site({}, {}, both, both, "")
+    merged = dataclasses.replace(
+        flash, site=site, before=flash.before + flash.before + flash.before
+    )
+    lifetimes = Lifetimes(graph)
+    room = Room(lifetimes, target)
+    assert room.peak_bytes({merged: 1}) == room.peak_bytes() + 4 * HEADS * LENGTH * SIZE
+    assert _chosen([merged], target, room).chosen == [merged]
+    small = dataclasses.replace(target, memory_bytes=room.peak_bytes() + 1)
+    answer = _chosen([merged], small, Room(lifetimes, small))
+    assert not answer.chosen
+    assert [loss.kind for loss in answer.refused] == ["does not fit the memory"]
