@@ -202,19 +202,27 @@ def _solved(
         # Scaled so that the tolerance of the solver is relative to the budget.
         rows.append([(i, (o.error / error_budget) ** 2) for i, o in enumerate(options) if o.error])
         limits.append(1.0)
-    unit = max(capacity_bytes or 1, *(step.bytes for step in steps), 1)
+    always = max((step.bytes for step in steps if not step.freed), default=0)  # of the peak
+    above = [step for step in steps if step.freed and _highest(step) > always]
+    unit = max(capacity_bytes or 1, *(step.bytes for step in above), 1)
     index, peak = {o.key: i for i, o in enumerate(options)}, len(options)
     if capacity_bytes is not None:
         rows.append([(i, o.memory_bytes / unit) for i, o in enumerate(options) if o.memory_bytes])
-        rows[-1] += [(peak, 1.0)] if steps else []
-        limits.append((capacity_bytes - base_memory_bytes) / unit)
-    for step in steps:
+        rows[-1] += [(peak, 1.0)] if above else []
+        limits.append((capacity_bytes - base_memory_bytes - always) / unit)
+    for step in above:
         freed = [(index[key], -freed / unit) for key, freed in step.freed.items() if freed]
         rows.append([*freed, (peak, -1.0)])
-        limits.append(-step.bytes / unit)
+        limits.append((always - step.bytes) / unit)
     allowed = np.array([error_budget > 0 or o.error == 0 for o in options], dtype=float)
     memory = capacity_bytes, base_memory_bytes, steps
-    return _maximise(options, rows, limits, allowed, memory, price_of_peak * unit)
+    price = price_of_peak * unit if above else None
+    return _maximise(options, rows, limits, allowed, memory, price)
+
+
+def _highest(step: Step) -> int:
+    """Bytes of a step beside all that make it more."""
+    return step.bytes - sum(min(freed, 0) for freed in step.freed.values())
 
 
 def _checked(options: Sequence[Option], error_budget: float, steps: Sequence[Step] = ()) -> None:
@@ -275,9 +283,10 @@ def _maximise(
     limits: Sequence[float],
     allowed: np.ndarray,
     memory: tuple[int | None, int, Sequence[Step]],
-    price_of_peak: float,
+    price_of_peak: float | None,
 ) -> np.ndarray:
-    """Of columns, the last is the peak where there are steps; its price is by its own unit."""
+    """Of columns, the last is the peak where it has a price, by its own unit: what it has above
+    what it has in any case."""
     if not options:
         capacity, base, steps = memory
         if capacity is not None and base + max((s.bytes for s in steps), default=0) > capacity:
@@ -289,7 +298,7 @@ def _maximise(
     # preference is large enough to decide ties and too small to outweigh a difference that counts.
     preference = np.linspace(1.0, 0.0, len(options)) * 1e-5 / len(options)
     objective = gains / scale + np.where(gains > 0, preference, 0.0)
-    peak = [0.0] if memory[2] else []
+    peak = [] if price_of_peak is None else [price_of_peak / scale]
     columns = len(options) + len(peak)
     constraints = []
     matrix = None
@@ -304,18 +313,21 @@ def _maximise(
     def solved(integrality: int, gap: float):
         with quiet_c():
             return milp(
-                np.array([*-objective, *(price_of_peak / scale for _ in peak)]),
+                np.array([*-objective, *peak]),
                 integrality=np.array([integrality] * len(options) + [0] * len(peak)),
                 bounds=Bounds(0.0, np.array([*(allowed * counts), *(np.inf for _ in peak)])),
                 constraints=constraints,
                 options={"mip_rel_gap": gap},
             )
 
-    relaxes = large and not peak and (counts == 1).all()
+    relaxes = large and (counts == 1).all()
     if relaxes and (relaxed := solved(0, 0.0)).x is not None:
-        taken = _rounded(relaxed.x, objective * allowed, matrix, np.array(limits))
-        if taken is not None and objective[taken].sum() >= -relaxed.fun * (1 - LARGE_GAP):
-            return taken.astype(int)
+        found = _rounded(relaxed.x, objective * allowed, matrix, np.array(limits))
+        if found is not None:
+            taken, risen = found
+            value = objective[taken].sum() - sum(risen * price for price in peak)
+            if value >= -relaxed.fun - LARGE_GAP * abs(relaxed.fun):
+                return taken.astype(int)
     result = solved(1, LARGE_GAP if large else 0.0)
     if result.x is None:
         raise InfeasibleChoice(_does_not_fit(options, allowed, memory))
@@ -324,25 +336,44 @@ def _maximise(
 
 def _rounded(
     relaxed: np.ndarray, objective: np.ndarray, matrix: csr_array | None, limits: np.ndarray
-) -> np.ndarray | None:
-    """The options that a relaxation takes whole, and of the others those that fit beside them, the
-    most taken and the most gainful first; None where the former alone do not fit."""
-    taken = relaxed > 1 - 1e-6
+) -> tuple[np.ndarray, float] | None:
+    """(taken, peak): the options that a relaxation takes whole, and of the others those that fit
+    beside them, the most taken and the most gainful first; where the peak does not, those taken in
+    part that free the most come first. None where it does not fit even so."""
+    number = len(objective)
+    taken = relaxed[:number] > 1 - 1e-6
     if matrix is None:
-        return taken
-    slack = limits - matrix @ taken
-    if (slack < -1e-9).any():
-        return None
+        return taken, 0.0
     columns = matrix.tocsc()
-    for i in np.lexsort((-objective, -relaxed)):
-        if taken[i] or objective[i] <= 0:
-            continue
+    by_peak = columns[:, [number]].toarray()[:, 0] if len(relaxed) > number else 0 * limits
+    steps, hard = by_peak < 0, by_peak == 0
+    slack = limits - columns[:, :number] @ taken  # beside a peak of 0
+
+    def peak() -> float:
+        return max(0.0, -slack[steps].min(initial=0.0))
+
+    def add(i: int, among: np.ndarray) -> None:
+        """Take it if there is room for it, in those rows."""
         start, stop = columns.indptr[i : i + 2]
         rows, values = columns.indices[start:stop], columns.data[start:stop]
-        if (values <= slack[rows]).all():
+        if (values <= slack[rows]).all(where=among[rows]):
             taken[i] = True
             slack[rows] -= values
-    return taken
+
+    freed = -(steps @ columns[:, :number])
+    for i in np.argsort(-freed, kind="stable"):
+        if freed[i] <= 0 or (slack - by_peak * peak() >= -1e-9).all():
+            break
+        if not taken[i] and relaxed[i] > 1e-6:
+            add(i, hard)
+    risen = peak()
+    slack -= by_peak * risen
+    if (slack < -1e-9).any():
+        return None
+    for i in np.lexsort((-objective, -relaxed[:number])):
+        if not taken[i] and objective[i] > 0:
+            add(i, np.ones_like(hard))
+    return taken, max(0.0, risen - slack[steps].min(initial=risen))
 
 
 def _does_not_fit(

@@ -6,7 +6,8 @@ A step is a node of the graph, in order; views, and writes in place, belong to t
 are of. Counted as compiled: what an elementwise operation, a norm or a softmax makes for one other
 such operation alone is formed and read in one kernel, and never stored; and what such a kernel
 makes takes the place of an operand of the same kind that nothing reads afterwards. Inputs and
-weights are not counted, nor values held `elsewhere` (caches, which stay); results live to the end.
+weights are not counted, nor values held `elsewhere` (caches, which stay); results live to the end,
+and so do inputs that are `kept` (caches, until those that replace them are handed over).
 
 workspace(t), where a kernel stores more than its result, is that of
 
@@ -22,6 +23,7 @@ peaks in tests/cost_model/test_lifetimes.py. Run one by one, without Inductor, t
 import functools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -80,15 +82,18 @@ class Lifetimes:
         graph: fx.Graph,
         elsewhere: Collection[fx.Node] = (),
         replaced: Iterable[Replaced] = (),
+        kept: Collection[fx.Node] = (),
     ) -> None:
         """replaced: sites in whose place one kernel stands: what their own nodes alone read is not
-        stored."""
-        self.graph, self.elsewhere = graph, frozenset(elsewhere)
+        stored. kept: inputs that count, at every step."""
+        self.graph, self.elsewhere, self.kept = graph, frozenset(elsewhere), frozenset(kept)
         self.nodes = list(graph.nodes)
         self._step = {node: i for i, node in enumerate(self.nodes)}
         self._ends: dict[fx.Node, int] = {}  # node of a site -> the step of its kernel
         self._inner = set[fx.Node]()
+        self._parts: list[tuple[fx.Node, ...]] = []
         for site in replaced:
+            self._parts.append(site.outs)
             end = max(self._step[node] for node in site.nodes)
             inner = _inner(site)
             self._inner |= inner
@@ -109,7 +114,7 @@ class Lifetimes:
         if not key:
             return self
         if key not in self._others:
-            self._others[key] = Lifetimes(self.graph, self.elsewhere, key)
+            self._others[key] = Lifetimes(self.graph, self.elsewhere, key, self.kept)
         return self._others[key]
 
     def relieves(self, site: Replaced) -> bool:
@@ -120,9 +125,9 @@ class Lifetimes:
         ) or any(_name(n) == _ATTENTION for n in site.nodes)
 
     def live_bytes(self, target: Target) -> np.ndarray:
-        """Bytes by step, at the sizes of `ridgeline.ir.sizes`."""
-        sizes = [sum(prod(numbers(t.shape)) * t.dtype.itemsize for t in ts) for ts in self._tensors]
-        change = np.zeros(len(self.nodes) + 1, dtype=np.int64)
+        """Bytes by step, at the sizes of `ridgeline.ir.sizes`: whole numbers, to 2^53 exactly."""
+        sizes = list(map(_bytes, self._tensors))
+        change = [0] * (len(self.nodes) + 1)  # sums of what 64 bits may not hold
         for value in self._values:
             if value.fused:
                 continue
@@ -134,10 +139,11 @@ class Lifetimes:
                 beside = value.exponentials * size
             change[value.born] += beside
             change[value.born + 1] -= beside
-        live = np.cumsum(change[:-1])
+        change[0] += _bytes(tensors_of(self.kept))
+        live = list(accumulate(change[:-1]))
         for node in self._attentions:
             live[self._step[node]] += attention_workspace(node, target)
-        return live
+        return np.array(live, dtype=np.float64)
 
     def _enter(self, i: int, node: fx.Node) -> None:
         """Note what a node reads, and the value that it makes."""
@@ -174,26 +180,36 @@ class Lifetimes:
                 and self._fusible(value.node)
                 and self._fusible(value.readers[0], reads=True)
             )
+        kernels = self._kernels()
         for value in self._values:
-            value.last = max((self._kernel(r) for r in value.readers), default=value.last)
+            value.last = max((kernels[r] for r in value.readers), default=value.last)
+        for outs in self._parts:  # one kernel makes them, mostly as views of one tensor
+            parts = [self._of[node] for node in outs if node in self._of]
+            for value in parts:
+                value.last = max(part.last for part in parts)
+                value.born = min(part.born for part in parts)
         for value in self._values:
             value.in_place = (
                 not value.fused and self._fusible(value.node) and self._takes_a_place(value)
             )
         for node in self.nodes:
             if _name(node) in _SOFTMAX and node in self._of and node not in self._ends:
-                end = self._of.get(self.nodes[self._kernel(node)])
+                end = self._of.get(self.nodes[kernels[node]])
                 if end and (width := tensors_of([end.node])[0].dtype.itemsize) < 4:
                     end.exponentials = 4 // width
 
-    def _kernel(self, node: fx.Node) -> int:
-        """The step of the kernel that a node is part of."""
-        if node in self._ends:
-            return self._ends[node]
-        value = self._of.get(node)
-        if value is None or value.node is not node or not value.fused:
-            return self._step[node]
-        return self._kernel(value.readers[0])
+    def _kernels(self) -> dict[fx.Node, int]:
+        """Node -> the step of the kernel that it is part of: of a fused value, its reader's."""
+        kernels: dict[fx.Node, int] = {}
+        for i, node in reversed(list(enumerate(self.nodes))):
+            value = self._of.get(node)
+            if node in self._ends:
+                kernels[node] = self._ends[node]
+            elif value is not None and value.node is node and value.fused:
+                kernels[node] = kernels[value.readers[0]]
+            else:
+                kernels[node] = i
+        return kernels
 
     def _takes_a_place(self, value: _Value) -> bool:
         """Does its kernel read, for the last time, a stored value of its kind?"""
@@ -219,6 +235,10 @@ class Lifetimes:
         return torch.Tag.pointwise in tags or name in _ROWWISE or reduces
 
 
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(prod(numbers(t.shape)) * t.dtype.itemsize for t in tensors)
+
+
 def _inner(site: Replaced) -> set[fx.Node]:
     """The nodes of a site whose results nobody else reads."""
     nodes = set(site.nodes)
@@ -228,9 +248,7 @@ def _inner(site: Replaced) -> set[fx.Node]:
 def attention_workspace(node: fx.Node, target: Target) -> int:
     """Bytes that torch's kernels of `scaled_dot_product_attention` store beside its result."""
     query, key, value = (tensors_of([node.args[i]])[0] for i in range(3))
-    (*batch, heads, q, size), (*_, kv_heads, kv, _) = numbers(query.shape), numbers(key.shape)
-    if query.dim() < 4:  # [batch, length, features]: no heads
-        batch, heads, kv_heads = [*batch, heads], 1, 1
+    (batch, heads, q, size), (_, kv_heads, kv, _) = _dimensions(query), _dimensions(key)
     values, width = numbers(value.shape)[-1], max(4, query.dtype.itemsize)
     call = Call(
         query.dtype, query.dim(), heads, kv_heads, size, values,
@@ -239,7 +257,15 @@ def attention_workspace(node: fx.Node, target: Target) -> int:
     if fused(call, target):
         return 0
     repeated = kv * (size + values) if heads != kv_heads else 0
-    return width * prod(batch) * heads * (2 * q * kv + repeated)
+    return width * batch * heads * (2 * q * kv + repeated)
+
+
+def _dimensions(operand: Tensor) -> tuple[int, int, int, int]:
+    """(batch, heads, length, features); of [batch, length, features] and [length, features] what
+    is missing is 1."""
+    *outer, length, features = numbers(operand.shape)
+    heads = outer.pop() if len(outer) > 1 else 1
+    return prod(outer), heads, length, features
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from ridgeline.codegen.kernel import constant
 from ridgeline.codegen.lower import lower
 from ridgeline.cost_model import (
     InfeasibleChoice,
-    Lifetimes,
     Target,
     estimate,
     load_target,
@@ -38,7 +37,15 @@ from ridgeline.passes.record import record
 from ridgeline.passes.room import Room, too_full
 from ridgeline.passes.settle import settle
 from ridgeline.passes.weights import WeightStore
-from ridgeline.passes.workload import CAPTURED, Sizes, Workload, bytes_of, sizes_of, state
+from ridgeline.passes.workload import (
+    CAPTURED,
+    Sizes,
+    Workload,
+    bytes_of,
+    lifetimes,
+    sizes_of,
+    state,
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +68,7 @@ def graph_figures(
     is alive at the fullest step."""
     held, caches = weight_bytes(module), state(module.graph, results)
     cost = estimate(work_of_graph(module.graph), target, resident_bytes=held)
-    live = Room(Lifetimes(module.graph, caches), target).peak_bytes()
+    live = Room(lifetimes(module.graph, results), target).peak_bytes()
     held_bytes = {"held_bytes": held, "state_bytes": bytes_of(caches), "live_bytes": live}
     return {**asdict(cost), **held_bytes}
 
@@ -218,7 +225,7 @@ class Compiler(CompileProgram):
             )
 
         try:
-            return chosen(Room(Lifetimes(module.graph, caches), self.target))
+            return chosen(Room(lifetimes(module.graph, program.results), self.target))
         except InfeasibleChoice:
             return chosen(None)
 

@@ -1,7 +1,7 @@
 """One joint decision: candidates become options of the solver, its answer becomes `Decision`s."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import fx
@@ -80,7 +80,7 @@ def choose(
     relief = relief_of(candidates, counts, room, held, objective == "memory")
     peak = 0 if relief is None else int(relief.live.max(initial=0))
     too_large = held + peak > target.memory_bytes
-    freeing = relief.freed if relief and (too_large or objective == "memory") else {}
+    freeing = relief.freed if relief else {}  # also beside what holds more and then does not fit
     known: dict[Work, Cost] = {}  # a model repeats its layers
 
     def cost(work: Work) -> Cost:
@@ -150,7 +150,25 @@ def choose(
         return (spent + (error * sensitivity) ** 2) ** 0.5
 
     refused = _others(candidates, chosen, costs, worth, doubts, price, target, enough, objective)
-    return Choice(chosen, refused, costs, worth, doubts, times)
+    choice = Choice(chosen, refused, costs, worth, doubts, times)
+    over = {} if room is None else room.too_much(times, held)
+    if not over:
+        return choice
+    rest = choose(
+        [c for c in candidates if c not in over],
+        target,
+        tolerance=tolerance,
+        objective=objective,
+        sensitivity=sensitivity,
+        weight_bytes=weight_bytes,
+        state_bytes=state_bytes,
+        counts=counts,
+        room=room,
+    )
+    reason = f"what is alive beside it does not fit {target.name} at the fullest step"
+    needed = "choose a device with more memory"
+    losses = [Loss(c, "budget", "does not fit the memory", reason, needed) for c in over]
+    return replace(rest, refused=[*rest.refused, *losses], costs=costs, worth=worth, doubt=doubts)
 
 
 NEXT_TO_NOTHING = 0.01

@@ -52,7 +52,7 @@ def _phase(
     )
     held = [(name, after.get(f"{name}_bytes", 0)) for name in ("held", "state", "live")]
     if held[2][1]:
-        names = {"held": "weights", "state": "caches", "live": "what is computed"}
+        names = {"held": "weights", "state": "caches", "live": "what else is alive"}
         parts = " + ".join(f"{names[name]} {_bytes(size)}" for name, size in held if size)
         console.print(f"  memory {_bytes(sum(size for _, size in held))} at its fullest: {parts}")
     if otherwise := [

@@ -34,6 +34,26 @@ class Room:
         sites = [s for c, n in (times or {}).items() for s in self.copies(c)[:n]]
         return int(self.lifetimes.having(sites).live_bytes(self.target).max(initial=0))
 
+    def too_much(self, times: Mapping[Candidate, int], held_bytes: int) -> dict[Candidate, None]:
+        """Of a choice that does not fit beside what is held, the candidates of the pass without
+        which the fullest step is least; none where it fits, or every pass leaves that where it is.
+        `relief` takes sites one by one, and knows no peak that is higher for a rewrite."""
+
+        def peak(chosen: Mapping[Candidate, int]) -> int:
+            return self.peak_bytes(chosen) + sum(n * c.memory_bytes for c, n in chosen.items())
+
+        whole = peak(times)
+        if held_bytes + whole <= self.target.memory_bytes:
+            return {}
+        names = dict.fromkeys(c.rewrite.name for c in times)
+        less = {
+            name: peak({c: n for c, n in times.items() if c.rewrite.name != name}) for name in names
+        }
+        least = min(less, key=lambda name: less[name], default="")
+        if not names or less[least] >= whole:
+            return {}
+        return dict.fromkeys(c for c in times if c.rewrite.name == least)
+
     def relief(self, candidates: Iterable[Candidate]) -> "Relief":
         """What each candidate frees, at all the sites that it stands for."""
         live = self.lifetimes.live_bytes(self.target)
@@ -115,7 +135,7 @@ def too_full(label: str, after: Mapping[str, Any], target: Target, training: boo
     if needed <= target.memory_bytes:
         return ""
     least = ", gradients not counted," if training else ""
-    named = (("weights", weights), ("caches", caches), ("what is computed", live))
+    named = (("weights", weights), ("caches", caches), ("what else is alive", live))
     figures = [f"{name} {size / 1e9:.3g} GB" for name, size in named if size]
     return (
         f"{label}: does not fit {target.name}: {' + '.join(figures)} at the fullest step{least} is"

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from ridgeline.cost_model import Cost, InfeasibleChoice, Lifetimes, Target, Work, estimate, work_of
+from ridgeline.cost_model import Cost, InfeasibleChoice, Target, Work, estimate, work_of
 from ridgeline.cost_model.work import Kernel
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.program import Program
@@ -29,7 +29,7 @@ from ridgeline.passes.propose import Weighed, find_sites, weigh
 from ridgeline.passes.repeats import Repeats, kinds, repeats
 from ridgeline.passes.room import Room
 from ridgeline.passes.unobserved import UnknownWeights, Unobserved
-from ridgeline.passes.workload import Sizes, WorkloadError, sizes_of, state, state_bytes
+from ridgeline.passes.workload import Sizes, WorkloadError, lifetimes, sizes_of, state_bytes
 
 ALLOWED = 0.5
 """The tolerance that passes are told: any that admits approximate rewrites."""
@@ -124,7 +124,7 @@ class WhatIf:
         self._works: dict[tuple[int, ...], dict[int, Work]] = {}
         self._kinds = kinds(node for node in self.graph.nodes if node.op == "call_function")
         self._repeats: dict[Target, Repeats] = {}
-        self._lifetimes = Lifetimes(self.graph, state(self.graph, program.results))
+        self._lifetimes = lifetimes(self.graph, program.results)
 
     @property
     def has_context(self) -> bool:

@@ -10,13 +10,14 @@ A program has a free symbol for its batch and one for its length where its model
 What a program has fixed it is chosen for as it is, and `Sizes.fixed` says so.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 from torch import Tensor, fx
 
-from ridgeline.ir.aliases import writes
+from ridgeline.cost_model import Lifetimes
+from ridgeline.ir.aliases import sharing, writes
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.program import Phase, Program
 from ridgeline.ir.sizes import captured_sizes, number, numbers
@@ -150,6 +151,36 @@ def state(graph: fx.Graph, results: int | None) -> list[fx.Node]:
 def state_bytes(program: Program) -> int:
     """Bytes of its `state`, at the sizes of `ridgeline.ir.sizes`."""
     return bytes_of(state(program.module.graph, program.results))
+
+
+def lifetimes(graph: fx.Graph, results: int | None) -> Lifetimes:
+    """Of what a call holds beside its `state`. Caches come back all at once, so that those they
+    replace are held to the end; one that is updated in place, or viewed, is there once."""
+    new = state(graph, results)
+    old = {node for cache in new for node in _grown_from(cache)}
+    return Lifetimes(graph, new, kept=old.difference(*map(sharing, new)))
+
+
+def _grown_from(cache: fx.Node) -> set[fx.Node]:
+    """The inputs that its entries are copied from: reached through tensors of its dtype and sizes
+    but for one dimension, the length."""
+    value, found, seen = cache.meta["val"], set[fx.Node](), {cache}
+    stack = [cache]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            found.add(node)
+        for operand in node.all_input_nodes:
+            if operand not in seen and _is_tensor(operand):
+                other = operand.meta["val"]
+                if other.dtype == value.dtype and _but_for_one(shape_of(operand), shape_of(cache)):
+                    seen.add(operand)
+                    stack.append(operand)
+    return found
+
+
+def _but_for_one(a: Sequence[sympy.Expr], b: Sequence[sympy.Expr]) -> bool:
+    return len(a) == len(b) and sum(m != n for m, n in zip(a, b, strict=True)) <= 1
 
 
 def bytes_of(nodes: Iterable[fx.Node]) -> int:

@@ -46,7 +46,9 @@ def _quicken_macros() -> None:
     """
     from tvm.script.parser.core.parser import ScriptMacro
 
-    theirs = ScriptMacro._find_parser_def
+    theirs = getattr(ScriptMacro, "_find_parser_def", None)
+    if theirs is None:  # private: a TVM without it is left as it is
+        return
 
     def find(self: Any) -> Any:
         frame = inspect.currentframe()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -96,6 +97,10 @@ def test_counts_are_as_good_as_copies(instance, counts):
     assert all(0 < choice.times[o.key] <= o.count for o in options if o.key in choice.chosen)
 
 
+def _peak(steps, taken):
+    return max(0, *(s.bytes - sum(n for k, n in s.freed.items() if k in taken) for s in steps))
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     instances(),
@@ -112,10 +117,7 @@ def test_the_fullest_step_equals_brute_force(instance, drawn, price):
     ]
 
     def peak(chosen):
-        taken = {o.key for o in chosen}
-        return max(
-            0, *(s.bytes - sum(n for key, n in s.freed.items() if key in taken) for s in steps)
-        )
+        return _peak(steps, {o.key for o in chosen})
 
     sets = [
         chosen
@@ -235,3 +237,41 @@ def test_the_way_for_many_options_equals_brute_force_within_its_gap(instance):
     assert choice.gain >= exact.gain - choose.LARGE_GAP * max(1.0, abs(exact.gain))
     taken = [o for o in options if o.key in choice.chosen]
     assert feasible(taken, budget, capacity, base)
+
+
+@pytest.mark.parametrize("price", [0.0, 1e-5])
+@pytest.mark.parametrize("kinds", [0, 40])
+def test_steps_take_the_way_for_many_options_too(kinds, price, monkeypatch):
+    """A step that nobody frees is part of the base, and of others the peak is one more column."""
+    draw = random.Random(0)
+    options, steps = [], [Step(3_000), Step(2_000)]
+    for i in range(400):
+        for key, other in ((f"a{i}", f"b{i}"), (f"b{i}", f"a{i}")):
+            memory = draw.randint(0, 30) if i >= kinds else 0
+            conflicts = frozenset([other])
+            error = draw.random() * 1e-3 if i >= kinds else 0.0
+            options.append(Option(key, draw.random(), memory, error, conflicts))
+    for i in range(kinds):
+        steps.append(Step(5_000, {f"a{i}": 3_000, f"b{i}": draw.randint(-500, 1_500)}))
+    capacity = 30_000 if kinds else 10_000
+    limits = {"capacity_bytes": capacity, "error_budget": 0.01, "base_memory_bytes": 4_000}
+    limits |= {"steps": steps, "price_of_peak": price}
+
+    def value(choice):
+        return choice.gain - price * _peak(steps, set(choice.chosen))
+
+    asked, milp = [], choose.milp
+
+    def seen(*args, **kwargs):
+        asked.append(kwargs["integrality"].max())
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(choose, "milp", seen)
+    choice = solve(options, **limits)
+    assert asked == [0]
+    assert choice.memory_bytes + _peak(steps, set(choice.chosen)) <= capacity
+    assert choice.error <= 0.01 + 1e-9
+    monkeypatch.setattr(choose, "_rounded", lambda *_: None)
+    other = solve(options, **limits)
+    assert asked == [0, 0, 1]
+    assert value(choice) >= value(other) - 2 * choose.LARGE_GAP * abs(value(other))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ridgeline.cost_model import Lifetimes, Replaced, load_target
@@ -185,3 +185,43 @@ def test_grouped_heads_with_a_mask_store_scores_on_a_gpu(target, masked):
     result, repeated = BATCH * HEADS * LENGTH * SIZE, 4 * 2 * BATCH * HEADS * LENGTH * SIZE
     stored = masked and target == "a100"
     assert live == 2 * result + (8 * SCORES + repeated if stored else 0)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_attention_without_batch_or_heads_stores_one_heads_scores(rank):
+    rows = torch.zeros((LENGTH, SIZE) if rank == 2 else (BATCH, LENGTH, SIZE))
+    found = lifetimes(_Call(F.scaled_dot_product_attention), rows, rows, rows)
+    batch = 1 if rank == 2 else BATCH
+    live = found.live_bytes(load_target("a100")).max()
+    assert live == 4 * batch * LENGTH * (2 * LENGTH + SIZE)
+
+
+def test_a_long_chain_is_one_kernel():
+    """Beyond what Python's stack holds."""
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    node.meta["val"] = torch.zeros(8, device="meta")
+    for _ in range(3000):
+        node = graph.call_function(torch.ops.aten.sin.default, (node,))
+        node.meta["val"] = torch.zeros(8, device="meta")
+    graph.output((node,))
+    live = Lifetimes(graph).live_bytes(load_target("a100"))
+    assert list(live) == [0.0] * 3000 + [32.0, 32.0]
+
+
+def test_sizes_beyond_64_bits():
+    """The largest that can be asked about; what follows them is exact all the same."""
+    graph = fx.Graph()
+    node, small = graph.placeholder("x"), torch.zeros(3, device="meta")
+    node.meta["val"] = small
+    large = torch.zeros((), device="meta").expand(2**20, 2**15, 2**24)
+    for target, value in ((torch.ops.aten.mm, large), (torch.ops.aten.bmm, large)):
+        node = graph.call_function(target.default, (node, node))
+        node.meta["val"] = value
+    for _ in range(2):
+        node = graph.call_function(torch.ops.aten.mm.default, (node, node))
+        node.meta["val"] = small
+    graph.output((node,))
+    live = Lifetimes(graph).live_bytes(load_target("a100"))
+    one = 4 * 2**59
+    assert list(live) == [0, one, 2 * one, one + 12, 24, 12]

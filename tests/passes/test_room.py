@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import ridgeline
 from ridgeline.cost_model import InfeasibleChoice, Lifetimes, load_target
 from ridgeline.ir.capture import capture
+from ridgeline.ir.match import Site
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.base import Setting
 from ridgeline.passes.decide import choose
@@ -71,6 +72,20 @@ def test_a_slower_form_is_taken_where_only_it_fits(offered):
         _chosen(slow, small, Room(room.lifetimes, small), weight_bytes=SCORES)
 
 
+def test_what_one_site_frees_is_room_for_another(offered):
+    """A form that holds more bytes fits beside attention without its scores."""
+    target, candidates, room = offered
+    flash = [dataclasses.replace(c, before=c.before + c.before + c.before) for c in candidates]
+    end = room.lifetimes.nodes[-1]
+    site = Site({}, {}, (end,), (end,), "")
+    large = dataclasses.replace(flash[0], site=site, memory_bytes=SCORES, variant="large")
+    memory = room.peak_bytes() + SCORES // 2
+    small = dataclasses.replace(target, memory_bytes=memory)
+    assert room.peak_bytes(dict.fromkeys(candidates, 1)) + SCORES <= memory
+    chosen = _chosen([*flash, large], small, Room(room.lifetimes, small)).chosen
+    assert set(chosen) == {*flash, large}
+
+
 def test_two_of_three_layers_leave_the_peak_where_it_is(offered):
     target, candidates, room = offered
     assert room.peak_bytes(dict.fromkeys(candidates[:2], 1)) > SCORES
@@ -105,6 +120,38 @@ def test_the_plan_says_what_is_alive_and_that_it_does_not_fit(capsys):
         assert (figures["after"]["live_bytes"] < SCORES) == bool(passes)
         notes = [n for n in plan.notes if "does not fit h100" in n]
         assert len(notes) == (not fits)
-        assert all("what is computed" in note for note in notes)
+        assert all("what else is alive" in note for note in notes)
         plan.print()
         assert "at its fullest" in capsys.readouterr().out
+
+
+class _Late(nn.Module):
+    """Two products of one input, the second after attention."""
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        early = x @ w
+        y = torch.softmax(x @ x.transpose(-1, -2) * 0.1, -1) @ x
+        return (x @ w) * y.tanh() @ w + early
+
+
+def test_a_rewrite_that_makes_the_peak_higher_is_not_taken_where_it_does_not_fit(offered):
+    target, (flash, *_), _ = offered
+    x = torch.randn(1, HEADS, LENGTH, SIZE)
+    with torch.no_grad():
+        graph = normalize(
+            capture(_Late().eval(), (x, torch.randn(SIZE, SIZE))).program.module
+        ).graph
+    products = graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    both = (products[0], products[3])
+    site = Site({}, {}, both, both, "")
+    merged = dataclasses.replace(
+        flash, site=site, before=flash.before + flash.before + flash.before
+    )
+    lifetimes = Lifetimes(graph)
+    room = Room(lifetimes, target)
+    assert room.peak_bytes({merged: 1}) == room.peak_bytes() + 4 * HEADS * LENGTH * SIZE
+    assert _chosen([merged], target, room).chosen == [merged]
+    small = dataclasses.replace(target, memory_bytes=room.peak_bytes() + 1)
+    answer = _chosen([merged], small, Room(lifetimes, small))
+    assert not answer.chosen
+    assert [loss.kind for loss in answer.refused] == ["does not fit the memory"]

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from ridgeline import optimize
-from ridgeline.cost_model import InfeasibleChoice, load_target
+from ridgeline.cost_model import InfeasibleChoice, Lifetimes, Replaced, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.passes.merged_linear import MERGED_LINEAR
 from ridgeline.passes.quantized_linear import QUANTIZED
-from ridgeline.passes.workload import Workload, WorkloadError, sizes_of, state_bytes
+from ridgeline.passes.workload import Workload, WorkloadError, lifetimes, sizes_of, state_bytes
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,9 +100,43 @@ def test_the_caches_of_that_context_take_memory():
 
     with sizes_at(sizes.values):
         assert state_bytes(program) == 2 * 2 * 16 * 2 * 1001 * 32 * 4
+        old = 2 * 2 * 16 * 2 * 1000 * 32 * 4  # held until all of the new ones are handed over
+        held = lifetimes(program.module.graph, program.results)
+        assert len(held.kept) == 4
+        without = Lifetimes(held.graph, held.elsewhere).live_bytes(load_target("a100"))
+        assert (held.live_bytes(load_target("a100")) == without + old).all()
+        assert (held.having([_a_site(held.graph)]).live_bytes(load_target("a100")) >= old).all()
     too_many = 2 * load_target("a100").memory_bytes // (2 * 2 * 2 * 32 * 4)
     with pytest.raises(InfeasibleChoice, match="and the device"):
         optimize(model, (), call, target="a100", lowering="eager", batch=2, context=too_many)
+
+
+def _a_site(graph):
+    node = graph.find_nodes(op="call_function", target=torch.ops.aten.silu.default)[0]
+    return Replaced((node,), (node,))
+
+
+@torch.no_grad()
+def test_caches_updated_in_place_are_there_once():
+    model = llama()
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    model(torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
+    call = {"input_ids": torch.ones(2, 1, dtype=torch.long), "past_key_values": cache}
+    program = capture(model, (), call).program
+    assert state_bytes(program) >= 2 * 2 * 2 * 2 * 64 * 32 * 4
+    assert not lifetimes(program.module.graph, program.results).kept
+
+
+@torch.no_grad()
+def test_the_plan_counts_caches_old_and_new():
+    model, cache = llama(), transformers.DynamicCache(config=llama().config)
+    model(torch.ones(2, 1000, dtype=torch.long), past_key_values=cache)
+    old = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    call = {"input_ids": torch.ones(2, 1, dtype=torch.long), "past_key_values": cache}
+    (figures,) = optimize(model, (), call, target="a100", lowering="eager").plan.predicted.values()
+    after = figures["after"]  # whose attention stores no scores
+    assert after["state_bytes"] == old // 1000 * 1001
+    assert old < after["live_bytes"] < 1.1 * old
 
 
 @pytest.mark.parametrize(
