@@ -21,7 +21,10 @@ class Raw(nn.Module):
 
 
 def candidate(length: int, target: str) -> Candidate:
-    operands = [torch.randn(2, 4, length, 16) for _ in range(3)]
+    return candidate_of([torch.randn(2, 4, length, 16) for _ in range(3)], target)
+
+
+def candidate_of(operands: list[Tensor], target: str) -> Candidate:
     program = capture(Raw().eval(), operands).program
     module = normalize(program.module)
     setting = Setting(load_target(target), False, 0.0, None, WeightStore())
@@ -43,3 +46,23 @@ def test_on_a_cpu_it_is_no_cheaper_than_torchs_kernel(length):
 @torch.no_grad()
 def test_on_a_gpu_it_is_its_operations():
     assert not any(isinstance(k, Attention) for k in candidate(145, "a100").before.kernels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["h100", "b200"])
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(8, 128, 16384), (2, 80, 8192)])
+def test_keys_that_the_kernel_does_not_split_are_walked_by_few_cores(target, heads, queries, keys):
+    """As many blocks as heads on 132 cores or more: what FlashAttention-3 takes is no measure."""
+    lengths = (queries, keys, keys)
+    operands = [torch.randn(1, heads, n, 128, dtype=torch.bfloat16) for n in lengths]
+    found, gpu = candidate_of(operands, target), load_target(target)
+    (own,) = found.after.kernels
+    assert isinstance(own, Attention)
+    assert own.library == "ridgeline"
+    ours = estimate(found.after, gpu).seconds
+    assert ours > estimate(found.before, gpu).seconds
+    # A core's share of the products, at the rate of one core.
+    walked = own.flops / heads / (gpu.peaks["bfloat16"] / gpu.cores)
+    assert ours > walked
+    theirs = estimate(Work((dataclasses.replace(own, library="torch"),)), gpu).seconds
+    assert ours > 3 * theirs
