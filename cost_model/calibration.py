@@ -63,12 +63,15 @@ class Model:
         self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
     ) -> Any:
         """What a measured machine adds to ln seconds; 0.0 for another."""
-        residual = self.residuals[self.nearest(group)].get(name)
+        residual = self._trees(group, name)
         if residual is None:
             return 0.0
         if any(isinstance(v, np.ndarray) for v in s.values()):
             s, machine = _flat(s), _flat(machine)
         return of_trees(residual, shapes.features(group.law, s, machine))
+
+    def _trees(self, group: shapes.Group, name: str) -> Mapping[str, np.ndarray] | None:
+        return self.residuals[self.nearest(group)].get(name)
 
     def factor(
         self,
@@ -80,7 +83,10 @@ class Model:
     ) -> float:
         """exp(residual), by which the law's `seconds` of one kernel are multiplied: trees know no
         physics, so they bring no kernel below its roof."""
-        log = self.residual(group, name, machine, s)
+        trees = self._trees(group, name)
+        if trees is None:
+            return 1.0
+        log = of_trees(trees, shapes.features(group.law, s, machine))
         if log >= 0.0:
             return math.exp(log)
         return max(math.exp(log), min(laws.roof(group.law, machine, s) / seconds, 1.0))
