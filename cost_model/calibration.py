@@ -2,6 +2,8 @@
 
     ln seconds = ln total(law(constants, machine, shape)) + residual(features of the shape)
 
+and no less than the kernel's roof where the residual is what brings it there.
+
 groups: key -> {law, constants, interval, machines: name -> {constants, interval, residual}}, where
 the group's own constants and interval hold for a machine that was not measured. An interval is one
 pair of logarithms for each of the parts that may be the largest. A residual is a sum of symmetric
@@ -10,6 +12,7 @@ trees (`tools/boosted_trees.py`): features and cuts [tree, depth], values [tree,
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,33 @@ class Model:
         self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
     ) -> Any:
         """What a measured machine adds to ln seconds; 0.0 for another."""
-        residual = self.residuals[self.nearest(group)].get(name)
+        residual = self._trees(group, name)
         if residual is None:
             return 0.0
         if any(isinstance(v, np.ndarray) for v in s.values()):
             s, machine = _flat(s), _flat(machine)
         return of_trees(residual, shapes.features(group.law, s, machine))
+
+    def _trees(self, group: shapes.Group, name: str) -> Mapping[str, np.ndarray] | None:
+        return self.residuals[self.nearest(group)].get(name)
+
+    def factor(
+        self,
+        group: shapes.Group,
+        name: str,
+        machine: Mapping[str, float],
+        s: Mapping[str, float],
+        seconds: float,
+    ) -> float:
+        """exp(residual), by which the law's `seconds` of one kernel are multiplied: trees know no
+        physics, so they bring no kernel below its roof."""
+        trees = self._trees(group, name)
+        if trees is None:
+            return 1.0
+        log = of_trees(trees, shapes.features(group.law, s, machine))
+        if log >= 0.0:
+            return math.exp(log)
+        return max(math.exp(log), min(laws.roof(group.law, machine, s) / seconds, 1.0))
 
     def log_seconds(
         self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]

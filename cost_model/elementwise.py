@@ -9,28 +9,29 @@ from typing import Any
 import numpy as np
 
 Numbers = Any  # a float or an array that broadcasts with the others
+_NUMBER = (float, int)  # a union of types would be made anew in every call
 
 
 def ceil(x: Numbers) -> Numbers:
-    return math.ceil(x) if isinstance(x, float | int) else np.ceil(x)
+    return math.ceil(x) if isinstance(x, _NUMBER) else np.ceil(x)
 
 
 def floor(x: Numbers) -> Numbers:
-    return math.floor(x) if isinstance(x, float | int) else np.floor(x)
+    return math.floor(x) if isinstance(x, _NUMBER) else np.floor(x)
 
 
 def log2(x: Numbers) -> Numbers:
-    return math.log2(x) if isinstance(x, float | int) else np.log2(x)
+    return math.log2(x) if isinstance(x, _NUMBER) else np.log2(x)
 
 
 def largest(a: Numbers, b: Numbers) -> Numbers:
-    if isinstance(a, float | int) and isinstance(b, float | int):
+    if isinstance(a, _NUMBER) and isinstance(b, _NUMBER):
         return a if a > b else b
     return np.maximum(a, b)
 
 
 def least(a: Numbers, b: Numbers) -> Numbers:
-    if isinstance(a, float | int) and isinstance(b, float | int):
+    if isinstance(a, _NUMBER) and isinstance(b, _NUMBER):
         return a if a < b else b
     return np.minimum(a, b)
 

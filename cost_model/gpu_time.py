@@ -15,7 +15,8 @@ rate, misaligned rows at half of it; products that have a right operand each rea
 float32 ones were measured to. Codes of planes and of shifts take longer to unpack, and no codes are
 multiplied faster than a plain product is that is handed as few bytes. Attention is priced without
 what serving engines run around it: metadata kernels (so floors of bare kernels), copies of queries,
-pages of keys written; and keys are split whether or not heads share them. A mask is read on the
+pages of keys written; and a decode's keys are split whether or not heads share them. ridgeline's
+prefill neither packs queries nor splits keys. A mask is read on the
 way. Vector FLOPs of a stream run beside its bytes, those of binary attention are additions at half
 of the rate; a rational function beside a product is added to it, at the rate of Triton's products.
 Picked rows are copied as others are. Products have no residual: it is what one library chose at one
@@ -139,7 +140,7 @@ def _by_law(
     fixed, compute, memory = laws.LAWS[group.law](constants, machine, s)
     parts = (fixed, compute, memory)
     interval = model.interval(group, name if like else "", max(range(3), key=parts.__getitem__))
-    factor = math.exp(model.residual(group, name, machine, s)) if like else 1.0
+    factor = model.factor(group, name, machine, s, laws.total(parts)) if like else 1.0
     if group.law not in BARE:  # whose floor no residual was fitted around
         fixed *= factor
     return Price(compute * factor, memory * factor, fixed, interval)
@@ -257,6 +258,8 @@ def _attention(a: Attention, target: Target, cold: bool) -> Price:
     op = f"attn_{law}"
     dtype = unit if unit in shapes.ITEMSIZE else "bf16"
     machine, name = machine_of(target, op, dtype)
+    if a.library == "ridgeline":  # whose prefill packs no queries into one tile and splits no keys
+        machine = {**machine, "packed": 0.0}
     shape = {
         "batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": a.q, "kv_len": a.kv,
         "head_dim": (a.head_dim + a.value_dim) / 2, "window": 0,

@@ -44,6 +44,21 @@ def total(parts: tuple[Numbers, Numbers, Numbers]) -> Numbers:
     return fixed + root4(compute, memory)
 
 
+def roof(law: str, machine: Mapping[str, float], s: Mapping[str, float]) -> float:
+    """Seconds below which no kernel ends: its bytes by the data sheet, from DRAM but for what the
+    whole last cache holds, and a product's FLOPs at the board's clock."""
+    moved = s["bytes"]
+    if law == "collective":
+        return 0.0
+    if law in ("prefill", "decode") and s["window"]:  # whose bytes count keys that nobody reads
+        return 0.0
+    hit = 1 / (1 + (moved / machine["cache"]) ** 8)
+    read = moved * ((1 - hit) / machine["dram"] + hit / machine["l2_bandwidth"])
+    if law != "gemm":
+        return read
+    return max(read, 2.0 * s["batch"] * s["m"] * s["n"] * s["k"] / machine["boost"])
+
+
 def natural(law: str, free: Sequence[float]) -> tuple[float, ...]:
     """Constants in natural units from numbers without bounds."""
     out = []

@@ -2,6 +2,7 @@
 
 peak       dense FLOP/s that large products sustain within the board's power: the published peak
            times the product's measured fraction; of vectors, the board's power / energy a FLOP
+dram       bytes/s of the data sheet; cache: bytes of the whole last cache
 boost      dense FLOP/s at the board's clock, which short or half-idle kernels keep
 clock      peak float32 / (2 · cores · lanes); cycle: an A100's clock over it
 link       bytes/s, one direction, of the slowest link that a ring over the ranks crosses
@@ -36,9 +37,11 @@ _JOULES_PER_FLOP = {
 }  # fmt: skip
 _JOULES_PER_FLOP_4_NM = 5.5e-12
 UNTHROTTLED = 0.9  # of the boost, by products that no power limit slows
-# Two halves of the L2 cache hold copies of what both sides' cores read.
-_HALVED_L2 = {"sm_80", "sm_90", "sm_100"}
-HALVED = 0.35  # of it is left to what is read again: an A100's products and decodes say so
+# Two halves of an A100's L2 cache hold copies of what both sides' cores read: this much is left
+# to streams, which find what a kernel before left, and to what products and decodes read again, as
+# their times say. Hopper's and Blackwell's halves cost no capacity that measurements show.
+_HALVED_L2 = {"sm_80"}
+HALVED, HALVED_STREAM = 0.35, 0.5
 # float32 multiply-adds of a core in a cycle, where they aren't 128
 _LANES = {"sm_70": 64, "sm_75": 64, "sm_80": 64, "gfx908": 64, "gfx90a": 64}
 # Threads that a core holds at once, where they aren't 2048
@@ -90,8 +93,10 @@ def machine_of(
         "cores": float(t.cores),
         "threads": _THREADS.get(t.arch, 2048.0),
         "bandwidth": t.bandwidth_bytes_per_s * t.bandwidth_efficiency,
-        "l2": t.l2_bytes * (HALVED if t.arch in _HALVED_L2 else 1.0),
+        "l2": t.l2_bytes * _kept(t, op),
         "l2_bandwidth": t.l2_bandwidth_bytes_per_s,
+        "dram": t.bandwidth_bytes_per_s,
+        "cache": float(t.l2_bytes),
         "attention": t.attention_efficiency / t.gemm_efficiency,
         "attention_peak": peak * (t.attention_efficiency if throttled else 1.0),
         # Exponentials are to products as on one unit where that of vectors multiplies.
@@ -163,6 +168,13 @@ def with_fewer_cores(machine: Mapping[str, float], op: str, reserved: int) -> Ma
         )
     rates = ("cores", "peak", "boost", "attention_peak")
     return {**machine, **{name: machine[name] * (1 - reserved / cores) for name in rates}}
+
+
+def _kept(t: Target, op: str) -> float:
+    """The share of the L2 cache that holds no second copies."""
+    if t.arch not in _HALVED_L2:
+        return 1.0
+    return HALVED_STREAM if op in shapes.STREAMS else HALVED
 
 
 def _floor(dtype: str, slow: float, cycle: float) -> float:
@@ -241,11 +253,14 @@ def _described(whole: str, stem: str) -> str:
 
 
 def ring_bytes_per_s(t: Target, topology: str, world: int, per_node: int) -> float:
-    """Bytes/s, in one direction, of the slowest link that a ring over `world` ranks crosses."""
+    """Bytes/s, in one direction, of the slowest link that a ring over `world` ranks crosses: across
+    nodes that of the network or of a node's own ring."""
     pcie = PCIE_BYTES_PER_S[t.arch in _PCIE_5]
     if per_node < world:
         newer = NETWORK_GENERATION if t.arch in _PCIE_5 else 1.0
-        return NETWORK_BYTES_PER_S[topology] * newer * min(per_node, NETWORK_LIMIT)
+        network = NETWORK_BYTES_PER_S[topology] * newer * min(per_node, NETWORK_LIMIT)
+        within = ring_bytes_per_s(t, topology, per_node, per_node) if per_node > 1 else network
+        return min(network, within)
     if topology == "nvswitch":
         return t.link_bytes_per_s
     if topology == "pairwise":  # two GPUs share a bridge, pairs meet on PCIe

@@ -1,6 +1,6 @@
 """predict(target, op, dtype, **shape): seconds of one kernel from its shape alone, without a graph.
 
-    seconds = law(constants, machine, shape) · exp(residual)
+    seconds = law(constants, machine, shape) · exp(residual), no less than the roof by that
 
 The law is physics (`laws`); its constants come from `calibration.json`, which
 `python -m ridgeline.tools.fit_cost_model` writes from measured kernel times. A machine that was
@@ -57,7 +57,8 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     model = calibration()
     parts = model.parts(group, name, machine, s)
     like = name if runs == dtype else ""
-    log_s = math.log(laws.total(parts)) + model.residual(group, like, machine, s)
+    seconds = laws.total(parts)
+    seconds *= model.factor(group, like, machine, s, seconds)
     largest = max(range(3), key=parts.__getitem__)
     below, above = model.interval(group, like, largest)
     flops, moved = shapes.flops(op, shape), s["bytes"]
@@ -65,9 +66,9 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     energy = 0.0 if network else flops / 2 * _pair_joules(dtype) + movement_joules(moved)
     bound = _NETWORK_BOUNDS if network else _BOUNDS
     return Cost(
-        math.exp(log_s),
-        math.exp(log_s + below),
-        math.exp(log_s + above),
+        seconds,
+        seconds * math.exp(below),
+        seconds * math.exp(above),
         moved,
         flops,
         eflops,

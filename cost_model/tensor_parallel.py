@@ -88,11 +88,11 @@ class Constants:
 
 
 FITTED = Constants(
-    gemm=1.24,
+    gemm=1.25,
     expert=1.63,
-    attention=0.871,
+    attention=0.857,
     wire=0.858,
-    interference=0.165,
+    interference=0.17,
     moe_host_us=624.0,
 )
 

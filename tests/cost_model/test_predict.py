@@ -1,5 +1,6 @@
 """predict: every name and dtype, monotone laws, exact pairs, bounds, clear errors."""
 
+import itertools
 import re
 
 import numpy as np
@@ -307,3 +308,45 @@ def test_a_description_of_ones_own_needs_no_16_bit_unit(tmp_path):
     file.write_text(re.sub(r"(?m)^cores = .*", "cores = 0.5", text, count=1))
     with pytest.raises(InvalidTarget, match=r"cores.*at least 1"):
         predict(str(file), "gemm", "fp16", **LAYER)
+
+
+def test_a_residual_brings_no_kernel_below_its_roof():
+    l40s = load_target("l40s")
+    narrow = predict("l40s", "gemm", "int8", m=32768, n=8192, k=64)
+    assert narrow.seconds >= 0.999 * narrow.bytes / l40s.bandwidth_bytes_per_s
+    for dtype, (rows, width) in itertools.product(
+        ("bf16", "fp32"), ((512, 1 << 18), (1 << 15, 1 << 14), (1 << 20, 128))
+    ):
+        found = predict("l40s", "quant_fp8", dtype, rows=rows, width=width)
+        assert found.seconds >= 0.999 * found.bytes / l40s.bandwidth_bytes_per_s
+
+
+def test_fp8_of_float32_takes_what_as_many_bytes_of_16_bits_do():
+    for name in ("l40s", "h100", "a100"):
+        wide = predict(name, "quant_fp8", "fp32", rows=512, width=16384)
+        as_bytes = predict(name, "quant_fp8", "bf16", rows=512, width=32768)
+        assert (wide.seconds, wide.bytes) == (as_bytes.seconds, as_bytes.bytes)
+        assert wide.seconds > predict(name, "quant_fp8", "bf16", rows=512, width=16384).seconds
+
+
+@pytest.mark.parametrize("op", shapes.COLLECTIVES)
+@pytest.mark.parametrize("name", ["l40s_pcie", "a100_pairwise", "h100_nvswitch"])
+def test_a_second_node_is_no_faster_link_than_the_first(name, op):
+    ring = {"per_node": 8, "bytes": 1 << 20}
+    one, two = (
+        machine_of(name, op, "fp16", world, 8)[0]["link"]  # the switch's additions aside
+        for world in (8, 16)
+    )
+    assert two <= one
+    # The law's own gain by ranks is the rest.
+    seconds = [predict(name, op, "fp16", **ring, world=w).seconds for w in (8, 16)]
+    assert seconds[1] > 0.9 * seconds[0]
+
+
+def test_only_an_a100s_halves_hold_copies_of_each_others_lines():
+    for name in ("h100", "h200", "b200", "l40s"):
+        whole = load_target(name).l2_bytes
+        assert all(machine_of(name, op, "fp32")[0]["l2"] == whole for op in ("gemm", "add"))
+    whole = load_target("a100").l2_bytes
+    gemm, add = (machine_of("a100", op, "fp32")[0]["l2"] for op in ("gemm", "add"))
+    assert gemm < add < whole

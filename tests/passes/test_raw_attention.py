@@ -1,5 +1,7 @@
-"""Attention in raw operations on a CPU: a plan's lines and its totals count the same work."""
+"""Attention in raw operations: on a CPU a plan's lines and its totals count the same work; on a GPU
+ridgeline's kernel is priced by its own grid."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import ridgeline
-from ridgeline.cost_model import Stream, Work, estimate, load_target
+from ridgeline.cost_model import Attention, Stream, Work, estimate, load_target
 from ridgeline.cost_model.work import Gemm
+from ridgeline.ir.capture import capture
+from ridgeline.ir.normalize import normalize
+from ridgeline.passes.base import Candidate, Setting
+from ridgeline.passes.flash_attention import FLASH_ATTENTION
+from ridgeline.passes.propose import propose
+from ridgeline.passes.weights import WeightStore
 
 
 class Raw(nn.Module):
@@ -30,6 +38,15 @@ class Twice(nn.Module):
 
 
 SIZES = [(8, 16), (33, 16), (145, 16), (145, 64), (256, 64)]
+
+
+def candidate_of(operands: list[Tensor], target: str) -> Candidate:
+    program = capture(Raw().eval(), operands).program
+    module = normalize(program.module)
+    setting = Setting(load_target(target), False, 0.0, None, WeightStore())
+    (found,), refusals = propose((FLASH_ATTENTION,), module, setting)
+    assert refusals == []
+    return found
 
 
 @torch.no_grad()
@@ -84,3 +101,23 @@ def test_a_batch_costs_what_its_columns_pad_and_each_of_its_matrices():
     assert seconds(16, 8, torch.bfloat16) > seconds(16, 8)
     grown = [seconds(n, 8) for n in range(8, 200, 8)]
     assert all(a <= b for a, b in itertools.pairwise(grown))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["h100", "b200"])
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(8, 128, 16384), (2, 80, 8192)])
+def test_keys_that_the_kernel_does_not_split_are_walked_by_few_cores(target, heads, queries, keys):
+    """As many blocks as heads on 132 cores or more: what FlashAttention-3 takes is no measure."""
+    lengths = (queries, keys, keys)
+    operands = [torch.randn(1, heads, n, 128, dtype=torch.bfloat16) for n in lengths]
+    found, gpu = candidate_of(operands, target), load_target(target)
+    (own,) = found.after.kernels
+    assert isinstance(own, Attention)
+    assert own.library == "ridgeline"
+    ours = estimate(found.after, gpu).seconds
+    assert ours > estimate(found.before, gpu).seconds
+    # A core's share of the products, at the rate of one core.
+    walked = own.flops / heads / (gpu.peaks["bfloat16"] / gpu.cores)
+    assert ours > walked
+    theirs = estimate(Work((dataclasses.replace(own, library="torch"),)), gpu).seconds
+    assert ours > 3 * theirs
