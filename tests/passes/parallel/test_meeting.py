@@ -20,7 +20,7 @@ APART = {
 for _fill in ("-inf", "-3e+38", "-1e+09"):
     APART[f"{_fill}, alike"] = "right"
     APART[f"{_fill}, other activations"] = FLOATS
-    APART[f"{_fill}, another mask"] = EXTREME + "30 ("
+    APART[f"{_fill}, another mask"] = EXTREME + "0, 30 ("
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What is said of inputs: any integer that differs is told, and large tensors are not read whole."""
+"""Of inputs any integer that differs is told, and large tensors are not read whole."""
 
 import pytest
 import torch
