@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 EQUIVALENCE_LIMIT = 1e-9
 """Relative error allowed between two float64 evaluations of the same real function."""
 _ODD = (3, 7, 5, 11, 13, 9)
+_DOUBLINGS = 8
 SizeOf = Callable[[Any], int]
 
 
@@ -146,18 +147,33 @@ def _promised(
 def _assignments(candidate: Candidate, frontier: Sequence[fx.Node]) -> Iterable[tuple[str, SizeOf]]:
     """Values for the free sizes of the region: small and odd first, then as captured."""
     symbols: set[sympy.Symbol] = set()
+    extents: set[sympy.Expr] = set()
     for node in (*frontier, *region_of(candidate, frontier)):
         value = node.meta.get("val")
-        for size in value.shape if isinstance(value, Tensor) else (value,):
-            if isinstance(size, torch.SymInt):
-                symbols |= size.node.expr.free_symbols
-    if symbols:
-        odd = {s: _ODD[i % len(_ODD)] for i, s in enumerate(sorted(symbols, key=str))}
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        free = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+        symbols = symbols.union(*(size.free_symbols for size in free))
+        if isinstance(value, Tensor):
+            extents.update(free)
+    if symbols and (odd := _odd_values(sorted(symbols, key=str), extents)) is not None:
         yield (
             ", ".join(f"{s}={v}" for s, v in odd.items()),
             lambda size: size if isinstance(size, int) else int(size.node.expr.subs(odd)),
         )
     yield "captured sizes", lambda size: size if isinstance(size, int) else int(size.node.hint)
+
+
+def _odd_values(
+    symbols: Sequence[sympy.Symbol], extents: Iterable[sympy.Expr]
+) -> dict[sympy.Symbol, int] | None:
+    """Small odd values with which no tensor is empty, as the rest of a sequence beyond a tile would
+    be; None where none are found. 2 v + 1 keeps values odd, and apart."""
+    odd = {s: _ODD[i % len(_ODD)] for i, s in enumerate(symbols)}
+    for _ in range(_DOUBLINGS):
+        if all(extent.subs(odd) > 0 for extent in extents):
+            return odd
+        odd = {s: 2 * v + 1 for s, v in odd.items()}
+    return None
 
 
 def _region(

@@ -23,8 +23,9 @@ class CompileProgram(Protocol):
         """Around what finds the graph of a call."""
         return nullcontext()
 
-    def meet(self, what: str, call: Call) -> None:
-        """Before `what` is done for a call: all ranks do the same."""
+    def meet(self, what: str, call: Call) -> AbstractContextManager[None]:
+        """Around `what` is done for a call: all ranks do the same, and one call at a time."""
+        return nullcontext()
 
     def compiling(self) -> AbstractContextManager[None]:
         """Around a capture and what is made of it."""

@@ -164,9 +164,9 @@ class OptimizedModule(nn.Module):
             for number, captured, run in self._accepting(key, call):
                 with deciding():
                     captured.refuse_overlap(call)
-                meet(f"graph {number}", call)
                 try:
-                    outputs = run(*call.flat)
+                    with meet(f"graph {number}", call):
+                        outputs = run(*call.flat)
                 except InputMismatch:  # the sizes fit, but strides differ from the captured ones
                     tried.append(run)
                     continue
@@ -181,8 +181,8 @@ class OptimizedModule(nn.Module):
             number, captured, run = graph
             with deciding():
                 captured.refuse_overlap(call)
-            meet(f"graph {number}", call)
-            outputs = run(*call.flat)
+            with meet(f"graph {number}", call):
+                outputs = run(*call.flat)
         except (CaptureError, CacheError, CompileError) as error:
             if state.strict:
                 raise
@@ -219,8 +219,8 @@ class OptimizedModule(nn.Module):
     ) -> tuple[int, Captured, Callable[..., Any]]:
         state = self._ridgeline
         number = state.captures
-        state.compile_program.meet(f"a capture of graph {number}", call)
-        with state.compile_program.compiling():
+        compiler = state.compile_program
+        with compiler.meet(f"a capture of graph {number}", call), compiler.compiling():
             captured, run = self._compiled(args, kwargs)
         if captured.program.training and not self.training:
             self.plan.note(HAS_BACKWARD)

@@ -141,6 +141,9 @@ def measure(
         rows = None
         while rows is None:
             if any(process.exitcode for process in processes):
+                for process in processes:  # the others wait for the one that failed
+                    process.terminate()
+                    process.join()
                 raise RuntimeError("a rank failed; its error is above")
             if not answer.empty():
                 rows = answer.get()

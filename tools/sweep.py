@@ -34,6 +34,7 @@ from ridgeline.passes import PASSES
 from ridgeline.passes.apply import apply
 from ridgeline.passes.base import Candidate, Setting
 from ridgeline.passes.certify import CertificateError, equivalence, relative_error
+from ridgeline.passes.compile_program import CompileProgram
 from ridgeline.passes.drop_in import optimized_copy
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.propose import Refusal, propose
@@ -87,7 +88,7 @@ ANCHORS = {
 """The operations that make a site of a pass possible."""
 
 
-class _Everything:
+class _Everything(CompileProgram):
     """Compiles a program with every certified site rewritten, and counts them."""
 
     def __init__(self) -> None:

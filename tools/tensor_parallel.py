@@ -246,9 +246,19 @@ def print_plan(
         possible = choice["multimem_all_reduce"].seconds is not None
         over = "multimem_all_reduce" if possible else "nccl"
         console.print(f"{tokens} tokens, {choice.gain(over):.2f}x over {over}: {choice}")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peak = peak_bytes() / 2**30
     console.print(f"planned in {seconds:.1f} s; the process held {peak:.2f} GiB at most")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held. On Linux not ru_maxrss, which a process takes
+    over from the one that it was forked from (getrusage(2)), but VmHWM, its own (proc(5))."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

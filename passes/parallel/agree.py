@@ -35,6 +35,10 @@ _BROKEN = ("closed by peer", "timed out", "timeout", "connection re", "gloo", "n
 """What transports say of a rank that is gone; gloo raises plain RuntimeErrors."""
 _TURNS: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 """How often the ranks of a group have talked: what was said before must not be read again."""
+_SAID: weakref.WeakKeyDictionary[dist.ProcessGroup, set[int]] = weakref.WeakKeyDictionary()
+"""The turns of which the store still has what this rank said."""
+_LINGER = 5.0
+"""Seconds that a rank stays for others to read what it said; one that has ended reads nothing."""
 
 
 class RankMismatch(RidgelineError):
@@ -104,6 +108,11 @@ class Ranks:
     @property
     def name(self) -> str:
         return self.group.group_name
+
+    @property
+    def turn(self) -> int:
+        """How often the ranks have talked; the same on all, but for one that failed alone."""
+        return _TURNS.get(self.group, 0)
 
     def agree(self, subject: str, facts: Mapping[str, str]) -> None:
         """Return where every rank has called this with equal `facts`.
@@ -205,7 +214,7 @@ class Ranks:
 
     def _exchange(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """What each rank says at this turn, by rank."""
-        turn = _TURNS.get(self.group, 0)
+        turn = self.turn
         _TURNS[self.group] = turn + 1
         try:
             return self._exchanged(turn, facts)
@@ -217,7 +226,11 @@ class Ranks:
     def _exchanged(self, turn: int, facts: dict[str, Any]) -> list[dict[str, Any]]:
         self._say(turn, facts)
         keys = self._keys(turn)
-        missing = self._await(keys, lambda: self._refuse_failed(self._all_heard(turn)))
+
+        def refuse() -> None:
+            self._refuse_failed(self._all_heard(turn))
+
+        missing = self._await(keys, self.timeout.total_seconds(), refuse)
         if missing:
             raise RankLost(
                 f"rank {self.rank} of {self.world} waited {self.timeout.total_seconds():g} s for"
@@ -225,16 +238,48 @@ class Ranks:
                 f" {facts['subject']}; it has ended, or it does not make this call"
             )
         said = [json.loads(self._store.get(key)) for key in keys]
+        self._forget_before(turn)
         # The store may live in one of the ranks, which must not end before all have read.
         self._store.set(f"{keys[self.rank]}/read", b"")
         heard = [key for key, each in zip(keys, said, strict=True) if "failed" not in each]
-        self._await([f"{key}/read" for key in heard])
+        self._await([f"{key}/read" for key in heard], min(_LINGER, self.timeout.total_seconds()))
         self._refuse_failed(said)
         return said
 
+    def _forget_before(self, turn: int) -> None:
+        """Who speaks at a turn has read what was said before: this rank's part is deleted."""
+        mine = _SAID.setdefault(self.group, set())
+        for past in [t for t in mine if t < turn]:
+            self._store.delete_key(_key(past, self.rank))
+            self._store.delete_key(f"{_key(past, self.rank)}/read")
+            mine.remove(past)
+
+    def in_step(self, turns: Sequence[int], failed: Sequence[bool]) -> None:
+        """Return where all ranks have talked as often; else all are at the same turn again.
+
+        turns, failed: of each rank, and whether it has failed just now, at the turn before its own.
+
+        Raises RankLost on all ranks but those of `failed`, with what a rank that failed has said.
+        """
+        first = min(turn - now for turn, now in zip(turns, failed, strict=True))
+        last = max(turns)
+        if first == last:
+            return
+        _TURNS[self.group] = last
+        told: dict[int, str] = {}
+        for turn in range(first, last):
+            for rank, each in enumerate(self._all_heard(turn)):
+                if "failed" in each:
+                    told[rank] = each["failed"]
+        if not told:
+            raise RankLost(
+                f"the {self.world} ranks are out of step: they have talked {turns} times"
+            )
+        self._refuse_failed([{"failed": told[r]} if r in told else {} for r in range(self.world)])
+
     def refuse_failed(self) -> None:
         """Raise RankLost where another rank has said that it failed, since all agreed."""
-        turn = _TURNS.get(self.group, 0)
+        turn = self.turn
         try:
             self._refuse_failed(self._all_heard(turn))
         except RankLost:
@@ -263,21 +308,24 @@ class Ranks:
 
     def say_failed(self, error: Exception) -> None:
         """At the turn at which the others wait, and go on from: all are at the next one then."""
-        turn = _TURNS.get(self.group, 0)
+        turn = self.turn
         _TURNS[self.group] = turn + 1
         with contextlib.suppress(dist.DistError):  # the store is gone, and so are the others
             self._say(turn, {"failed": f"{type(error).__name__}: {error}"})
 
     def _say(self, turn: int, facts: Mapping[str, Any]) -> None:
         self._store.set(_key(turn, self.rank), json.dumps(dict(facts)))
+        _SAID.setdefault(self.group, set()).add(turn)
 
     @property
     def _store(self) -> Any:
         return distributed_c10d._get_process_group_store(self.group)
 
-    def _await(self, keys: list[str], look: Callable[[], None] | None = None) -> list[str]:
-        """The keys that have not appeared within the timeout; look: called while they have not."""
-        end = time.monotonic() + self.timeout.total_seconds()
+    def _await(
+        self, keys: list[str], seconds: float, look: Callable[[], None] | None = None
+    ) -> list[str]:
+        """The keys that have not appeared in that time; look: called while they have not."""
+        end = time.monotonic() + seconds
         missing = keys
         while True:
             if look is not None:

@@ -111,8 +111,8 @@ class ParallelCompiler(Compiler):
     def deciding(self) -> contextlib.AbstractContextManager[None]:
         return self.meeting.deciding()
 
-    def meet(self, what: str, call: Call) -> None:
-        self.meeting.meet(what, call)
+    def meet(self, what: str, call: Call) -> contextlib.AbstractContextManager[None]:
+        return self.meeting.meet(what, call)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:

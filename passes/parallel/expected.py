@@ -15,15 +15,18 @@ import torch
 from torch import fx
 
 from ridgeline.cost_model import Target, estimate, work_of
-from ridgeline.cost_model.transport import Transport
+from ridgeline.cost_model.transport import KINDS, Transport
 from ridgeline.ir.sizes import numbers
 from ridgeline.passes.parallel.collectives import is_collective
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
-def expected_seconds(graph: fx.Graph, transport: Transport, target: Target) -> float:
-    """Seconds of one call at the sizes that were captured."""
+def expected_seconds(graph: fx.Graph, transport: Transport, target: Target) -> float | None:
+    """Seconds of one call at the sizes that were captured; None where the graph sends in a way that
+    the transport was not timed for."""
+    if any(is_collective(node) and node.target._opname not in KINDS for node in graph.nodes):
+        return None
     cores = os.cpu_count() or 1
     crowd = max(1.0, transport.world * target.threads / cores)
     spare = cores > transport.world * target.threads

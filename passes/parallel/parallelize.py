@@ -84,7 +84,9 @@ def parallelize(
         facts = {"target": compiler.target.name, "fuse": fuse, "weave": weave, **versions()}
         facts["model"] = model_signature(model) if plan else type(model).__name__
         facts["plan"] = plan.digest() if plan else "the model's own"
+        number = ranks.turn
         ranks.agree("the model", facts | settings_of(model))
+        compiler.meeting.model = f"number {number}, {facts['model']}, plan {facts['plan']}"
         part = shard(model, plan, ranks.rank, ranks.name) if plan else model
     for sentence in told(plan, ranks.rank) if plan else ():
         compiler.plan.note(sentence)

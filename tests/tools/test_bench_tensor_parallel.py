@@ -1,5 +1,9 @@
 """The bench of residual adds and norms: its forms compute the same, and it says which is taken."""
 
+import multiprocessing
+
+import pytest
+
 from gloo import on_ranks
 from ridgeline.tools.bench_tensor_parallel import measure, rows_of, table, verdict
 
@@ -26,6 +30,12 @@ def test_what_prediction_would_have_taken() -> None:
         " takes the same at 2 of 2 sizes, and norms on all took 2.0 to 4.0 times as long as"
         " predicted, in the median 3.0"
     )
+
+
+def test_a_rank_that_fails_leaves_no_other_behind() -> None:
+    with pytest.raises(RuntimeError, match="a rank failed"):
+        measure(2, shapes=((6, 16),), dtypes=("no_dtype",), lowering="eager", rounds=1)
+    assert not [p for p in multiprocessing.active_children() if p.name.startswith("ForkServer")]
 
 
 def test_it_starts_its_ranks_by_itself() -> None:

@@ -45,3 +45,14 @@ def test_planning_holds_little_memory() -> None:
     assert held is not None
     assert float(held[1]) < 4
     assert all(f"{tokens} tokens, " in done.stdout for tokens in PROMPTS)
+
+
+def test_the_peak_is_not_that_of_the_process_it_was_started_from() -> None:
+    """A process that holds 2 GiB starts one that has imported torch alone."""
+    inner = "from ridgeline.tools.tensor_parallel import peak_bytes; print(peak_bytes())"
+    outer = (
+        "import subprocess, sys; held = bytearray(b'1' * 2**31);"
+        f" print(subprocess.run([sys.executable, '-c', {inner!r}], check=True))"
+    )
+    done = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout.split()[0]) < 2**31

@@ -1,0 +1,144 @@
+"""What a rank says of the inputs of a call, by which others tell whether theirs are the same.
+
+Of each tensor, a cache's aside: dtype, shape, strides; and where it is on the CPU, of values:
+
+    integers, booleans   the sum of x_i r_i mod 2^64 for random r, of all up to `EXACT` values
+    floats               the sum of x_i cos(i), and |x|; which of them are not finite or `LARGE`, as
+                         entries of a mask are, is said exactly, and they count as 0 in the sum
+    of more values       `SAMPLED` of them, spread over the tensor, the last among them
+
+An expanded dimension counts as one, and nothing is copied whole. Tensors on a device are not read:
+that would wait for it. Everything else in the arguments is said as it is; of a device, its type,
+as each rank has one of its own.
+"""
+
+import functools
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ridgeline.ir.caches import is_cache
+from ridgeline.ir.call import Call
+
+SAMPLED, EXACT = 4096, 2**16
+LARGE = 1e8
+"""No activation; a quarter of the largest number where a dtype ends before that."""
+
+
+def facts_of(call: Call) -> dict[str, str]:
+    """What must be equal on all ranks, by its name."""
+    tensors = _tensors(call)
+    plain = [x for x in call.leaves if not isinstance(x, Tensor) and not is_cache(x)]
+    addresses = list(map(id, tensors))
+    facts = {
+        "structure of arguments": call.key[0],
+        "arguments that are no tensors": ", ".join(map(_plain, plain)),
+        "shapes of inputs": ", ".join(f"{_name(x)}{list(x.shape)}" for x in tensors),
+        "strides of inputs": ", ".join(str(list(x.stride())) for x in tensors),
+        "devices of inputs": ", ".join(x.device.type for x in tensors),
+        "inputs that are one": str(list(map(addresses.index, addresses))),
+    }
+    read = [x for x in tensors if _is_read(x)]
+    facts["integers in inputs"] = ", ".join(_integers(x) for x in read if not _is_float(x))
+    facts["numbers in inputs that are large or not finite"] = ", ".join(
+        _extremes(values, limit) for values, limit in map(_floats, filter(_is_float, read))
+    )
+    return facts
+
+
+def sums_of(call: Call, slots: int) -> list[tuple[float, float]]:
+    """(sum, norm) of each input of floats, folded into so many."""
+    sums = [(0.0, 0.0)] * slots
+    floats = [x for x in _tensors(call) if _is_read(x) and _is_float(x)]
+    for i, (values, limit) in enumerate(map(_floats, floats)):
+        values = values.masked_fill(_are_extreme(values, limit), 0.0)
+        total, norm = sums[i % slots]
+        total += float(values @ _waves(len(values)))
+        sums[i % slots] = total, math.hypot(norm, float(values.norm()))
+    return sums
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    return [x for x in call.leaves if isinstance(x, Tensor)]
+
+
+def _plain(leaf: object) -> str:
+    return leaf.type if isinstance(leaf, torch.device) else f"{type(leaf).__name__} {leaf!r}"
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _is_read(x: Tensor) -> bool:
+    """A subclass may send where its values are read."""
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+
+
+def _is_float(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _integers(x: Tensor) -> str:
+    values = _some(x, EXACT).to(torch.int64)
+    total = int((values * _random()[: len(values)]).sum())
+    return f"{values[:8].tolist()}... ({total % 2**64:016x})"
+
+
+def _floats(x: Tensor) -> tuple[Tensor, float]:
+    """Values [n] of x in float64, and from where on they are extreme."""
+    values = _some(x, SAMPLED)
+    if x.is_complex():
+        values = torch.view_as_real(values.resolve_conj()).flatten()
+    return values.double(), min(LARGE, torch.finfo(x.dtype).max / 4)
+
+
+def _are_extreme(values: Tensor, limit: float) -> Tensor:
+    return ~(values.abs() < limit)  # NaN too
+
+
+def _extremes(values: Tensor, limit: float) -> str:
+    """How many, and a digest of where they are: NaN, which infinity, or a large number's sign."""
+    where = _are_extreme(values, limit).nonzero().flatten()
+    if not len(where):
+        return "0"
+    them = values[where]
+    kinds = them.sign().nan_to_num(0.0) * (1 + them.isinf())
+    data = where.numpy().tobytes() + kinds.numpy().tobytes()
+    return f"{len(where)} ({hashlib.blake2b(data, digest_size=6).hexdigest()})"
+
+
+def _some(x: Tensor, most: int) -> Tensor:
+    """Up to `most` values [n] of x, all; of more, `SAMPLED`. An expanded dimension counts as 1."""
+    x = x.detach()
+    for dim, stride in enumerate(x.stride()):
+        if stride == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x.reshape(-1) if x.numel() <= most else x[_places(x.shape)]
+
+
+@functools.lru_cache(maxsize=64)
+def _places(shape: torch.Size) -> tuple[Tensor, ...]:
+    """Where the samples of such a tensor are: an odd step does not stay in a few columns."""
+    count = shape.numel()
+    at = torch.arange(SAMPLED) * (count // SAMPLED | 1) % count
+    at[-1] = count - 1
+    return torch.unravel_index(at, shape)
+
+
+@functools.cache
+def _random() -> Tensor:
+    ends = torch.iinfo(torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(ends.min, ends.max, (EXACT,), generator=generator, device="cpu")
+
+
+@functools.cache
+def _all_waves() -> Tensor:
+    return torch.arange(2 * SAMPLED, dtype=torch.float64, device="cpu").cos()
+
+
+def _waves(count: int) -> Tensor:
+    return _all_waves()[:count]
