@@ -154,24 +154,30 @@ def measure(
 
 
 def table(world: int, rows: list[dict[str, Any]]) -> Table:
-    result = Table(
-        title=f"{world} gloo ranks: one residual add and norm, us (median of the slowest)"
-    )
-    for heading in (
-        *("tokens, size", "dtype", "on all", "on a shard", "measured", "ratio", "taken"),
-        *("on all, predicted", "on a shard, predicted", "would take"),
-    ):
-        result.add_column(heading, justify="right")
+    """Times on all tokens and on a shard, over what is predicted where there is a prediction, and
+    of the measured choice; the form that it takes, and the one that a prediction would take."""
+    result = Table(title=f"{world} gloo ranks: residual add and norm, ms (median of the slowest)")
+    for heading in ("rows", "all", "shard", "choice", "gain", "takes", "law"):
+        result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        whole, _, chosen = row["seconds"]
-        figures = [f"{seconds * 1e6:,.0f}" for seconds in row["seconds"]]
+        whole, shard, chosen = row["seconds"]
         tokens, size = row["shape"]
+        kind = {"float32": "fp32", "bfloat16": "bf16"}[row["dtype"]]
+        predicted = row["predicted"] or [None, None]
+        forms = [
+            _milliseconds(seconds) + (f" / {_milliseconds(guess)}" if guess else "")
+            for seconds, guess in zip((whole, shard), predicted, strict=True)
+        ]
         taken = "shard" if row["shard"] else "all"
-        predicted = [f"{s * 1e6:,.0f}" for s in row["predicted"]] or ["-", "-"]
-        would = _by_prediction(row) or "-"
-        ratio = f"{whole / chosen:.2f}x"
-        result.add_row(f"{tokens}, {size}", row["dtype"], *figures, ratio, taken, *predicted, would)
+        result.add_row(
+            *(f"{tokens}x{size} {kind}", *forms, _milliseconds(chosen)),
+            *(f"{whole / chosen:.2f}x", taken, _by_prediction(row) or "-"),
+        )
     return result
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"
 
 
 def _by_prediction(row: dict[str, Any]) -> str:
