@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from ridgeline.passes import workload
+from ridgeline.tools import cli
 from ridgeline.tools.cli import app
 
 MODEL = """
@@ -261,3 +263,8 @@ def test_a_missing_model_is_said_before_the_cpu_is_probed(monkeypatch):
     result = invoke("explain", "no_such.py:build")
     assert result.exit_code == 1
     assert "no such file: no_such.py" in result.output
+
+
+def test_the_most_batches_are_those_of_a_workload():
+    """A copy, since its module takes seconds to import."""
+    assert workload.LARGEST["batch"] == cli.LARGEST
