@@ -20,6 +20,7 @@ back, so a mutated input is written and never copied.
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -35,7 +36,22 @@ from ridgeline.ir.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from ridgeline.ir.rms_norm import ADD_RMS_NORM, RMS_NORM
 from ridgeline.ir.rotary import ROTARY
 
-Compiled = Callable[..., tuple[Any, ...]]
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """run: a function of the flat inputs that returns the flat outputs. accepts: whether such
+    inputs lie as it was compiled for; where they do not, a call raises InputMismatch."""
+
+    run: Callable[..., tuple[Any, ...]]
+    accepts: Callable[..., bool]
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        return self.run(*inputs)
+
+
+def _any_inputs(*inputs: Any) -> bool:
+    return True
+
 
 # Why each differs from Inductor's default:
 _SETTINGS: dict[str, Any] = {
@@ -163,7 +179,7 @@ def run_eager(module: fx.GraphModule) -> Compiled:
         with torch.no_grad():
             return _filled(outputs, run(*inputs))
 
-    return call
+    return Compiled(call, _any_inputs)
 
 
 def _require_compiler() -> None:
@@ -221,7 +237,7 @@ def _constant(outputs: list[Any]) -> Compiled:
     def call(*inputs: Any) -> tuple[Any, ...]:
         return tuple(outputs)
 
-    return call
+    return Compiled(call, _any_inputs)
 
 
 def _lower(
@@ -283,13 +299,24 @@ def _bind(
 ) -> Compiled:
     select = None if len(free) == arity else free
 
-    def call(*inputs: Any) -> tuple[Any, ...]:
+    def checked(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(inputs) != arity:
             raise InputMismatch(f"expected {arity} flat inputs, found {len(inputs)}")
         if select is not None:
             inputs = tuple(inputs[i] for i in select)
         check(*inputs)
+        return inputs
+
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        inputs = checked(inputs)
         with torch.set_grad_enabled(training):
             return _filled(outputs, run(*inputs))
 
-    return call
+    def accepts(*inputs: Any) -> bool:
+        try:
+            checked(inputs)
+        except InputMismatch:
+            return False
+        return True
+
+    return Compiled(call, accepts)

@@ -111,7 +111,9 @@ def _call(kind: str, count: int, group: dist.ProcessGroup) -> tuple[Call, Tensor
         "all_gather_into_tensor": lambda x: functional.all_gather_into_tensor(x, world, name),
         "reduce_scatter_tensor": lambda x: functional.reduce_scatter_tensor(x, "sum", world, name),
     }
-    message = torch.ones(count // world if kind == "all_gather_into_tensor" else count)
+    message = torch.ones(
+        count // world if kind == "all_gather_into_tensor" else count, device="cpu"
+    )
     return lambda x: functional.wait_tensor(sends[kind](x)), message
 
 
@@ -119,14 +121,14 @@ def _timed(
     call: Call, message: Tensor, rounds: int, group: dist.ProcessGroup
 ) -> tuple[float, float]:
     """The slowest rank's median, and its quickest run, in seconds."""
-    times, beside = [], torch.ones(BETWEEN // 4)
+    times, beside = [], torch.ones(BETWEEN // 4, device="cpu")
     for _ in range(rounds + 1):
         beside.mul_(1.0)
         fresh = message * 1.0
         start = time.perf_counter()
         call(fresh)
         times.append(time.perf_counter() - start)
-    found = torch.tensor([statistics.median(times[1:]), min(times[1:])], dtype=torch.float64)
+    found = message.new_tensor([statistics.median(times[1:]), min(times[1:])], dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     median, quickest = found.tolist()
     return median, quickest

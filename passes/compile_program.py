@@ -1,11 +1,20 @@
 """What `drop_in` asks of a compiler, and what it tells it of each call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ridgeline.ir.call import Call
+from ridgeline.ir.capture import Captured
 from ridgeline.ir.program import Program
+
+
+class Graph(NamedTuple):
+    """What was captured, counted, and its code, a function of the call's flat inputs."""
+
+    number: int
+    captured: Captured
+    run: Callable[..., Any]
 
 
 class CompileProgram(Protocol):
@@ -20,12 +29,15 @@ class CompileProgram(Protocol):
     def __call__(self, program: Program, /) -> Callable[..., Any]: ...
 
     def deciding(self) -> AbstractContextManager[None]:
-        """Around what finds the graph of a call."""
+        """Around what is found out about a call before `meet`."""
         return nullcontext()
 
-    def meet(self, what: str, call: Call) -> AbstractContextManager[None]:
-        """Around `what` is done for a call: all ranks do the same, and one call at a time."""
-        return nullcontext()
+    def meet(
+        self, wanted: str, call: Call, known: Callable[[], Iterable[Graph]]
+    ) -> AbstractContextManager[Iterable[Graph]]:
+        """Around one call, or the capture of one, as is `wanted`: of the graphs that are `known` to
+        take its sizes, those to be tried. All ranks try the same, or capture one more."""
+        return nullcontext(known())
 
     def compiling(self) -> AbstractContextManager[None]:
         """Around a capture and what is made of it."""

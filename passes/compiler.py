@@ -54,6 +54,12 @@ class OptimizeError(RidgelineError, ValueError):
     """An argument of `optimize` that cannot be used."""
 
 
+def check_max_graphs(count: int) -> None:
+    """Raise OptimizeError for a number of graphs that cannot be kept."""
+    if count < 1:
+        raise OptimizeError(f"max_graphs is {count}; keep at least 1")
+
+
 def weight_bytes(module: fx.GraphModule) -> int:
     """Bytes of the distinct tensors that the graph reads as attributes."""
     tensors = {id(t): t for n in module.graph.find_nodes(op="get_attr") for t in [constant(n)]}

@@ -25,7 +25,7 @@ from ridgeline.ir.caches import CacheError
 from ridgeline.ir.call import Call, flatten
 from ridgeline.ir.capture import Captured, CaptureError, OverlapError, capture
 from ridgeline.ir.errors import RidgelineError
-from ridgeline.passes.compile_program import CompileProgram
+from ridgeline.passes.compile_program import CompileProgram, Graph
 from ridgeline.passes.copy_model import copy_model, rebound
 from ridgeline.passes.inference_only import HAS_BACKWARD, marked
 from ridgeline.passes.watched import RUN_HOOKS, Watched
@@ -107,14 +107,15 @@ class OptimizedModule(nn.Module):
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Capture and compile the graph of such a call now, without running it for its result."""
-        key = None
+        key, compiler = None, self._ridgeline.compile_program
         try:
-            with self._ridgeline.compile_program.deciding():
+            with compiler.deciding():
                 call = flatten(args, kwargs)
                 key = self._key(call)
-            with self._ridgeline.lock:
-                if next(self._accepting(key, call), None) is None:
-                    self._compile(key, call, args, kwargs)
+            known = functools.partial(self._accepting, key, call)
+            with compiler.meet("a capture", call, known) as graphs, self._ridgeline.lock:
+                if next(iter(graphs), None) is None:
+                    self._compile(key, args, kwargs)
         except (CaptureError, CacheError, CompileError) as error:
             if self._ridgeline.strict:
                 raise
@@ -153,43 +154,38 @@ class OptimizedModule(nn.Module):
 
     def _run_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call's result from a compiled graph. Raises _Refused where there can be none."""
-        state = self._ridgeline
-        deciding, meet = state.compile_program.deciding, state.compile_program.meet
-        key = None
+        compiler = self._ridgeline.compile_program
+        key = call = None
         try:
-            with deciding():
+            with compiler.deciding():
                 call = flatten(args, kwargs)
                 key = self._key(call)
-            tried = []
-            for number, captured, run in self._accepting(key, call):
-                with deciding():
-                    captured.refuse_overlap(call)
-                try:
-                    with meet(f"graph {number}", call):
-                        outputs = run(*call.flat)
-                except InputMismatch:  # the sizes fit, but strides differ from the captured ones
-                    tried.append(run)
-                    continue
-                return captured.finish(call, marked(outputs, captured.sources))
-            kind = (*key[:-1], call.kind)
-            with state.lock:
-                if key in state.refused or kind in state.refused:
-                    raise _Refused
-                # another thread may have compiled it by now
-                others = (graph for graph in self._accepting(key, call) if graph[2] not in tried)
-                graph = next(others, None) or self._compile(key, call, args, kwargs)
-            number, captured, run = graph
-            with deciding():
-                captured.refuse_overlap(call)
-            with meet(f"graph {number}", call):
-                outputs = run(*call.flat)
+            known = functools.partial(self._unshared, key, call)
+            while True:
+                with compiler.meet("a result", call, known) as graphs:
+                    captures = self._ridgeline.captures
+                    for _, captured, run in graphs:
+                        try:
+                            outputs = run(*call.flat)
+                        except InputMismatch:  # the sizes fit, but strides differ from those seen
+                            continue
+                        return captured.finish(call, marked(outputs, captured.sources))
+                    with self._ridgeline.lock:
+                        if not self._ridgeline.refused.isdisjoint((key, _kind(key, call))):
+                            raise _Refused
+                        if captures != self._ridgeline.captures:
+                            continue  # another thread has captured since, perhaps such a call
+                        _, captured, run = self._compile(key, args, kwargs)
+                    with compiler.compiling():
+                        captured.refuse_overlap(call)
+                    outputs = run(*call.flat)
+                    return captured.finish(call, marked(outputs, captured.sources))
         except (CaptureError, CacheError, CompileError) as error:
-            if state.strict:
+            if self._ridgeline.strict:
                 raise
-            if isinstance(error, CacheError) and key is not None:
-                key = kind  # pyright: ignore[reportPossiblyUnboundVariable]
+            if isinstance(error, CacheError) and call is not None:
+                key = _kind(key, call)
             raise _Refused(None if isinstance(error, OverlapError) else key, error) from error
-        return captured.finish(call, marked(outputs, captured.sources))
 
     def _forget_changed_weights(self) -> None:
         """Drop graphs that hold weights which have been reassigned or, once folded, changed."""
@@ -203,24 +199,25 @@ class OptimizedModule(nn.Module):
         modes = tuple(map(_MODE, self._ridgeline.modules))
         return (call.trains(self), autocast.active(), modes, call.key)
 
-    def _accepting(
-        self, key: Any, call: Call
-    ) -> Iterator[tuple[int, Captured, Callable[..., Any]]]:
-        """The graphs that take the sizes of `call`, numbered, the one used last first."""
+    def _accepting(self, key: Any, call: Call) -> Iterator[Graph]:
+        """The graphs that take the sizes of `call`, the one used last first."""
         graphs = self._ridgeline.graphs
         for number, (known, captured, run) in reversed(list(graphs.items())):
             if known == key and captured.guards.accept(call.flat):
                 if number in graphs:  # another thread may have given it up
                     graphs.move_to_end(number)
-                yield number, captured, run
+                yield Graph(number, captured, run)
 
-    def _compile(
-        self, key: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[int, Captured, Callable[..., Any]]:
+    def _unshared(self, key: Any, call: Call) -> Iterator[Graph]:
+        """`_accepting`; raises OverlapError where one would write to memory that inputs share."""
+        for graph in self._accepting(key, call):
+            graph.captured.refuse_overlap(call)
+            yield graph
+
+    def _compile(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
         state = self._ridgeline
         number = state.captures
-        compiler = state.compile_program
-        with compiler.meet(f"a capture of graph {number}", call), compiler.compiling():
+        with state.compile_program.compiling():
             captured, run = self._compiled(args, kwargs)
         if captured.program.training and not self.training:
             self.plan.note(HAS_BACKWARD)
@@ -237,7 +234,7 @@ class OptimizedModule(nn.Module):
             )
         state.graphs[number] = (key, captured, run)
         state.captures += 1
-        return number, captured, run
+        return Graph(number, captured, run)
 
     def _compiled(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -312,6 +309,11 @@ class OptimizedModule(nn.Module):
             "an optimised model holds compiled code and cannot be pickled; save the original's"
             " state_dict and call ridgeline.optimize after loading"
         )
+
+
+def _kind(key: Any, call: Call) -> Any:
+    """A key of all calls that differ from `call` in what a cache counts alone."""
+    return (*key[:-1], call.kind)
 
 
 def _moves(fn: Callable[[Tensor], Tensor], p: nn.Parameter) -> bool:

@@ -10,7 +10,7 @@ from ridgeline.cost_model import Target
 from ridgeline.ir.program import Phase
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
-from ridgeline.passes.compiler import Objective, OptimizeError
+from ridgeline.passes.compiler import Objective, OptimizeError, check_max_graphs
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.forced_bits import forced
 from ridgeline.passes.ignore import check_ignore
@@ -90,8 +90,7 @@ def optimize(
         raise OptimizeError(f"model is {type(model).__name__}; pass a torch.nn.Module")
     if args is not None and not isinstance(args, list | tuple):
         raise OptimizeError(f"args is {type(args).__name__}; pass a tuple, as (x,)")
-    if max_graphs < 1:
-        raise OptimizeError(f"max_graphs is {max_graphs}; keep at least 1")
+    check_max_graphs(max_graphs)
     forced_bits = bits is not None or average_bits is not None
     compiler = MeshCompiler(
         target,

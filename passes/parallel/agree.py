@@ -37,6 +37,8 @@ _TURNS: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDicti
 """How often the ranks of a group have talked: what was said before must not be read again."""
 _SAID: weakref.WeakKeyDictionary[dist.ProcessGroup, set[int]] = weakref.WeakKeyDictionary()
 """The turns of which the store still has what this rank said."""
+_SHOWN = 60
+"""Characters of each rank's facts in an error."""
 _LINGER = 5.0
 """Seconds that a rank stays for others to read what it said; one that has ended reads nothing."""
 
@@ -121,14 +123,17 @@ class Ranks:
             RankMismatch: on all ranks, naming the facts that differ and who says what.
             RankLost: a rank said that it failed, or nothing within the timeout.
         """
-        said = self._exchange({"subject": subject, **facts})
+        self._refuse_others(self._exchange({"subject": subject, **facts}))
+
+    def _refuse_others(self, said: Sequence[Mapping[str, str]]) -> None:
+        """Raise RankMismatch where not every rank says the same, naming what differs."""
         mine = said[self.rank]
         names = dict.fromkeys(name for each in said for name in each)
         lines = []
         for name in names:
             values = [each.get(name, "nothing") for each in said]
             if len(set(values)) > 1:
-                told = ", ".join(f"rank {r}: {_short(v)}" for r, v in enumerate(values))
+                told = ", ".join(f"rank {r}: {v}" for r, v in enumerate(_shortened(values)))
                 lines.append(f"{name} differs ({told})")
         if lines:
             raise RankMismatch(
@@ -140,10 +145,11 @@ class Ranks:
     def largest(self, values: Sequence[float]) -> list[float]:
         """Each of `values` where it is largest: a decision on them is one for all ranks.
 
-        Raises RankLost as `agree` does: at once where a rank says that it failed.
+        Raises RankMismatch and RankLost as `agree` does.
         """
-        said = self._exchange({"subject": "what they measured", "values": list(values)})
-        columns = zip(*(each["values"] for each in said), strict=True)
+        said = self._exchange({"subject": "what they measured", "values": json.dumps(list(values))})
+        self._refuse_others([{"subject": each["subject"]} for each in said])
+        columns = zip(*(json.loads(each["values"]) for each in said), strict=True)
         return [math.nan if any(map(math.isnan, c)) else max(c) for c in columns]
 
     def barrier(self) -> None:
@@ -353,5 +359,13 @@ def _key(turn: int, rank: int) -> str:
     return f"ridgeline/{turn}/{rank}"
 
 
-def _short(value: str) -> str:
-    return value if len(value) <= 60 else f"{value[:57]}..."
+def _shortened(values: Sequence[str]) -> list[str]:
+    """Each; of long ones what is about the place from which on they differ."""
+    if max(map(len, values)) <= _SHOWN:
+        return list(values)
+    differs = [len(set(letters)) > 1 for letters in zip(*values, strict=False)]
+    same = differs.index(True) if True in differs else len(differs)
+    start = max(0, same - _SHOWN // 3)
+    lead = "..." if start else ""
+    cut = [value[start:] for value in values]
+    return [f"{lead}{v if len(v) <= _SHOWN else f'{v[: _SHOWN - 3]}...'}" for v in cut]

@@ -14,14 +14,14 @@ model answers (`predicted`).
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
 
-from ridgeline.codegen.inductor_inputs import InputMismatch
+from ridgeline.codegen.inductor import Compiled
 from ridgeline.cost_model import Stack, Target
 from ridgeline.cost_model.transport import Transport, transport_of
 from ridgeline.ir.call import Call
@@ -32,6 +32,7 @@ from ridgeline.ir.program import SHARDED, Program
 from ridgeline.passes.apply import apply, copy_graph
 from ridgeline.passes.base import Candidate, Setting, location
 from ridgeline.passes.certify import relative_error
+from ridgeline.passes.compile_program import Graph
 from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.decide import Choice
 from ridgeline.passes.observe import outputs_of
@@ -49,6 +50,7 @@ from ridgeline.passes.parallel.rewrite import (
     ParallelDefect,
     When,
     check_counts,
+    check_when,
     refusal,
     rewrite_collectives,
 )
@@ -99,6 +101,8 @@ class ParallelCompiler(Compiler):
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
+        check_when("fuse", fuse)
+        check_when("weave", weave)
         self.ranks, self.splits, self.fuse, self.weave = ranks, splits, fuse, weave
         self.stack = stack
         self.meeting = Meeting(ranks)
@@ -107,12 +111,18 @@ class ParallelCompiler(Compiler):
         self.timed: list[Timed] = []
         self.strict = strict
         self._before: fx.GraphModule | None = None
+        self._accepts: dict[int, Callable[..., bool]] = {}
 
     def deciding(self) -> contextlib.AbstractContextManager[None]:
         return self.meeting.deciding()
 
-    def meet(self, what: str, call: Call) -> contextlib.AbstractContextManager[None]:
-        return self.meeting.meet(what, call)
+    def meet(
+        self, wanted: str, call: Call, known: Callable[[], Iterable[Graph]]
+    ) -> contextlib.AbstractContextManager[list[Graph]]:
+        def fits(graph: Graph) -> bool:
+            return self._accepts[id(graph.captured.program)](*call.flat)
+
+        return self.meeting.meet(wanted, call, known, fits)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -136,7 +146,16 @@ class ParallelCompiler(Compiler):
         for name in ("predicted", "measured", "seconds"):
             getattr(self.plan, name).update(getattr(chosen.plan, name))
         self._labels[id(program)] = chosen.label
+        self._accepts[id(program)] = run.accepts
         return self._told(self.ranks.guarded(run))
+
+    def release(self, program: Program) -> None:
+        super().release(program)
+        del self._accepts[id(program)]
+
+    def forget(self) -> None:
+        super().forget()
+        self._accepts.clear()
 
     def _told(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`; where it fails, the others hear why when they are told, or time out."""
@@ -144,7 +163,7 @@ class ParallelCompiler(Compiler):
         def told(*flat: Any) -> Any:
             try:
                 return run(*flat)
-            except (RankLost, InputMismatch):  # inputs do not fit on any rank: all capture anew
+            except RankLost:
                 raise
             except Exception as error:
                 self.ranks.say_failed(error)
@@ -152,7 +171,7 @@ class ParallelCompiler(Compiler):
 
         return told
 
-    def _chosen(self, program: Program) -> tuple[Form, Callable[..., Any]]:
+    def _chosen(self, program: Program) -> tuple[Form, Compiled]:
         return self._woven_or_not(self._sharded_or_not(program), program)
 
     def _sharded_or_not(self, program: Program) -> Form:
@@ -188,7 +207,7 @@ class ParallelCompiler(Compiler):
             form.plan.kernels.append(answer.kernel)
         return form
 
-    def _woven_or_not(self, form: Form, program: Program) -> tuple[Form, Callable[..., Any]]:
+    def _woven_or_not(self, form: Form, program: Program) -> tuple[Form, Compiled]:
         """The form, or two parts of its tokens in turn where a call has them."""
         if self.weave == "never":
             return form, form.run
@@ -227,7 +246,7 @@ class ParallelCompiler(Compiler):
 
     def _parted(
         self, form: Form, woven: Form, cut: token_weave.Cut, told: str, at: str
-    ) -> tuple[Form, Callable[..., Any]]:
+    ) -> tuple[Form, Compiled]:
         """The woven form, with what was decided before it, and what runs calls of any size."""
         decided = [d for d in form.plan.refused if d.refused_by == "cost" and d.rewrite == NAME]
         woven.plan.refused += decided
@@ -238,10 +257,10 @@ class ParallelCompiler(Compiler):
         line = _weaving(at, woven.label, None, "")
         woven.plan.applied.append(dataclasses.replace(line, variant=told))
 
-        def run(*flat: Any) -> Any:
-            return (woven if cut.holds(flat) else form).run(*flat)
+        def of(flat: tuple[Any, ...]) -> Compiled:
+            return (woven if cut.holds(flat) else form).run
 
-        return woven, run
+        return woven, Compiled(lambda *x: of(x)(*x), lambda *x: of(x).accepts(*x))
 
     def _form(self, program: Program, *, fuse: bool, cut: token_weave.Cut | None = None) -> Form:
         """The program compiled one way, with an account of its own; `program` is not changed."""
@@ -257,6 +276,7 @@ class ParallelCompiler(Compiler):
         if transport := self._transport():
             expected = expected_seconds(rewritten.graph, transport, self.target)
         run = own.lower(rewritten, copied)
+        assert isinstance(run, Compiled)  # for inference
         # A rank that could not compile has said so: the others must not wait for it in a run.
         self.ranks.agree("a compiled form", {})
         return Form(run, rewritten, own.plan, own._labels[id(copied)], fuse, expected)

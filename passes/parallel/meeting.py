@@ -1,34 +1,37 @@
 """Before each call of a split model its ranks say which call it is: no rank runs a graph alone.
 
-    decide (flatten, guards) -> meet -> run the graph
-                                     -> capture and compile, which agree -> meet -> run the graph
+    decide (flatten) -> meet -> run the graph that all know, or capture and compile, and run
 
 A graph's collectives match by order and by size alone. A rank that runs a graph while another
 captures one, or that has inputs of another length, waits for ever, or is ended by its transport;
 one with other ids or other activations gives wrong sums. So each call begins with one collective
 of a few numbers:
 
-    d    of the model, of what is to run, of the call's structure and plain arguments, and of what
-         `sampled` says of its tensors
+    d    of the model, of the graphs that take the call's sizes, of its structure and plain
+         arguments, and of what `sampled` says of its tensors
     t    how often this rank has talked to the others (`Ranks.turn`)
+    f    which of these graphs take this rank's inputs as they lie, as bits, the newest first
     s    of each input of floats x, of its samples: the sum of x_i cos(i), and |x|
 
 Where all t and all d are equal, and no two sums of an input differ by more than `APART` |x|, the
-call goes on. Where d or a sum differs, every rank says in words what it is about to do
-(`Ranks.agree`), and raises. A rank that fails before this takes part with d = -1, and waits for
-nobody; one that failed alone in a call that the others finished has another t: all raise, and are
-in step again. Caches hold each rank's own heads and are left out.
+call goes on, with the newest graph that all f have; where there is none, all capture. (Caches of
+one head may lie as a graph expects by their strides where those of two do not.) Where d or a sum
+differs, every rank says in words what it is about to do (`Ranks.agree`), and raises. A rank that
+fails before this takes part with d = -1, and waits for nobody; one that failed alone in a call that
+the others finished has another t: all raise, and are in step again.
 
 This is done where the group has gloo for tensors on the CPU. Others would have to wait for their
 device at each call. Threads take turns: one call of a group at a time, from this to its end.
 """
 
 import contextlib
+import functools
 import hashlib
+import operator
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -36,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ridgeline.ir.call import Call
+from ridgeline.passes.compile_program import Graph
 from ridgeline.passes.parallel.agree import RankLost, RankMismatch, Ranks
 from ridgeline.passes.parallel.sampled import facts_of, sums_of
 
@@ -43,6 +47,8 @@ APART = 1e-2
 """Of |x|: more than the last bits of bfloat16 that two machines may round apart."""
 SLOTS = 8
 """Inputs of floats that are compared one by one; the ninth shares the first's numbers."""
+GRAPHS = 48
+"""The newest graphs that are compared: as many bits as float64 holds, and fewer."""
 _FAILED = -1.0
 _LOOK = timedelta(seconds=1)
 """Between two looks at what others have said, while this rank waits for them."""
@@ -71,39 +77,61 @@ class Meeting:
             with self._lock:
                 self.ranks.say_failed(error)
                 if self.held:
-                    self._send(_FAILED, [])  # the others come later, or have called already
+                    self._send(_FAILED)  # the others come later, or have called already
             raise
 
     @contextlib.contextmanager
-    def meet(self, what: str, call: Call) -> Iterator[None]:
+    def meet(
+        self,
+        wanted: str,
+        call: Call,
+        known: Callable[[], Iterable[Graph]],
+        fits: Callable[[Graph], bool],
+    ) -> Iterator[list[Graph]]:
         """Enter where all ranks are about to do the same on the same inputs; until it is left, no
         other thread's call of the group begins.
+
+        known: the graphs that take the call's sizes, asked when it is this thread's turn. fits:
+        whether a graph's code takes the inputs as they lie. Gives the graph to be run, one for all
+        ranks, or none where all are to capture.
 
         Raises:
             RankMismatch: on all ranks, saying who is about to do what.
             RankLost: a rank failed before, has ended, or did not call within the timeout.
         """
         with self._lock:
+            with self.deciding():
+                graphs = sorted(known(), key=lambda g: -g.number)[:GRAPHS]
+                bits = sum(fits(graph) << i for i, graph in enumerate(graphs))
+                facts, sums = self._said(wanted, call, graphs) if self.held else ({}, [])
             if self.held:
-                self._compare(what, call)
-            yield
+                bits = self._compared(facts, bits, sums)
+            yield [graph for i, graph in enumerate(graphs) if bits >> i & 1][:1]
 
-    def _compare(self, what: str, call: Call) -> None:
-        facts = {"model": self.model, "what is run": what, **facts_of(call)}
-        sums = sums_of(call, SLOTS)
+    def _said(
+        self, wanted: str, call: Call, graphs: Sequence[Graph]
+    ) -> tuple[dict[str, str], list[tuple[float, float]]]:
+        """What must be equal on all ranks, and what may differ by little."""
+        run = " or ".join(f"graph {graph.number}" for graph in graphs) or "a new graph"
+        facts = {"model": self.model, "what is wanted": wanted, "what is run": run}
+        return facts | facts_of(call), sums_of(call, SLOTS)
+
+    def _compared(self, facts: dict[str, str], bits: int, sums: list[tuple[float, float]]) -> int:
+        """The bits that all ranks have. Raises as `meet` does."""
         mine = float(_digest("\n".join(facts.values())))
-        said = self._waited(*self._send(mine, [x for pair in sums for x in pair]))
+        said = self._waited(*self._send(mine, float(bits), *(x for pair in sums for x in pair)))
         digests, turns = said[:, 0].tolist(), [int(t) for t in said[:, 1].tolist()]
         self.ranks.in_step(turns, [d == _FAILED for d in digests])
-        totals, sizes = said[:, 2::2], said[:, 3::2]
+        totals, sizes = said[:, 3::2], said[:, 4::2]
         apart = totals.amax(0) - totals.amin(0) > APART * sizes.amax(0)
         if len(set(digests)) > 1 or bool(apart.any()):
             told = [f"a sum of {sums[i][0]:.8g}" for i in apart.nonzero().flatten().tolist()]
             self.ranks.agree("this call", facts | {"floats in inputs": ", ".join(told)})
+        return functools.reduce(operator.and_, map(int, said[:, 2].tolist()))
 
-    def _send(self, digest: float, sums: list[float]) -> tuple[dist.Work, list[Tensor]]:
-        mine = torch.zeros(2 + 2 * SLOTS, dtype=torch.float64)
-        mine[: 2 + len(sums)] = torch.tensor([digest, self.ranks.turn, *sums], dtype=mine.dtype)
+    def _send(self, digest: float, *numbers: float) -> tuple[dist.Work, list[Tensor]]:
+        mine = torch.zeros(3 + 2 * SLOTS, dtype=torch.float64, device="cpu")
+        mine[: 2 + len(numbers)] = mine.new_tensor([digest, self.ranks.turn, *numbers])
         every = [torch.empty_like(mine) for _ in range(self.ranks.world)]
         work = dist.all_gather(every, mine, group=self.ranks.group, async_op=True)
         assert work is not None
@@ -113,12 +141,13 @@ class Meeting:
         """[ranks, numbers]."""
         end = time.monotonic() + self.ranks.timeout.total_seconds()
         while True:
+            done = work.is_completed()  # asked before: it may succeed while others are heard
             try:
                 work.wait(min(_LOOK, self.ranks.timeout))
                 return torch.stack(every)
             except RuntimeError as error:
                 self.ranks.refuse_failed()
-                if work.is_completed() or time.monotonic() > end:
+                if done or time.monotonic() > end:
                     raise self.ranks.lost(error) from error
 
 

@@ -11,7 +11,7 @@ ranks' graphs differ, or are in no normal form, all leave them as they came.
 """
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,12 +21,12 @@ from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.match import Reject
 from ridgeline.ir.program import SHARDED, WEIGHT, Program
 from ridgeline.passes.apply import copy_graph
-from ridgeline.passes.compiler import Compiler, OptimizeError, graph_figures
+from ridgeline.passes.compiler import Compiler, graph_figures
 from ridgeline.passes.parallel.agree import LeftAsItIs, Ranks
 from ridgeline.passes.parallel.collectives import group_of, is_collective
 from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
 from ridgeline.passes.parallel.layouts import COLUMN, ROW
-from ridgeline.passes.parallel.rewrite import ParallelDefect, When, refusal
+from ridgeline.passes.parallel.rewrite import ParallelDefect, When, check_when, refusal
 from ridgeline.passes.parallel.signature import versions
 
 TRAINED = "gradients are recorded, and norms move to a shard of the tokens for inference only"
@@ -44,8 +44,7 @@ class MeshCompiler(Compiler):
 
     def __init__(self, target: Any, *, fuse: When | None = None, **options: Any) -> None:
         super().__init__(target, **options)
-        if fuse not in (None, *get_args(When)):
-            raise OptimizeError(f"fuse is {fuse!r}; choose one of {get_args(When)}, or None")
+        check_when("fuse", fuse)
         self.fuse: When | None = fuse
 
     def __call__(self, program: Program) -> Callable[..., Any]:

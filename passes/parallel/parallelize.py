@@ -14,6 +14,7 @@ from torch import nn
 from ridgeline.cost_model import InvalidStack, Stack, Target, load_target, stack_of
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
+from ridgeline.passes.compiler import check_max_graphs
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
@@ -57,6 +58,7 @@ def parallelize(
     holds.
 
     Raises:
+        OptimizeError: for unusable arguments.
         Unparallel: no layer of the model can be split over that many ranks.
         RankMismatch: on all ranks, where they differ in code, model, target or graph.
         RankLost: another rank failed, ended, or did not answer in time; also when it is called.
@@ -67,9 +69,10 @@ def parallelize(
         RidgelineError: torch.distributed is not initialised, or the mesh cannot be used.
     """
     ranks = Ranks.of(mesh, timeout)
-    machine = load_target(target)
-    fuse, weave = fuse or usual(machine), weave or usual(machine)
     with ranks.together():
+        check_max_graphs(max_graphs)
+        machine = load_target(target)
+        fuse, weave = fuse or usual(machine), weave or usual(machine)
         plan = plan_parallel(model, ranks.world) if split else None
         compiler = ParallelCompiler(
             machine,
@@ -82,15 +85,16 @@ def parallelize(
             lowering=lowering,
         )
         facts = {"target": compiler.target.name, "fuse": fuse, "weave": weave, **versions()}
+        facts |= {"lowering": lowering, "max_graphs": str(max_graphs)}
         facts["model"] = model_signature(model) if plan else type(model).__name__
         facts["plan"] = plan.digest() if plan else "the model's own"
         number = ranks.turn
         ranks.agree("the model", facts | settings_of(model))
         compiler.meeting.model = f"number {number}, {facts['model']}, plan {facts['plan']}"
         part = shard(model, plan, ranks.rank, ranks.name) if plan else model
-    for sentence in told(plan, ranks.rank) if plan else ():
-        compiler.plan.note(sentence)
-    return optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
+        for sentence in told(plan, ranks.rank) if plan else ():
+            compiler.plan.note(sentence)
+        return optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
 
 
 def _stack(model: nn.Module) -> Stack | None:

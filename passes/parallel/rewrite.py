@@ -9,7 +9,7 @@ It takes, in normal form (`collectives`), what `ridgeline.ir.capture` gives, and
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from ridgeline.ir.match import Reject
 from ridgeline.ir.program import WEIGHT
 from ridgeline.ir.provenance import operation, source_of
 from ridgeline.passes.base import location
+from ridgeline.passes.compiler import OptimizeError
 from ridgeline.passes.parallel.agree import LeftAsItIs, RankMismatch, Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
 from ridgeline.passes.parallel.collectives import collectives, count, other_form
@@ -30,6 +31,12 @@ from ridgeline.passes.plan import Decision, RefusedBy
 When = Literal["measured", "predicted", "always", "never"]
 """Whether to rewrite: where it is quicker when run here, where the cost model says so of the
 target, wherever it can be done, or not."""
+
+
+def check_when(name: str, when: When | None) -> None:
+    """Raise OptimizeError for what is none of them; None leaves the choice open."""
+    if when not in (None, *get_args(When)):
+        raise OptimizeError(f"{name} is {when!r}; choose one of {get_args(When)}, or None")
 
 
 class ParallelDefect(RidgelineError):

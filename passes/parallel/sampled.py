@@ -1,6 +1,7 @@
 """What a rank says of the inputs of a call, by which others tell whether theirs are the same.
 
-Of each tensor, a cache's aside: dtype, shape, strides; and where it is on the CPU, of values:
+Of each cache, which holds this rank's heads: how many sequences and tokens it has. Of each other
+tensor: dtype, shape, strides; and where it is on the CPU, of values:
 
     integers, booleans   the sum of x_i r_i mod 2^64 for random r, of all up to `EXACT` values
     floats               the sum of x_i cos(i), and |x|; which of them are not finite or `LARGE`, as
@@ -15,11 +16,13 @@ as each rank has one of its own.
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from ridgeline.ir.caches import is_cache
+from ridgeline.ir import caches
 from ridgeline.ir.call import Call
 
 SAMPLED, EXACT = 4096, 2**16
@@ -30,7 +33,7 @@ LARGE = 1e8
 def facts_of(call: Call) -> dict[str, str]:
     """What must be equal on all ranks, by its name."""
     tensors = _tensors(call)
-    plain = [x for x in call.leaves if not isinstance(x, Tensor) and not is_cache(x)]
+    plain = [x for x in call.leaves if not isinstance(x, Tensor) and not caches.is_cache(x)]
     addresses = list(map(id, tensors))
     facts = {
         "structure of arguments": call.key[0],
@@ -40,6 +43,8 @@ def facts_of(call: Call) -> dict[str, str]:
         "devices of inputs": ", ".join(x.device.type for x in tensors),
         "inputs that are one": str(list(map(addresses.index, addresses))),
     }
+    own = set(addresses)
+    facts["lengths of caches"] = _of_caches([x for x in call.flat if id(x) not in own])
     read = [x for x in tensors if _is_read(x)]
     facts["integers in inputs"] = ", ".join(_integers(x) for x in read if not _is_float(x))
     facts["numbers in inputs that are large or not finite"] = ", ".join(
@@ -62,6 +67,23 @@ def sums_of(call: Call, slots: int) -> list[tuple[float, float]]:
 
 def _tensors(call: Call) -> list[Tensor]:
     return [x for x in call.leaves if isinstance(x, Tensor)]
+
+
+def _of_caches(held: Sequence[Tensor]) -> str:
+    """What is the same of caches on all ranks: of keys and values [B, heads, S, D] all sizes but
+    the heads, of other tensors the first, and counts of tokens; once for layers alike."""
+    counts = [x.reshape(-1) for x in held if not x.is_floating_point() and _is_read(x)]
+    told = map(str, torch.cat(counts).tolist() if counts else [])
+    alike = groupby((x.dtype, x.shape) for x in held if x.is_floating_point())
+    sizes = (
+        f"{str(dtype).removeprefix('torch.')}{_apart_from_heads(shape)} x {len([*same])}"
+        for (dtype, shape), same in alike
+    )
+    return ", ".join((*sizes, *(f"{count} x {len([*same])}" for count, same in groupby(told))))
+
+
+def _apart_from_heads(shape: torch.Size) -> list[int]:
+    return [shape[0], *shape[2:]] if len(shape) == 4 else [*shape[:1]]
 
 
 def _plain(leaf: object) -> str:
@@ -123,7 +145,7 @@ def _some(x: Tensor, most: int) -> Tensor:
 def _places(shape: torch.Size) -> tuple[Tensor, ...]:
     """Where the samples of such a tensor are: an odd step does not stay in a few columns."""
     count = shape.numel()
-    at = torch.arange(SAMPLED) * (count // SAMPLED | 1) % count
+    at = torch.arange(SAMPLED, device="cpu") * (count // SAMPLED | 1) % count
     at[-1] = count - 1
     return torch.unravel_index(at, shape)
 

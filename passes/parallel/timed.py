@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ridgeline.codegen.inductor import Compiled
 from ridgeline.ir.program import Program
 from ridgeline.passes.observe import rehearsal
 from ridgeline.passes.parallel.agree import Ranks
@@ -30,7 +31,7 @@ class Form:
     whether norms were to move to a shard; expected: seconds that this machine is predicted to take
     for it, None where that is not known."""
 
-    run: Callable[..., Any]
+    run: Compiled
     module: fx.GraphModule
     plan: Plan
     label: str

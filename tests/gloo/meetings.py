@@ -1,9 +1,11 @@
 """Calls before which ranks have something else to say, and what each attempt comes to."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ import ridgeline
 from gloo.forms import WIDTH, by_hand
 from gloo.models import build, ids
 from gloo.work import PLAIN, error
+from ridgeline.passes.parallel.agree import Ranks
 
 OPTIONS: dict[str, Any] = PLAIN | {"split": False, "fuse": "never"}
 LOWEST = torch.finfo(torch.float32).min
@@ -112,6 +115,42 @@ def fails_after_the_last_collective() -> list[str]:
     said.append(attempted(lambda: part(x, use_cache=True).logits, expected))
     said.append(attempted(lambda: part(x, use_cache=True).logits, expected))
     said.append(attempted(call, expected))
+    return said
+
+
+@torch.no_grad()
+def late() -> list[str]:
+    """Rank 1 comes while rank 0, which has waited for a second, asks whether anybody has failed."""
+    part, x = ridgeline.parallelize(Scaled().eval(), **OPTIONS), rows()
+    expected, listen = Scaled().eval()(x), Ranks.refuse_failed
+    said = [attempted(lambda: part(x), expected)]
+    store = dist.distributed_c10d._get_default_store()
+
+    def listened(ranks: Ranks) -> None:
+        listen(ranks)
+        if dist.get_rank() == 0:
+            store.set("asks", b"")
+            store.wait(["comes"])
+            time.sleep(0.2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "refuse_failed", listened)
+        if dist.get_rank() == 1:
+            store.wait(["asks"])
+            store.set("comes", b"")
+        said.append(attempted(lambda: part(x), expected))
+    return said
+
+
+@torch.no_grad()
+def with_another_default_device() -> list[str]:
+    part, x = ridgeline.parallelize(Scaled().eval(), **OPTIONS), rows()
+    expected, long = Scaled().eval()(x), torch.ones(2, 6, 600)
+    said = []
+    for mask in (None, long):
+        part.capture(x, mask=mask)
+        with torch.device("meta"):
+            said.append(attempted(lambda mask=mask: part(x, mask=mask), expected))
     return said
 
 

@@ -3,7 +3,13 @@
 import pytest
 
 from gloo import on_ranks
-from gloo.meetings import apart, fails_after_the_last_collective, in_threads
+from gloo.meetings import (
+    apart,
+    fails_after_the_last_collective,
+    in_threads,
+    late,
+    with_another_default_device,
+)
 
 EXTREME = "numbers in inputs that are large or not finite differs (rank 0: "
 FLOATS = "floats in inputs differs (rank 0: a sum of "
@@ -55,3 +61,11 @@ def test_a_failure_after_the_last_collective_leaves_the_ranks_in_step() -> None:
 
 def test_threads_take_turns() -> None:
     assert on_ranks(2, in_threads) == [["right"] * 12] * 2
+
+
+def test_a_rank_that_comes_while_others_ask_is_not_lost() -> None:
+    assert on_ranks(2, late) == [["right", "right"]] * 2
+
+
+def test_the_default_device_is_not_where_ranks_meet() -> None:
+    assert on_ranks(2, with_another_default_device) == [["right", "right"]] * 2
