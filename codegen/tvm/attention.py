@@ -200,7 +200,9 @@ def attention_out(
         else:
             # 128 rows share a copied tile, where that leaves each thread two blocks or more
             large = batch * key_heads * (rows // 128) >= 2 * threads
-            run(query, key, value, entries, out, scale, reach, 2 if large else 1, cap, *given)
+            units = threads if parallel else 1
+            blocks = 2 if large else 1, units
+            run(query, key, value, entries, out, scale, reach, *blocks, cap, *given)
     except (ValueError, TypeError, RuntimeError):
         _check(query, key, value, mask, sinks)
         raise

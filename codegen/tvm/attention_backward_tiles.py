@@ -17,6 +17,7 @@ from ridgeline.codegen.tvm.attention_vectors import (
     multiply_add,
     registers,
     splat,
+    transposed,
     words,
 )
 
@@ -33,7 +34,7 @@ class Tiles(NamedTuple):
     q_down: Any
     do: Any
     do_down: Any
-    rows: Any
+    square: Any
     k: Any
     kt: Any
     vt: Any
@@ -103,13 +104,26 @@ def copies(spec: Spec) -> Copies:
             down_row(tile, zeros, source, b, h, first, count // 2, size, True)
 
     @T.inline
-    def turned(tile, rows, source, b, h, first, count, size):
-        along(rows, source, b, h, first, count, size)
-        for c in T.serial(size):
-            for r in T.serial(count):
-                tile[c, r] = rows[r, c]
-            for r in T.serial(KEYS - count):
-                tile[c, count + r] = word(0)
+    def turned_at(tile, square, source, b, h, first, count, n, at, size):
+        for r in T.serial(LANES):
+            if n + r < count:
+                address = T.address_of(source[b, h, first + n + r, at * per_word])
+                square[r, lanes(0)] = load(spec, address, size)
+            else:
+                square[r, lanes(0)] = splat(word(0))
+        if size < LANES:  # what is never read: see `transposed`
+            tile[at + LANES - 1, lanes(n)] = splat(word(0))
+        T.evaluate(transposed(square, T.address_of(tile[at, n]), KEYS))
+
+    @T.inline
+    def turned(tile, square, source, b, h, first, count, size):
+        """16 rows at a time."""
+        for n in T.serial((count + LANES - 1) // LANES):
+            for c in T.serial(size // LANES):
+                turned_at(tile, square, source, b, h, first, count, n * LANES, c * LANES, LANES)
+            if size % LANES != 0:
+                at = T.meta_var(size // LANES * LANES)
+                turned_at(tile, square, source, b, h, first, count, n * LANES, at, size % LANES)
 
     @T.inline
     def zero(tile, first, rows, columns):
@@ -142,14 +156,25 @@ def products(spec: Spec) -> Products:
     tall, wide = (2, 2) if spec.isa == "generic" else (4, 4)
 
     @T.inline
-    def score(out, left, right, r, c, count):
-        acc = registers((tall, wide, LANES))
+    def in_parts(block, arguments, vectors):
+        """`block` on so many vectors, `wide` at a time, then what is left of them."""
+        for c in T.serial(vectors // wide):
+            block(arguments, c * wide * LANES, wide)
+        if vectors % wide >= 2:
+            block(arguments, vectors // wide * wide * LANES, 2)
+        if vectors % 2 == 1:
+            block(arguments, (vectors - 1) * LANES, 1)
+
+    @T.inline
+    def score(arguments, c, nv):
+        out, left, right, r, count = T.meta_var(arguments)
+        acc = registers((tall, nv, LANES))
         for m in T.unroll(tall):
-            for n in T.unroll(wide):
+            for n in T.unroll(nv):
                 acc[m, n, lanes(0)] = splat(T.float32(0))
         for i in T.serial(count):
             for m in T.unroll(tall):
-                for n in T.unroll(wide):
+                for n in T.unroll(nv):
                     acc[m, n, lanes(0)] = multiply_add(
                         spec,
                         splat(left[r + m, i]),
@@ -157,18 +182,17 @@ def products(spec: Spec) -> Products:
                         acc[m, n, lanes(0)],
                     )
         for m in T.unroll(tall):
-            for n in T.unroll(wide):
+            for n in T.unroll(nv):
                 out[m, lanes(c + n * LANES)] = acc[m, n, lanes(0)]
 
     @T.inline
-    def scores(out, left, right, r, last, count):
-        """out[m, j] = sum over words i of left[r + m, i] right[i, j], for keys below `last`."""
-        for c in T.serial(KEYS // LANES // wide):
-            if c * wide * LANES < last:
-                score(out, left, right, r, c * wide * LANES, count)
+    def scores(out, left, right, r, vectors, count):
+        """out[m, j] = sum over words i of left[r + m, i] right[i, j], for `vectors` of keys."""
+        in_parts(score, (out, left, right, r, count), vectors)
 
     @T.inline
-    def key_block(out, left, right, r, c, start, stop, nv):
+    def key_block(arguments, c, nv):
+        out, left, right, r, start, stop = T.meta_var(arguments)
         acc = registers((tall, nv, LANES))
         for m in T.unroll(tall):
             for n in T.unroll(nv):
@@ -189,14 +213,11 @@ def products(spec: Spec) -> Products:
     @T.inline
     def into_keys(out, left, right, r, start, stop, columns):
         """out[r.., c] += sum over i of left[i, r..] right[i, c], i from start to stop."""
-        for c in T.serial(columns // LANES // wide):
-            key_block(out, left, right, r, c * wide * LANES, start, stop, wide)
-        for c in T.serial(columns // LANES % wide):
-            at = T.meta_var((columns // LANES // wide * wide + c) * LANES)
-            key_block(out, left, right, r, at, start, stop, 1)
+        in_parts(key_block, (out, left, right, r, start, stop), columns // LANES)
 
     @T.inline
-    def query_block(x, dq, left, right, slice_, i0, r, c, count, nv):
+    def query_block(arguments, c, nv):
+        x, dq, left, right, slice_, i0, r, count = T.meta_var(arguments)
         acc = registers((tall, nv, LANES))
         for m in T.unroll(tall):
             for n in T.unroll(nv):
@@ -219,10 +240,6 @@ def products(spec: Spec) -> Products:
     @T.inline
     def into_queries(x, dq, left, right, slice_, i0, r, count, columns):
         """dq of rows i0 + r.. += sum over words j of left[r.., j] right[j, c]."""
-        for c in T.serial(columns // LANES // wide):
-            query_block(x, dq, left, right, slice_, i0, r, c * wide * LANES, count, wide)
-        for c in T.serial(columns // LANES % wide):
-            at = T.meta_var((columns // LANES // wide * wide + c) * LANES)
-            query_block(x, dq, left, right, slice_, i0, r, at, count, 1)
+        in_parts(query_block, (x, dq, left, right, slice_, i0, r, count), columns // LANES)
 
     return Products(tall, scores, into_keys, into_queries)

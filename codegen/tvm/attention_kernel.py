@@ -38,7 +38,7 @@ from ridgeline.codegen.tvm.attention_scores import (
     sink_score,
     sink_total,
 )
-from ridgeline.codegen.tvm.attention_tiles import Head, Tiles, copies
+from ridgeline.codegen.tvm.attention_tiles import VECTORS, Head, Tiles, copies
 from ridgeline.codegen.tvm.attention_vectors import (
     LANES,
     LOWEST,
@@ -60,7 +60,9 @@ from ridgeline.codegen.tvm.attention_vectors import (
 KEYS = 64
 """Keys of a tile: with their values and the scores of 64 rows they stay in the first caches."""
 
-VECTORS = 4
+FEW_KEYS = 4
+"""Keys that are multiplied at a time, at least."""
+
 SUB_BLOCK = VECTORS * LANES
 SUB_BLOCKS = 2
 """Sub-blocks that share one copied tile, at most."""
@@ -68,10 +70,11 @@ SUB_BLOCKS = 2
 
 def build(spec: Spec) -> Any:
     """The kernel for `spec`:
-    main(q, k, v, mask, out, scale, diagonal, sub_blocks, cap, stats, sinks).
+    main(q, k, v, mask, out, scale, diagonal, sub_blocks, units, cap, stats, sinks).
 
     mask [B,H,Sq,Sk] of any strides, or fp32 [1,1,1,1] where `spec.mask` is None; diagonal between
-    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; cap: not
+    -Sq and Sk; sub_blocks: how many sub-blocks a thread takes at once, 1 or `SUB_BLOCKS`; units:
+    runs of blocks, which threads take; what they work in is made once for a run; cap: not
     read unless `spec.capped`, where scale is that of the law over the cap; stats fp32 [2,B,H,Sq]
     contiguous, absent unless `spec.saved`; sinks [H], absent unless `spec.sinks` names their dtype.
     """
@@ -83,39 +86,49 @@ def build(spec: Spec) -> Any:
     loop = T.parallel if spec.parallel else T.serial
     copy = copies(spec)
 
+    def parts(x, row):
+        """Vectors that the rows from `row` on fill, of those of a sub-block."""
+        return T.max(T.min(VECTORS, (x.rows - row + LANES - 1) // LANES), 0)
+
+    @T.inline
+    def score_block(x, w, peak, sub, part, first, j0, nv, nk, cut):
+        """s = z for the `nk` keys from `j0` on."""
+        z = registers((nk, nv, LANES))
+        for j in T.unroll(nk):
+            for v in T.unroll(nv):
+                z[j, v, lanes(0)] = splat(T.float32(0))
+        for d in T.serial(depth):
+            for j in T.unroll(nk):
+                for v in T.unroll(nv):
+                    z[j, v, lanes(0)] = multiply_add(
+                        spec,
+                        splat(w.kt[j0 + j, d]),
+                        w.qt[sub, d, part + v, lanes(0)],
+                        z[j, v, lanes(0)],
+                    )
+        for j in T.unroll(nk):
+            for v in T.unroll(nv):
+                if masked:
+                    bias = T.meta_var(w.bias[j0 + j, part + v, lanes(0)])
+                    z[j, v, lanes(0)] = scores(spec, x, z[j, v, lanes(0)], bias)
+                else:
+                    z[j, v, lanes(0)] = scores(spec, x, z[j, v, lanes(0)])
+                if cut:
+                    z[j, v, lanes(0)] = T.Select(
+                        splat(T.Cast("int32", first + j0 + j)) < w.limit[sub, part + v, lanes(0)],
+                        z[j, v, lanes(0)],
+                        splat(T.float32(float("-inf"))),
+                    )
+                w.s[j0 + j, part + v, lanes(0)] = z[j, v, lanes(0)]
+                peak[v, lanes(0)] = vector("rl_max", peak[v, lanes(0)], z[j, v, lanes(0)])
+
     @T.inline
     def score(x, w, peak, sub, part, first, count, nv, nk, cut):
         """s = z for `count` keys and `nv` vectors of rows; peak = m'."""
-        for block in T.serial((count + nk - 1) // nk):
-            z = registers((nk, nv, LANES))
-            for j in T.unroll(nk):
-                for v in T.unroll(nv):
-                    z[j, v, lanes(0)] = splat(T.float32(0))
-            for d in T.serial(depth):
-                for j in T.unroll(nk):
-                    for v in T.unroll(nv):
-                        z[j, v, lanes(0)] = multiply_add(
-                            spec,
-                            splat(w.kt[block * nk + j, d]),
-                            w.qt[sub, d, part + v, lanes(0)],
-                            z[j, v, lanes(0)],
-                        )
-            for j in T.unroll(nk):
-                for v in T.unroll(nv):
-                    if masked:
-                        bias = T.meta_var(w.bias[block * nk + j, part + v, lanes(0)])
-                        z[j, v, lanes(0)] = scores(spec, x, z[j, v, lanes(0)], bias)
-                    else:
-                        z[j, v, lanes(0)] = scores(spec, x, z[j, v, lanes(0)])
-                    if cut:
-                        z[j, v, lanes(0)] = T.Select(
-                            splat(T.Cast("int32", first + block * nk + j))
-                            < w.limit[sub, part + v, lanes(0)],
-                            z[j, v, lanes(0)],
-                            splat(T.float32(float("-inf"))),
-                        )
-                    w.s[block * nk + j, part + v, lanes(0)] = z[j, v, lanes(0)]
-                    peak[v, lanes(0)] = vector("rl_max", peak[v, lanes(0)], z[j, v, lanes(0)])
+        for block in T.serial((count + FEW_KEYS - 1) // nk):
+            score_block(x, w, peak, sub, part, first, block * nk, nv, nk, cut)
+        if (count + FEW_KEYS - 1) % nk >= FEW_KEYS:
+            score_block(x, w, peak, sub, part, first, count // nk * nk, nv, FEW_KEYS, cut)
 
     @T.inline
     def soften(w, peak, alpha, sub, part, count, nv):
@@ -171,7 +184,7 @@ def build(spec: Spec) -> Any:
 
     @T.inline
     def attend(x, w, sub, part, first, count, nv, nk, cut):
-        """`nv` vectors of rows take in `count` keys (a multiple of `nk`) of the tile."""
+        """`nv` vectors of rows take in `count` keys (an even number) of the tile."""
         peak = registers((nv, LANES))
         alpha = registers((nv, LANES))
         for v in T.unroll(nv):
@@ -184,7 +197,7 @@ def build(spec: Spec) -> Any:
     def attend_tile(x, w, row, sub, first, diagonal):
         """The 64 rows from `row` on take in the tile that starts at key `first`."""
         if (row + SUB_BLOCK <= x.rows) & (
-            first + KEYS <= T.min(row // x.group + diagonal + 1, x.length)
+            first + KEYS <= T.min(x.query(row) + diagonal + 1, x.length)
         ):
             if masked:
                 for part in T.serial(VECTORS):
@@ -192,12 +205,12 @@ def build(spec: Spec) -> Any:
             for part in T.serial(VECTORS // wide):
                 attend(x, w, sub, part * wide, first, KEYS, wide, wide_keys, False)
         else:
-            for part in T.serial(VECTORS):
+            for part in T.serial(parts(x, row)):
                 start = row + part * LANES
                 final = T.min(x.rows, start + LANES) - 1
-                seen = T.min(final // x.group + diagonal + 1, x.length) - first
-                count = (T.min(KEYS, seen) + narrow_keys - 1) // narrow_keys * narrow_keys
-                if (start < x.rows) & (count > 0):
+                seen = T.min(x.query(final) + diagonal + 1, x.length) - first
+                count = (T.min(KEYS, seen) + 1) // 2 * 2
+                if count > 0:
                     if masked:
                         copy.mask(x, w, start, part, first, count)
                     attend(x, w, sub, part, first, count, 1, narrow_keys, True)
@@ -206,14 +219,17 @@ def build(spec: Spec) -> Any:
     def attend_block(x, w, row0, sub_blocks, diagonal):
         """`sub_blocks` x 64 rows from `row0` on, from the first key to the last they see."""
         for sub in T.serial(sub_blocks):
-            for part in T.serial(VECTORS):
+            for part in T.serial(parts(x, row0 + sub * SUB_BLOCK)):
                 row = row0 + sub * SUB_BLOCK + part * LANES
-                for lane in T.serial(LANES):
-                    seen = T.min(row + lane, x.rows - 1) // x.group + diagonal + 1
-                    w.limit[sub, part, lane] = T.Cast("int32", T.min(seen, x.length))
+                if diagonal < x.length:
+                    for lane in T.serial(LANES):
+                        seen = x.query(T.min(row + lane, x.rows - 1)) + diagonal + 1
+                        w.limit[sub, part, lane] = T.Cast("int32", T.min(seen, x.length))
+                else:
+                    w.limit[sub, part, lanes(0)] = splat(T.Cast("int32", x.length))
                 if spec.sinks is not None:
                     for lane in T.serial(LANES):
-                        entry = x.sink(T.min(row + lane, x.rows - 1))
+                        entry = T.meta_var(x.sink(T.min(row + lane, x.rows - 1)))
                         w.top[sub, part, lane] = sink_score(spec, entry)
                         w.total[sub, part, lane] = sink_total(entry)
                 else:
@@ -223,16 +239,15 @@ def build(spec: Spec) -> Any:
                     w.o[sub, d, part, lanes(0)] = splat(T.float32(0))
                 copy.queries(x, w, row, sub, part)
         final = T.min(x.rows, row0 + sub_blocks * SUB_BLOCK) - 1
-        end = T.max(T.min(final // x.group + diagonal + 1, x.length), 0)
+        end = T.max(T.min(x.query(final) + diagonal + 1, x.length), 0)
         for tile in T.serial((end + KEYS - 1) // KEYS):
             first = tile * KEYS
-            copy.keys(x, w, first, T.min(KEYS, end - first + narrow_keys - 1))
+            copy.keys(x, w, first, T.min(KEYS, end - first + FEW_KEYS - 1))
             for sub in T.serial(sub_blocks):
                 attend_tile(x, w, row0 + sub * SUB_BLOCK, sub, first, diagonal)
         for sub in T.serial(sub_blocks):
-            for part in T.serial(VECTORS):
-                if row0 + sub * SUB_BLOCK + part * LANES < x.rows:
-                    copy.store(x, w, row0 + sub * SUB_BLOCK + part * LANES, sub, part)
+            for part in T.serial(parts(x, row0 + sub * SUB_BLOCK)):
+                copy.store(x, w, row0 + sub * SUB_BLOCK + part * LANES, sub, part)
 
     @T.prim_func(s_tir=True)
     def main(
@@ -244,6 +259,7 @@ def build(spec: Spec) -> Any:
         scale: T.float32,
         diagonal: T.int64,
         sub_blocks: T.int64,
+        units: T.int64,
         soft_cap: T.float32,
         stats_: T.handle,
         sinks_: T.handle,
@@ -263,10 +279,11 @@ def build(spec: Spec) -> Any:
         with T.attr(0, "pragma_import_llvm", spec.helpers):
             group = heads // key_heads
             rows = queries * group
-            factor = factor_of(spec, scale)
-            cap = cap_of(spec, soft_cap)
+            factor: T.let = factor_of(spec, scale)
+            cap: T.let = cap_of(spec, soft_cap)
             blocks = (rows + sub_blocks * SUB_BLOCK - 1) // (sub_blocks * SUB_BLOCK)
-            for item in loop(batch * key_heads * blocks):
+            items = batch * key_heads * blocks
+            for unit in loop(units):
                 qt = T.alloc_buffer((SUB_BLOCKS, depth16, VECTORS, LANES), spec.word)
                 kt = T.alloc_buffer((KEYS, depth16), spec.word)
                 vt = T.alloc_buffer((value_rows, dim16), spec.word)
@@ -280,37 +297,40 @@ def build(spec: Spec) -> Any:
                 square = T.alloc_buffer((LANES, LANES), "float32")
                 turned = T.alloc_buffer((LANES, LANES), "float32")
                 word_square = T.alloc_buffer((LANES, LANES), spec.word)
-                word_turned = T.alloc_buffer((LANES, LANES), spec.word)
                 zeros = T.alloc_buffer((LANES,), "int32")
                 zeros[lanes(0)] = splat(T.int32(0))
-                b = T.meta_var(item // blocks // key_heads)
-                h = T.meta_var(item // blocks % key_heads)
-                # Causal work grows with the block: long and short ones alternate, so that any
-                # run of items, which is what a thread gets, has its even share.
-                turn = item % blocks
-                block = T.if_then_else(turn % 2 == 0, turn // 2, blocks - 1 - turn // 2)
-                attend_block(
-                    Head(q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap, stats),
-                    Tiles(
-                        qt,
-                        kt,
-                        vt,
-                        bias,
-                        limit,
-                        s,
-                        p,
-                        top,
-                        total,
-                        o,
-                        square,
-                        turned,
-                        word_square,
-                        word_turned,
-                        zeros,
-                    ),
-                    block * sub_blocks * SUB_BLOCK,
-                    sub_blocks,
-                    diagonal,
-                )
+                start = unit * items // units
+                for turn_ in T.serial((unit + 1) * items // units - start):
+                    item = start + turn_
+                    b: T.let = item // blocks // key_heads
+                    h: T.let = item // blocks % key_heads
+                    # Causal work grows with the block: long and short ones alternate, so that any
+                    # run of items, which is what a thread gets, has its even share.
+                    turn = item % blocks
+                    block = T.if_then_else(turn % 2 == 0, turn // 2, blocks - 1 - turn // 2)
+                    attend_block(
+                        Head(
+                            q, k, v, mask, sinks, out, b, h, group, rows, length, factor, cap, stats
+                        ),
+                        Tiles(
+                            qt,
+                            kt,
+                            vt,
+                            bias,
+                            limit,
+                            s,
+                            p,
+                            top,
+                            total,
+                            o,
+                            square,
+                            turned,
+                            word_square,
+                            zeros,
+                        ),
+                        block * sub_blocks * SUB_BLOCK,
+                        sub_blocks,
+                        diagonal,
+                    )
 
     return kernel_of(main, spec)

@@ -26,9 +26,13 @@ from ridgeline.codegen.tvm.attention_vectors import (
     peak,
     registers,
     splat,
+    transposed,
     vector,
     words,
 )
+
+VECTORS = 4
+"""Vectors of a sub-block of rows."""
 
 
 class Head(NamedTuple):
@@ -51,11 +55,21 @@ class Head(NamedTuple):
 
     def query_row(self, tensor: Any, row: Any, column: Any) -> Any:
         """Element `column` of a row of q, mask or out."""
-        return tensor[self.b, self.h * self.group + row % self.group, row // self.group, column]
+        b, h, i = self.place(row)
+        return tensor[b, h, i, column]
+
+    def query(self, row: Any) -> Any:
+        """The query of a row; a division takes longer than a branch."""
+        return T.if_then_else(self.group == 1, row, row // self.group)
+
+    def place(self, row: Any) -> tuple[Any, Any, Any]:
+        """Batch, query head and query of a row."""
+        i = self.query(row)
+        return self.b, self.h * self.group + row - i * self.group, i
 
     def sink(self, row: Any) -> Any:
         """The sink of a row's query head."""
-        return self.sinks[self.h * self.group + row % self.group]
+        return self.sinks[self.place(row)[1]]
 
 
 class Tiles(NamedTuple):
@@ -74,7 +88,6 @@ class Tiles(NamedTuple):
     square: Any
     turned: Any
     word_square: Any
-    word_turned: Any
     zeros: Any
 
 
@@ -91,12 +104,6 @@ def copies(spec: Spec) -> Copies:
     """Builds the four copies."""
     depth, dim, pairs, dtype = spec.depth, spec.value_dim, spec.pairs, spec.dtype
     per_word = 2 if pairs else 1
-
-    @T.inline
-    def turn(square, turned):
-        """turned = square transposed."""
-        source, target = T.address_of(square[0, 0]), T.address_of(turned[0, 0])
-        T.evaluate(T.call_extern("int32", "rl_transpose16", source, target))
 
     @T.inline
     def key(x, w, first, j, word, count):
@@ -148,9 +155,10 @@ def copies(spec: Spec) -> Copies:
             at = T.min(row + lane, x.rows - 1)
             address = T.address_of(x.query_row(x.q, at, word * per_word))
             w.word_square[lane, lanes(0)] = load(spec, address, count)
-        turn(w.word_square, w.word_turned)
-        for d in T.serial(LANES):
-            w.qt[sub, word + d, part, lanes(0)] = w.word_turned[d, lanes(0)]
+        if count < LANES:  # what is never read: see `transposed`
+            w.qt[sub, word + LANES - 1, part, lanes(0)] = splat(T.Cast(spec.word, 0))
+        into = T.address_of(w.qt[sub, word, part, 0])
+        T.evaluate(transposed(w.word_square, into, VECTORS * LANES))
 
     @T.inline
     def queries(x, w, row, sub, part):
@@ -172,19 +180,18 @@ def copies(spec: Spec) -> Copies:
                     w.square[lane, lanes(0)] = mask_vector(spec, address)
                 else:
                     for j in T.serial(T.min(LANES, x.length - start)):
-                        entry = x.query_row(x.mask, at, start + j)
+                        entry = T.meta_var(x.query_row(x.mask, at, start + j))
                         w.square[lane, j] = mask_number(spec, entry)
-            turn(w.square, w.turned)
-            for j in T.serial(LANES):
-                w.bias[c * LANES + j, part, lanes(0)] = w.turned[j, lanes(0)]
+            into = T.address_of(w.bias[c * LANES, part, 0])
+            T.evaluate(transposed(w.square, into, VECTORS * LANES))
 
     @T.inline
     def columns(x, w, inverse, row, sub, part, column, count):
         for d in T.serial(LANES):
             w.square[d, lanes(0)] = w.o[sub, column + d, part, lanes(0)] * inverse[lanes(0)]
-        turn(w.square, w.turned)
+        T.evaluate(transposed(w.square, T.address_of(w.turned[0, 0]), LANES))
         for lane in T.serial(T.min(LANES, x.rows - row)):
-            b, h, i = x.b, x.h * x.group + (row + lane) % x.group, (row + lane) // x.group
+            b, h, i = T.meta_var(x.place(row + lane))
             done = w.turned[lane, lanes(0, count)]
             if dtype == "float32":
                 x.out[b, h, i, lanes(column, count)] = done
@@ -201,7 +208,7 @@ def copies(spec: Spec) -> Copies:
         )
         if spec.saved:
             for lane in T.serial(T.min(LANES, x.rows - row)):
-                b, h, i = x.b, x.h * x.group + (row + lane) % x.group, (row + lane) // x.group
+                b, h, i = T.meta_var(x.place(row + lane))
                 summed = w.total[sub, part, lane]
                 x.stats[0, b, h, i] = peak(w.top[sub, part, lane], summed)
                 x.stats[1, b, h, i] = logarithm(spec, summed)

@@ -115,9 +115,8 @@ def attention_backward(
     """
     batch, heads, queries, head_dim = query.shape
     _, key_heads, length, value_dim = value.shape
-    delta = row_dots(grad, out)
     if not (query.numel() and key.numel() and value.numel()):
-        return *(torch.zeros_like(x) for x in (query, key, value)), delta
+        return *(torch.zeros_like(x) for x in (query, key, value)), row_dots(grad, out)
     wide_dim, wide_value = (d + -d % 8 for d in (head_dim, value_dim))
     entries, mask_dtype = ABSENT, None
     if mask is not None:
@@ -125,10 +124,13 @@ def attention_backward(
     threads = torch.get_num_threads()
     work = batch * heads * queries * length * (head_dim + value_dim)
     parallel = threads > 1 and work >= PARALLEL_WORK
-    chunks = _chunks(batch * key_heads, -(-length // KEYS), threads if parallel else 1)
-    dq = stats.new_zeros(chunks, batch, heads, queries, wide_dim + -wide_dim % LANES)
-    dk = stats.new_empty(batch, key_heads, length, wide_dim)
-    dv = stats.new_empty(batch, key_heads, length, wide_value)
+    units = threads if parallel else 1
+    chunks = _chunks(batch * key_heads, -(-length // KEYS), units)
+    delta = stats.new_empty(chunks, batch, heads, queries)
+    dq = stats.new_empty(chunks, batch, heads, queries, wide_dim + -wide_dim % LANES)
+    read = {"dtype": read_as(query.dtype)}
+    dk = stats.new_empty(batch, key_heads, length, wide_dim, **read)
+    dv = stats.new_empty(batch, key_heads, length, wide_value, **read)
     kinds = query.dtype, mask_dtype, soft_cap is not None, parallel
     kernel(wide_dim, wide_value, *kinds)(
         _operand(query, wide_dim),
@@ -136,6 +138,7 @@ def attention_backward(
         _operand(value, wide_value),
         entries,
         _operand(grad.to(query.dtype), wide_value),
+        _operand(out, wide_value),
         stats,
         delta,
         dq,
@@ -144,13 +147,14 @@ def attention_backward(
         scale if soft_cap is None else scale / soft_cap,
         length if diagonal is None else max(-queries, min(diagonal, length)),
         soft_cap or 0.0,
+        units,
     )
     dq = dq[0] if chunks == 1 else dq.sum(0)
     return (
         dq[..., :head_dim].to(query.dtype).contiguous(),
         dk[..., :head_dim].to(key.dtype).contiguous(),
         dv[..., :value_dim].to(value.dtype).contiguous(),
-        delta,
+        delta[0],
     )
 
 

@@ -15,7 +15,7 @@ rl_keep                     0 where a byte of a boolean mask is not 0, else -inf
 rl_exp2_fine, rl_exp2_coarse  2**x for x <= 0: 2**floor(x) p(x - floor(x)), p the minimax polynomial
                             of degree 5 (relative error 8e-8) or 3 (8e-5); exactly 0 at -inf
 rl_sum16                    the sums of 16 vectors, as one vector
-rl_transpose16              a 16 x 16 block of words from memory to memory
+rl_transpose16              a 16 x 16 block of words from memory to rows `step` bytes apart
 """
 
 import functools
@@ -166,6 +166,17 @@ def logarithm(spec: Spec, total: Any) -> Any:
     """log(total) in the units of `Spec.natural`; inf where nothing was summed."""
     log = T.log(total) if spec.natural else T.log2(total)
     return T.if_then_else(total > T.float32(0), log, T.float32(float("inf")))
+
+
+def transposed(square: Any, target: Any, step: int) -> Any:
+    """Puts 16 x 16 words, transposed, at an address, in rows `step` words apart.
+
+    TVM allots to a buffer what it sees accessed, and it does not see this write: rows that are
+    never read are to be written in its sight too.
+    """
+    return T.call_extern(
+        "int32", "rl_transpose16", T.address_of(square[0, 0]), target, T.int64(4 * step)
+    )
 
 
 def mask_vector(spec: Spec, address: Any) -> Any:
@@ -340,7 +351,7 @@ def _sum16() -> str:
 
 def _transpose16() -> str:
     """Four rounds of exchanging blocks of 8, 4, 2 and 1."""
-    ir = "define i32 @rl_transpose16(ptr %from, ptr %to) alwaysinline {\n"
+    ir = "define i32 @rl_transpose16(ptr %from, ptr %to, i64 %step) alwaysinline {\n"
     for i in range(LANES):
         ir += f"  %at{i} = getelementptr i8, ptr %from, i64 {64 * i}\n"
         ir += f"  %r0.{i} = load <16 x i32>, ptr %at{i}, align 4\n"
@@ -354,7 +365,8 @@ def _transpose16() -> str:
             ir += _shuffle(f"r{stage + 1}.{i}", *pair, upper, "i32")
             ir += _shuffle(f"r{stage + 1}.{i + block}", *pair, lower, "i32")
     for i in range(LANES):
-        ir += f"  %in{i} = getelementptr i8, ptr %to, i64 {64 * i}\n"
+        ir += f"  %off{i} = mul i64 %step, {i}\n"
+        ir += f"  %in{i} = getelementptr i8, ptr %to, i64 %off{i}\n"
         ir += f"  store <16 x i32> %r4.{i}, ptr %in{i}, align 4\n"
     return ir + "  ret i32 0\n}\n"
 

@@ -60,6 +60,14 @@ def test_kernels_follow_the_law(isa, dtype, group):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_lengths(isa, dtype):
+    for length in (1, 2, 7, 15, 16, 17, 31, 33, 63):
+        q, k, v = operands(2, 4, 1, length, length, 24, dtype=dtype)
+        check(q, k, v)
+        check(q[:, :, -20:], k, v, diagonal=length - min(20, length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "dims", [(24, 40), (128, 72), (256, 256), (13, 21)], ids=lambda d: f"{d[0]}-{d[1]}"
 )
