@@ -20,6 +20,7 @@ from ridgeline.cost_model.target import Target
 from ridgeline.ir.sizes import numbers
 
 _NO_FLASH = ("sm_70", "sm_75")
+_CUDNN = ("sm_90", "sm_100")
 
 
 def attention_workspace(node: fx.Node, target: Target) -> int:
@@ -62,9 +63,11 @@ class Call:
 
 def fused(call: Call, target: Target) -> bool:
     """Has torch a kernel for it that stores no scores? On a CPU as torch says itself; on a GPU by
-    what its two such kernels ask for (`sdp_utils.cpp`): flash attention two-byte numbers, heads of
-    one size to 256, sm_80, no mask, and no causal mask over unequal lengths; the memory-efficient
-    one heads of their own for K and V, of a multiple of 16 bytes."""
+    what its such kernels ask for (`sdp_utils.cpp`): flash attention two-byte numbers, heads of one
+    size to 256, sm_80, no mask, and no causal mask over unequal lengths; the memory-efficient one
+    heads of their own for K and V, of a multiple of 16 bytes; cuDNN's two-byte numbers and heads
+    of a multiple of 8 to 128. cuDNN's comes before the one that stores scores on Hopper and B200
+    alone, since torch 2.10 with cuDNN 9.15.1 or later, as its builds for CUDA 13 have."""
     if target.kind == "cpu":
         return _fused_on_cpu(call)
     c, half = call, call.dtype in (torch.float16, torch.bfloat16)
@@ -72,7 +75,9 @@ def fused(call: Call, target: Target) -> bool:
     flash = flash and not c.masked and (c.square or not c.causal)
     aligned = all(n * c.dtype.itemsize % 16 == 0 for n in (c.size, c.value_size))
     efficient = (half or c.dtype == torch.float32) and aligned and c.heads == c.kv_heads
-    return c.rank == 4 and (flash or efficient)
+    cudnn = half and target.arch in _CUDNN and max(c.size, c.value_size) <= 128
+    cudnn = cudnn and c.size % 8 == c.value_size % 8 == 0
+    return c.rank == 4 and (flash or efficient or cudnn)
 
 
 @functools.cache

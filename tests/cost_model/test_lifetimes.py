@@ -250,9 +250,12 @@ def test_where_torch_stores_scores(target, function, dtype, stored):
     assert live == stored * SCORES + dtype.itemsize * BATCH * HEADS * LENGTH * values
 
 
-@pytest.mark.parametrize(("target", "masked"), [("a100", True), ("a100", False), ("cpu", True)])
-def test_grouped_heads_with_a_mask_store_scores_on_a_gpu(target, masked):
-    """Flash attention takes no mask there, and the other kernel no groups."""
+@pytest.mark.parametrize(
+    ("target", "masked"),
+    [("a100", True), ("a100", False), ("h100", True), ("b200", True), ("cpu", True)],
+)
+def test_grouped_heads_with_a_mask_store_scores_on_gpus_before_hopper(target, masked):
+    """Flash attention takes no mask there, and the other kernel no groups; cuDNN takes both."""
 
     def grouped(q, k, v, mask):
         mask = mask if masked else None
