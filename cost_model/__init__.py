@@ -5,7 +5,7 @@ from ridgeline.cost_model.choose import Choice, InfeasibleChoice, InvalidOption,
 from ridgeline.cost_model.count import Uncountable, work_of, work_of_graph
 from ridgeline.cost_model.doubt import doubt
 from ridgeline.cost_model.estimate import Cost, estimate, launch_queue
-from ridgeline.cost_model.lifetimes import Lifetimes, Replaced
+from ridgeline.cost_model.lifetimes import Lifetimes
 from ridgeline.cost_model.predict import predict
 from ridgeline.cost_model.shapes import InvalidShape
 from ridgeline.cost_model.target import (
@@ -23,6 +23,7 @@ from ridgeline.cost_model.tensor_parallel import (
     choose_schedule,
     stack_of,
 )
+from ridgeline.cost_model.values import Replaced
 from ridgeline.cost_model.work import (
     Attention,
     BinaryAttention,

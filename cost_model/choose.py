@@ -24,7 +24,7 @@ added, and the result stands where it is within LARGE_GAP of the relaxation's bo
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -225,6 +225,11 @@ def _highest(step: Step) -> int:
     return step.bytes - sum(min(freed, 0) for freed in step.freed.values())
 
 
+def _lowest(step: Step, keys: Collection[str]) -> int:
+    """Bytes of a step beside all of these that make it less."""
+    return step.bytes - sum(max(freed, 0) for key, freed in step.freed.items() if key in keys)
+
+
 def _checked(options: Sequence[Option], error_budget: float, steps: Sequence[Step] = ()) -> None:
     index = {o.key: o for o in options}
     if len(index) != len(options):
@@ -384,8 +389,8 @@ def _does_not_fit(
     capacity, base, steps = memory
     ok = [o for o, allows in zip(options, allowed, strict=True) if allows]
     freed = -sum(min(o.memory_bytes, 0) * o.count for o in ok)
-    every = {o.key: 1 for o in ok}
-    least = max((_left(step, every) for step in steps), default=0)
+    keys = {o.key for o in ok}
+    least = max((_lowest(step, keys) for step in steps), default=0)
     beside = f", and at least {least} more at its fullest step," if steps else ""
     return (
         f"the program holds {base} bytes{beside} and the device {capacity}; the options free at"

@@ -68,8 +68,9 @@ def estimate(
     """What `work` costs on `target`.
 
     launch: "graph" (CUDA or HIP graphs, no host time) or "eager"; a CPU has no difference.
-    resident_bytes: weights that the whole program reads between two uses of one of them; a CPU's
-        cache keeps a weight for the next step only if it keeps all of these.
+    resident_bytes: weights that the whole program reads between two uses of one of them; the cache
+        keeps a weight for the next step only if it keeps all of these. 0: not known; a CPU then
+        keeps what it can of each, a GPU what it did in the harness that timed its products.
     Raises ValueError for another `launch` and InvalidTarget for a collective without a link.
     """
     if launch not in ("graph", "eager"):
@@ -128,7 +129,7 @@ def _price(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> gpu_t
             f"target {target.name!r}: key 'link_gb_per_s': expected a positive number for"
             f" {kernel.name} over {kernel.ranks} ranks, found 0"
         )
-    return gpu_time.price(kernel, target, resident_bytes > target.l2_bytes)
+    return gpu_time.price(kernel, target, resident_bytes)
 
 
 def launch_queue(work: Work, target: Target, resident_bytes: float = 0.0) -> Queue:

@@ -20,8 +20,13 @@ prefill neither packs queries nor splits keys. A mask is read on the
 way. Vector FLOPs of a stream run beside its bytes, those of binary attention are additions at half
 of the rate; a rational function beside a product is added to it, at the rate of Triton's products.
 Picked rows are copied as others are. Products have no residual: it is what one library chose at one
-size, and would weigh in what is chosen between libraries. A weight, or a decoded key, is found in
-L2 only if the program's other weights leave it there.
+size, and would weigh in what is chosen between libraries.
+
+A program's weights are read in turns, each once a step, so that one is found in L2 only if all of
+them are: in place of a harness's copies of one weight stand the program's others. A weight of a
+model that is larger than L2 comes from DRAM at every step, of one that fits from L2, however small
+its layers are. Decoded keys have what the weights leave of L2. What a product reads beside its
+weights was made by the kernel before it, as in a harness.
 """
 
 import dataclasses
@@ -103,12 +108,13 @@ class Price:
 
 
 @functools.lru_cache(maxsize=1 << 16)  # a model repeats its layers, a search its questions
-def price(kernel: Kernel, target: Target, cold: bool = False) -> Price:
-    """What a kernel takes; cold: the program's weights displace each other from L2."""
+def price(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> Price:
+    """What a kernel takes; resident_bytes: of the program's weights, 0 where they aren't known, and
+    products find in L2 what they did in the harness that timed them."""
     if isinstance(kernel, Gemm):
-        return _gemm(kernel, target, cold)
+        return _gemm(kernel, target, resident_bytes)
     if isinstance(kernel, Attention):
-        return _attention(kernel, target, cold)
+        return _attention(kernel, target, resident_bytes)
     if isinstance(kernel, BinaryAttention):
         moved = sum(kernel.bytes.values())
         return _stream("softmax", moved, 2 * kernel.flops, target)
@@ -164,24 +170,26 @@ def _slower(dtype: torch.dtype, target: Target) -> float:
     return target.peaks["float32"] / target.peak(dtype) if dtype == torch.float64 else 1.0
 
 
-def _gemm(g: Gemm, target: Target, cold: bool) -> Price:
+def _gemm(g: Gemm, target: Target, resident_bytes: float) -> Price:
     if not g.flops:
         return _empty(target)
     unit = _unit(g.dtype, target)
     bits = g.weight_bits
     if bits is None or bits >= 8 * g.dtype.itemsize:
-        found = _product(g, unit, target, cold)
+        found = _product(g, unit, target, resident_bytes)
         return _own(g, found, target) if g.library == "ridgeline" else found
     unpack = PLANE_US * bits * (g.scheme == "binary") + SHIFT_US * g.terms * (g.scheme == "shift")
-    found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, cold, unpack)
-    if g.m <= TILE_ROWS:  # it is the weights that take long
+    found = _product(g, "w4a16" if bits <= 4 else "w8a16", target, resident_bytes, unpack)
+    if g.m <= TILE_ROWS and unit in MATRIX_UNITS:  # it is the weights that take long
         return found
     # No faster than a product that is handed as few bytes.
-    handed = _product(g, unit, target, cold, unpack)
+    handed = _product(g, unit, target, resident_bytes, unpack)
     return dataclasses.replace(found, compute=max(found.compute, handed.compute))
 
 
-def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0) -> Price:
+def _product(
+    g: Gemm, law: str, target: Target, resident_bytes: float, unpack: float = 0.0
+) -> Price:
     """law: "bf16", ..., "w4a16"; unpack: microseconds that a step of 64 columns takes longer."""
     machine, name = machine_of(target, "gemm", law)
     changed = {}
@@ -196,11 +204,11 @@ def _product(g: Gemm, law: str, target: Target, cold: bool, unpack: float = 0.0)
     if slower != 1.0 or shapes.UNIT[law] != shapes.UNIT[unit]:
         rates = machine_of(target, "gemm", unit)[0]
         machine = {**machine, **{key: rates[key] / slower for key in ("peak", "boost")}}
-    if cold:
-        machine = _cold(machine)
     shape = {"batch": g.batch, "m": g.m, "n": g.n, "k": g.k}
     # x comes in the dtype of the products
     moved = g.bytes
+    if resident_bytes:
+        changed["copies"] = max(resident_bytes / moved["weight"], 1.0)
     counted = {"bytes": sum(moved.values()), "quantized": 0.0}
     counted |= {"weights": moved["weight"], "written": moved["output"]}
     s = shapes.law_inputs("gemm", law, shape) | counted
@@ -245,11 +253,7 @@ def _batched() -> float:
     return _constant("bmm", "fp32", "", "memory") / _constant("gemm", "fp32", "", "memory")
 
 
-def _cold(machine: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**machine, "l2": 1.0}
-
-
-def _attention(a: Attention, target: Target, cold: bool) -> Price:
+def _attention(a: Attention, target: Target, resident_bytes: float) -> Price:
     if not a.flops:
         return _empty(target)
     rows = a.q * (a.heads // max(a.kv_heads, 1))
@@ -271,7 +275,7 @@ def _attention(a: Attention, target: Target, cold: bool) -> Price:
     if law == "decode":
         # The law splits keys where heads share them; these kernels do so in any case.
         s["heads"] = max(a.heads * a.q, a.kv_heads + 1)
-        machine = _cold(machine) if cold else machine
+        machine = {**machine, "l2": max(machine["l2"] - resident_bytes, 1.0)}
     found = _by_law(op, dtype, (machine, name), s, BARE[law], law == "decode" or a.q == a.kv)
     compute = found.compute * _slower(a.dtype, target)
     if law == "decode":  # on a tile of the matrix instruction's 16 rows

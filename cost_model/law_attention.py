@@ -93,9 +93,6 @@ def prefill(
     packed = choose(q > 1, machine["packed"], 1.0)
     blocks = b * (packed * kh * ceil(q * h / kh / _TILE) + (1 - packed) * h * ceil(q / _TILE))
     chunk = (q < kv) * 1.0
-    most = largest(least(floor(cores / blocks), ceil(kv / _LEAST_SPLIT)), 1.0)
-    splits = choose(chunk * packed > 0, most, 1.0)
-    share = blocks * splits / cores
     windowed = (s["window"] > 0) * (s["window"] < kv) * 1.0
     wide = choose(windowed > 0, least(s["window"] + 2 * _TILE, kv), kv)
     seen = s["pairs"]
@@ -106,9 +103,19 @@ def prefill(
     mean = seen / q + 32.0 + windowed * edges
     narrow = 128.0 / d
     u = 4.0 * _TILE * d * cores * (1 + v * machine["vector"] * narrow) / (machine["boost"] * e_c)
-    busy = wave * ceil(share) + (1 - wave) * largest(share, 1.0)
     start = block * 1e-6 * machine["cycle"] ** 0.5
-    clocked = root4(busy * (start + mean / splits * u), start + wide / splits * u * alone)
+
+    def of_parts(splits: Numbers) -> Numbers:
+        share = blocks * splits / cores
+        busy = wave * ceil(share) + (1 - wave) * largest(share, 1.0)
+        return root4(busy * (start + mean / splits * u), start + wide / splits * u * alone)
+
+    # More parts with more keys, as smoothly as over all lengths of a tile; and only where it pays.
+    most = largest(least(floor(cores / blocks), mean / _LEAST_SPLIT), 1.0)
+    whole, apart = of_parts(1.0), of_parts(most)
+    merged = bare * machine["merge"] * 1e-6
+    split = chunk * packed * (apart + merged < whole)
+    clocked = split * apart + (1 - split) * whole
     x = machine["attention"]
     sustained = machine["attention_peak"] * e_p / (x + (1 - x) * narrow)
     compute = sharp(clocked, 4.0 * b * h * d * seen / sustained)
@@ -121,11 +128,10 @@ def prefill(
     written = written * (1 - chunk)
     single = _copied(machine, s) * (q == 1) * (1 - chunk)
     # FlashAttention-3 and after plan their tiles by a kernel of its own.
-    whole = empty * machine["slow"] + plan * machine["packed"]
-    merged = (splits > 1) * bare * machine["merge"]
-    fixed = chunk * (bare * machine["slow"] + merged) + (1 - chunk) * whole
+    planned = empty * machine["slow"] + plan * machine["packed"]
+    fixed = chunk * bare * machine["slow"] + (1 - chunk) * planned
     fixed = fixed + copy * single * machine["slow"] + per_batch * b
-    return fixed * 1e-6, compute + written, memory + written
+    return fixed * 1e-6 + split * merged, compute + written, memory + written
 
 
 def decode(

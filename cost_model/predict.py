@@ -22,7 +22,7 @@ from ridgeline.cost_model.energy import movement_joules, unit_joules
 from ridgeline.cost_model.estimate import Cost
 from ridgeline.cost_model.machine import executed, machine_of, with_fewer_cores
 from ridgeline.cost_model.shapes import InvalidShape
-from ridgeline.cost_model.target import Target, load_target
+from ridgeline.cost_model.target import Target, UnknownTarget, load_target
 
 _BOUNDS = ("launch", "compute", "memory")
 _NETWORK_BOUNDS = ("launch", "compute", "communication")
@@ -35,11 +35,15 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     op, dtype and shape parameters: `gemm`, `bmm` (m, n, k, batch=1; fp32, bf16, fp16, fp8, int8,
     w8a16, w4a16: y[m, n] = x[m, k] w[n, k]ᵀ); `attn_prefill`, `attn_decode` (batch, heads,
     kv_heads, head_dim, q_len, kv_len, window=0); memory-bound operators (rows, width); collectives
-    (world, per_node, bytes of payload per rank; the target's name may end in `_nvswitch`,
-    `_pairwise` or `_pcie`). target: a name of `target_names`, the path of a .toml file, or a
-    Target. reserved: cores that another kernel holds meanwhile. Raises UnknownTarget for a name
-    that isn't described, InvalidShape for the rest.
+    (world, per_node: ranks that a node has room for, bytes of payload per rank; the target's name
+    may end in `_nvswitch`, `_pairwise` or `_pcie`). target: a name of `target_names`, the path of a
+    .toml file, or a Target. reserved: cores that another kernel holds meanwhile. Raises
+    UnknownTarget for a name that isn't described, InvalidShape for the rest.
     """
+    if not isinstance(target, str | Path | Target):
+        raise UnknownTarget(
+            f"target: expected one name, the path of a .toml file or a Target, found {target!r}"
+        )
     shape = _checked(op, dtype, shape)
     if isinstance(target, str) and target.endswith(".toml") and (file := Path(target)).is_file():
         target = _own(target, file.stat().st_mtime_ns)

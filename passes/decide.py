@@ -1,29 +1,14 @@
 """One joint decision: candidates become options of the solver, its answer becomes `Decision`s."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import fx
 
 from ridgeline.cost_model import Cost, Option, Target, Work, doubt, estimate, solve
 from ridgeline.passes.base import Candidate
-from ridgeline.passes.plan import RefusedBy
-from ridgeline.passes.room import Room, relief_of, together
-
-Objective = Literal["latency", "memory", "energy", "eflops"]
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A site that got nothing: its best candidate, why, and what would let it fire, if known. kind:
-    the reason in a few words, without figures."""
-
-    candidate: Candidate
-    by: RefusedBy
-    kind: str
-    reason: str
-    needed: str = ""
+from ridgeline.passes.losses import Loss, Objective, Spot, Weighing, figure, losses, spots
+from ridgeline.passes.room import Relief, Room, relief_of, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +62,44 @@ def choose(
     """
     counts = counts or dict.fromkeys(candidates, 1)
     held = weight_bytes + state_bytes
-    relief = relief_of(candidates, counts, room, held, objective == "memory")
-    peak = 0 if relief is None else int(relief.live.max(initial=0))
-    too_large = held + peak > target.memory_bytes
-    freeing = relief.freed if relief else {}  # also beside what holds more and then does not fit
+    weighing = _weigh(candidates, target, objective, tolerance, sensitivity, weight_bytes, counts)
+    limits = _Limits(tolerance, sensitivity, held, counts)
+    first = relief_of(candidates, counts, room, held, objective == "memory")
+    choice = _choice(replace(weighing, relief=first), limits)
+    relief: Relief | None = None
+    for _ in range(ROUNDS if room else 0):
+        live = room.live_bytes(choice.times)
+        more = sum(n * c.memory_bytes for c, n in choice.times.items())
+        if held + more + live.max(initial=0) <= target.memory_bytes:
+            break
+        relief = room.relief(candidates) if relief is None else relief.corrected(choice.times, live)
+        choice = _choice(replace(weighing, relief=relief), limits)
+    return choice
+
+
+ROUNDS = 4
+"""How often a choice that does not fit is made again, by what was seen of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """held: bytes of weights and caches."""
+
+    tolerance: float
+    sensitivity: float
+    held: int
+    counts: Mapping[Candidate, int]
+
+
+def _weigh(
+    candidates: Sequence[Candidate],
+    target: Target,
+    objective: Objective,
+    tolerance: float,
+    sensitivity: float,
+    weight_bytes: int,
+    counts: Mapping[Candidate, int],
+) -> Weighing:
     known: dict[Work, Cost] = {}  # a model repeats its layers
 
     def cost(work: Work) -> Cost:
@@ -101,28 +120,37 @@ def choose(
     for c in candidates:
         if objective == "latency" and c.memory_bytes > 0:
             price[c] += PRICE_OF_MEMORY * costs[c][0].seconds
+    return Weighing(target, objective, costs, worth, doubts, price)
+
+
+def _choice(weighing: Weighing, limits: _Limits) -> Choice:
+    """The best under these limits."""
+    worth, price, relief, counts = weighing.worth, weighing.price, weighing.relief, limits.counts
+    target, objective = weighing.target, weighing.objective
+    too_large = limits.held + (relief.peak_bytes if relief else 0) > target.memory_bytes
     useful = _undominated(
         [
             c
-            for c in candidates
-            if worth[c] > max(price[c], doubts[c])
+            for c in worth
+            if worth[c] > max(price[c], weighing.doubt[c])
             or (too_large and c.memory_bytes < 0)
-            or c in freeing
+            or (relief is not None and relief.frees(c))
         ],
         worth,
-        freeing,
+        relief,
     )
     touched: dict[fx.Node, list[int]] = {}
     for i, c in enumerate(useful):
         for node in c.site.nodes:
             touched.setdefault(node, []).append(i)
-    whole = together({i for i, c in enumerate(useful) if c in freeing}, useful, touched)
+    changing = relief.freed if relief else {}
+    whole = together({i for i, c in enumerate(useful) if c in changing}, useful, touched)
     options = [
         Option(
             key=str(i),
             gain=(worth[c] - price[c]) * (n := counts[c] if i in whole else 1),
             memory_bytes=c.memory_bytes * n,
-            error=c.error * sensitivity * n**0.5,
+            error=c.error * limits.sensitivity * n**0.5,
             conflicts=frozenset(str(j) for n in c.site.nodes for j in touched[n] if j != i),
             count=counts[c] // n,
         )
@@ -131,9 +159,9 @@ def choose(
     keys = {c: str(i) for i, c in enumerate(useful) if i in whole}
     taken = solve(
         options,
-        error_budget=tolerance,
+        error_budget=limits.tolerance,
         capacity_bytes=target.memory_bytes,
-        base_memory_bytes=held,
+        base_memory_bytes=limits.held,
         steps=() if relief is None else relief.steps(keys),
         price_of_peak=1.0 if relief and objective == "memory" else 0.0,
     ).times
@@ -142,33 +170,14 @@ def choose(
         for i, c in enumerate(useful)
         if str(i) in taken
     }
-    chosen = list(times)
-    spent = sum(n * (c.error * sensitivity) ** 2 for c, n in times.items())
+    spent = sum(n * (c.error * limits.sensitivity) ** 2 for c, n in times.items())
 
     def enough(error: float) -> float:
-        """The tolerance under which a further error would fit."""
-        return (spent + (error * sensitivity) ** 2) ** 0.5
+        return (spent + (error * limits.sensitivity) ** 2) ** 0.5
 
-    refused = _others(candidates, chosen, costs, worth, doubts, price, target, enough, objective)
-    choice = Choice(chosen, refused, costs, worth, doubts, times)
-    over = {} if room is None else room.too_much(times, held)
-    if not over:
-        return choice
-    rest = choose(
-        [c for c in candidates if c not in over],
-        target,
-        tolerance=tolerance,
-        objective=objective,
-        sensitivity=sensitivity,
-        weight_bytes=weight_bytes,
-        state_bytes=state_bytes,
-        counts=counts,
-        room=room,
-    )
-    reason = f"what is alive beside it does not fit {target.name} at the fullest step"
-    needed = "choose a device with more memory"
-    losses = [Loss(c, "budget", "does not fit the memory", reason, needed) for c in over]
-    return replace(rest, refused=[*rest.refused, *losses], costs=costs, worth=worth, doubt=doubts)
+    chosen = list(times)
+    refused = losses(weighing, chosen, enough)
+    return Choice(chosen, refused, weighing.costs, worth, weighing.doubt, times)
 
 
 NEXT_TO_NOTHING = 0.01
@@ -176,7 +185,7 @@ NEXT_TO_NOTHING = 0.01
 
 
 def _undominated(
-    candidates: Sequence[Candidate], worth: dict[Candidate, float], freeing: Collection[Candidate]
+    candidates: Sequence[Candidate], worth: Mapping[Candidate, float], relief: Relief | None
 ) -> list[Candidate]:
     """Without the forms beside which the same pass has one, for the same values, that wins more,
     takes no other nodes, holds no more memory and is as exact but for next to nothing."""
@@ -190,7 +199,7 @@ def _undominated(
             and set(d.site.nodes) <= set(c.site.nodes)
             and d.memory_bytes <= c.memory_bytes
             and d.error <= c.error * (1 + NEXT_TO_NOTHING)
-            and (d in freeing or c not in freeing)
+            and (relief is None or relief.no_less(d, c))
             for d in sites[c.rewrite.name, c.site.outs]
         )
 
@@ -216,27 +225,11 @@ def _price(
     """What each candidate's error costs, in the unit of the objective, so that none is spent on
     next to nothing: errors add as squares, and the whole tolerance has the price above."""
     best: dict[Spot, float] = {}
-    for c, spot in _spots(list(worth)).items():
+    for c, spot in spots(list(worth)).items():
         best[spot] = max(best.get(spot, 0.0), counts[c] * worth[c])
     whole = PRICE_OF_TOLERANCE * sum(best.values())
     share = {c: min(c.error * sensitivity / tolerance, 1.0) if c.error else 0.0 for c in worth}
     return {c: whole * share[c] ** 2 for c in worth}
-
-
-Spot = tuple[str, tuple[fx.Node, ...]]
-"""A pass and the values that it makes: what counts as one site with several forms."""
-
-
-def _spots(candidates: Sequence[Candidate]) -> dict[Candidate, Spot]:
-    """Sites with one first output are one spot; only one made of several that each stand alone too,
-    as layers side by side, is a spot of its own."""
-    alone = {(c.rewrite.name, c.site.outs[0]) for c in candidates if len(c.site.outs) == 1}
-
-    def spot(c: Candidate) -> Spot:
-        name, outs = c.rewrite.name, c.site.outs
-        return name, outs if all((name, out) in alone for out in outs) else outs[:1]
-
-    return {c: spot(c) for c in candidates}
 
 
 def _gain(before: Cost, after: Cost, candidate: Candidate, objective: Objective) -> float:
@@ -244,142 +237,3 @@ def _gain(before: Cost, after: Cost, candidate: Candidate, objective: Objective)
     if objective == "memory":  # a second counts as one byte: it only decides between equals
         return before.seconds - after.seconds - candidate.memory_bytes
     return figure(before, objective) - figure(after, objective)
-
-
-def _others(
-    candidates: Sequence[Candidate],
-    chosen: Sequence[Candidate],
-    costs: dict[Candidate, tuple[Cost, Cost]],
-    worth: dict[Candidate, float],
-    doubts: dict[Candidate, float],
-    price: dict[Candidate, float],
-    target: Target,
-    enough: Callable[[float], float],
-    objective: Objective,
-) -> list[Loss]:
-    """Why each site that got nothing got nothing; the forms beside a chosen one are no refusals."""
-    taken, won = {n: c for c in chosen for n in c.site.nodes}, set(chosen)
-    spots = _spots(candidates)
-    sites: dict[Spot, list[Candidate]] = {}
-    for c in candidates:
-        sites.setdefault(spots[c], []).append(c)
-    refused: list[Loss] = []
-    for (name, outs), forms in sites.items():
-        if not won.isdisjoint(forms):
-            continue
-        best = max(forms, key=lambda c: worth[c])
-        owner = next((taken[n] for n in best.site.nodes if n in taken), None)
-        covered = owner is not None and owner.rewrite.name == name
-        if covered or len(outs) > 1:  # layers side by side: applied so, or each one says why not
-            continue
-        if worth[best] <= 0:
-            refused.append(
-                Loss(best, "cost", "not better", _no_gain(best, *costs[best], target, objective))
-            )
-        elif owner is not None and (rivals := _rivals(candidates, name, owner)):
-            reason = _rivalry(rivals, owner, worth, costs, objective)
-            needed = f"leave {owner.rewrite.name} out of passes= to take this one"
-            kind = f"{owner.rewrite.name} is better there"
-            refused.append(Loss(best, "cost", kind, reason, needed))
-        elif owner is not None:
-            reason = f"its nodes are part of {owner.rewrite.name} at {owner.at}"
-            needed = f"leave {owner.rewrite.name} out of passes= to weigh this one alone"
-            refused.append(Loss(best, "overlap", f"part of {owner.rewrite.name}", reason, needed))
-        elif all(worth[c] <= doubts[c] for c in forms):
-            reason = _no_clear_gain(best, *costs[best], doubts, target)
-            refused.append(Loss(best, "cost", "gain within the doubt", reason))
-        elif all(worth[c] <= price[c] for c in forms):
-            sides = _sides(best, *costs[best], objective)
-            spent = "its error" if best.error else f"{best.memory_bytes} bytes more"
-            kind = f"wins too little for its {'error' if best.error else 'bytes'}"
-            refused.append(Loss(best, "cost", kind, f"wins too little for {spent}: {sides}"))
-        elif not best.error:
-            reason = f"its {best.memory_bytes} bytes do not fit {target.name} beside the rest"
-            needed = "choose a device with more memory"
-            refused.append(Loss(best, "budget", "does not fit the memory", reason, needed))
-        else:
-            smallest = min(c.error for c in forms if worth[c] > doubts[c])
-            reason = f"its error ({smallest:.2g} at the least) does not fit beside the others'"
-            needed = f"pass tolerance={enough(smallest) * 1.05:.2g}"
-            refused.append(Loss(best, "budget", "does not fit the tolerance", reason, needed))
-    return refused
-
-
-def _no_gain(
-    candidate: Candidate, before: Cost, after: Cost, target: Target, objective: Objective
-) -> str:
-    """Why the candidate wins nothing."""
-    if objective == "memory" and candidate.memory_bytes > 0:
-        form = candidate.variant or candidate.rewrite.name
-        return f"not smaller: {form} holds {candidate.memory_bytes} bytes more"
-    return f"not better on {target.name}: {_sides(candidate, before, after, objective)}"
-
-
-def _no_clear_gain(
-    candidate: Candidate,
-    before: Cost,
-    after: Cost,
-    doubts: dict[Candidate, float],
-    target: Target,
-) -> str:
-    """Why the candidate may win nothing."""
-    sides = _sides(candidate, before, after, "latency")
-    gain, within = (before.seconds - after.seconds) * 1e6, doubts[candidate] * 1e6
-    return (
-        f"not surely better on {target.name}: {sides}; the gain of {gain:.1f} µs is within the"
-        f" doubt of {within:.1f} µs about the two"
-    )
-
-
-ABOUT = 1.5
-"""How much larger the error of a form may be that another is compared with."""
-
-
-def _rivals(candidates: Sequence[Candidate], name: str, owner: Candidate) -> list[Candidate]:
-    """The forms of the pass `name` that make the very values that `owner` makes."""
-    return [c for c in candidates if c.rewrite.name == name and c.site.outs == owner.site.outs]
-
-
-def _rivalry(
-    rivals: Sequence[Candidate],
-    owner: Candidate,
-    worth: dict[Candidate, float],
-    costs: dict[Candidate, tuple[Cost, Cost]],
-    objective: Objective,
-) -> str:
-    """Both sides' numbers: of what was taken, and of the best rival about as exact, or else of the
-    most exact one."""
-    like = [c for c in rivals if c.error <= ABOUT * owner.error]
-    best = max(like, key=lambda c: worth[c]) if like else min(rivals, key=lambda c: c.error)
-
-    def told(c: Candidate) -> str:
-        error = f" at an error of {c.error:.1g}" if c.error or owner.error else ""
-        return f"{_figure(costs[c][1], objective)} as {c.variant or c.rewrite.name}{error}"
-
-    return f"{owner.rewrite.name} is better there: {told(owner)}, {told(best)}"
-
-
-def _sides(candidate: Candidate, before: Cost, after: Cost, objective: Objective) -> str:
-    """Both sides' numbers, in the unit of the objective."""
-    form = candidate.variant or candidate.rewrite.name
-    return f"{_figure(before, objective)} as it is, {_figure(after, objective)} as {form}"
-
-
-def figure(cost: Cost, objective: Objective) -> float:
-    """What the objective makes small, in its own unit: seconds, bytes of weights, joules, FLOPs."""
-    return getattr(cost, FIGURES[objective])
-
-
-FIGURES: dict[Objective, str] = {
-    "latency": "seconds", "memory": "weight_bytes", "energy": "energy_joules", "eflops": "eflops",
-}  # fmt: skip
-
-
-def _figure(cost: Cost, objective: Objective) -> str:
-    if objective == "memory" and cost.weight_bytes:
-        return f"{cost.weight_bytes / 2**10:.1f} KiB"
-    unit, factor, field = {
-        "energy": ("µJ", 1e6, "energy_joules"),
-        "eflops": ("eMFLOPs", 1e-6, "eflops"),
-    }.get(objective, ("µs", 1e6, "seconds"))
-    return f"{getattr(cost, field) * factor:.1f} {unit}"

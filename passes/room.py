@@ -1,19 +1,21 @@
-"""How full a device is while a program runs, and which candidates leave more room.
+"""How full a device is while a program runs, and which candidates leave more room, or less.
 
     peak = weights and caches + max over steps of live bytes     (`ridgeline.cost_model.lifetimes`)
 
 A candidate's kernel stores nothing of what its site's own nodes read, as attention its scores; at
-the steps of its site it frees these bytes. Sites add.
+the steps of its site it frees these bytes. One that makes values earlier, as layers side by side,
+or that reads what was formed on the way, takes more. Sites add, all but exactly.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import fx
 
 from ridgeline.cost_model import Lifetimes, Replaced, Step, Target
+from ridgeline.cost_model.lifetimes import Pieces
 from ridgeline.passes.base import Candidate
 
 
@@ -29,68 +31,82 @@ class Room:
     target: Target
     copies: Callable[[Candidate], list[Replaced]] = _itself
 
-    def peak_bytes(self, times: Mapping[Candidate, int] | None = None) -> int:
-        """Live bytes at the fullest step, with each candidate at so many of its sites."""
+    def live_bytes(self, times: Mapping[Candidate, int] | None = None) -> np.ndarray:
+        """Live bytes by step, with each candidate at so many of its sites."""
         sites = [s for c, n in (times or {}).items() for s in self.copies(c)[:n]]
-        return int(self.lifetimes.having(sites).live_bytes(self.target).max(initial=0))
+        return self.lifetimes.live_bytes(self.target, sites)
 
-    def too_much(self, times: Mapping[Candidate, int], held_bytes: int) -> dict[Candidate, None]:
-        """Of a choice that does not fit beside what is held, the candidates of the pass without
-        which the fullest step is least; none where it fits, or every pass leaves that where it is.
-        `relief` takes sites one by one, and knows no peak that is higher for a rewrite."""
-
-        def peak(chosen: Mapping[Candidate, int]) -> int:
-            return self.peak_bytes(chosen) + sum(n * c.memory_bytes for c, n in chosen.items())
-
-        whole = peak(times)
-        if held_bytes + whole <= self.target.memory_bytes:
-            return {}
-        names = dict.fromkeys(c.rewrite.name for c in times)
-        less = {
-            name: peak({c: n for c, n in times.items() if c.rewrite.name != name}) for name in names
-        }
-        least = min(less, key=lambda name: less[name], default="")
-        if not names or less[least] >= whole:
-            return {}
-        return dict.fromkeys(c for c in times if c.rewrite.name == least)
+    def peak_bytes(self, times: Mapping[Candidate, int] | None = None) -> int:
+        """The same at the fullest step."""
+        return int(self.live_bytes(times).max(initial=0))
 
     def relief(self, candidates: Iterable[Candidate]) -> "Relief":
-        """What each candidate frees, at all the sites that it stands for."""
-        live = self.lifetimes.live_bytes(self.target)
-        known: dict[object, np.ndarray] = {}
-        freed: dict[Candidate, np.ndarray] = {}
+        """What each candidate frees, or takes, at all the sites that it stands for."""
+        known: dict[object, Pieces] = {}
+        freed: dict[Candidate, Pieces] = {}
         for c in candidates:
             key = c.site.nodes, c.site.outs
-            if key not in known and self.lifetimes.relieves(_itself(c)[0]):
-                known[key] = live - self.lifetimes.having(self.copies(c)).live_bytes(self.target)
-            if key in known and known[key].max() > 0:
+            if key not in known:
+                known[key] = self.lifetimes.freed(self.copies(c), self.target)
+            if known[key]:
                 freed[c] = known[key]
-        return Relief(live, freed)
+        return Relief(self.live_bytes(), freed)
 
 
 @dataclass(frozen=True, slots=True)
 class Relief:
-    """live: bytes by step; freed: by candidate that frees any, by how much it lowers them."""
+    """live: bytes by step; freed: by candidate that changes any, by how much it lowers them."""
 
     live: np.ndarray
-    freed: Mapping[Candidate, np.ndarray] = field(default_factory=dict)
+    freed: Mapping[Candidate, Pieces] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        """At the fullest step."""
+        return int(self.live.max(initial=0))
+
+    def frees(self, candidate: Candidate) -> bool:
+        """Does it lower them anywhere?"""
+        return any(size > 0 for _, _, size in self.freed.get(candidate, ()))
+
+    def takes(self, candidate: Candidate) -> bool:
+        """Does it raise them anywhere?"""
+        return any(size < 0 for _, _, size in self.freed.get(candidate, ()))
+
+    def no_less(self, candidate: Candidate, other: Candidate) -> bool:
+        """Does it free as much as another at every step?"""
+        mine, others = (self.freed.get(c, ()) for c in (candidate, other))
+        steps = {step for first, end, _ in (*mine, *others) for step in (first, end)}
+
+        def at(pieces: Pieces, step: int) -> int:
+            return sum(size for first, end, size in pieces if first <= step < end)
+
+        return mine == others or all(at(mine, step) >= at(others, step) for step in steps)
+
+    def corrected(self, times: Mapping[Candidate, int], live: np.ndarray) -> "Relief":
+        """Where a choice was found to leave so many bytes alive, and they are more than its sites'
+        sum, the difference counts whatever is taken."""
+        left = self.live.copy()
+        for c in times:
+            for first, end, size in self.freed.get(c, ()):
+                left[first:end] -= size
+        return replace(self, live=self.live + np.maximum(live - left, 0))
 
     def steps(self, keys: Mapping[Candidate, str]) -> list[Step]:
         """Of the steps at which the same is freed, the fullest; `keys` of those that may be taken.
-        No step below what is left anywhere, whatever is taken."""
-        freed = {key: self.freed[c] for c, key in keys.items() if c in self.freed}
-        if not freed:
-            return [Step(int(self.live.max(initial=0)))]
-        table = np.stack(list(freed.values()), axis=1)
-        left = (self.live - np.maximum(table, 0).sum(axis=1)).max()
-        fullest: dict[tuple[int, ...], int] = {}
-        for step in np.flatnonzero(self.live >= left):
-            row = tuple(map(int, table[step]))
+        No step that stays below what is left anywhere, whatever is taken."""
+        lowest, highest = self.live.copy(), self.live.copy()
+        by_step: dict[int, dict[str, int]] = {}
+        for c, key in keys.items():
+            for first, end, size in self.freed.get(c, ()):
+                (lowest if size > 0 else highest)[first:end] -= size
+                for step in range(first, end):
+                    by_step.setdefault(step, {})[key] = size
+        fullest: dict[frozenset[tuple[str, int]], int] = {}
+        for step in np.flatnonzero(highest >= lowest.max(initial=0)):
+            row = frozenset(by_step.get(step, {}).items())
             fullest[row] = max(int(self.live[step]), fullest.get(row, 0))
-        return [
-            Step(size, {k: n for k, n in zip(freed, row, strict=True) if n})
-            for row, size in fullest.items()
-        ]
+        return [Step(size, dict(sorted(row))) for row, size in fullest.items()]
 
 
 def relief_of(
@@ -100,14 +116,17 @@ def relief_of(
     held_bytes: int,
     always: bool,
 ) -> Relief | None:
-    """What candidates free while the program runs; unless `always`, None where all of them fit
-    beside it."""
+    """What candidates free, or take, while the program runs; unless `always`, None where all of
+    them fit beside it, but for what they take. Those that take more and free nothing are left out
+    where they stand for several sites: they could be taken at all of them or none."""
     if room is None:
         return None
     more = sum(max(c.memory_bytes, 0) * counts[c] for c in candidates)
     if not always and held_bytes + room.peak_bytes() + more <= room.target.memory_bytes:
         return None
-    return room.relief(candidates)
+    relief = room.relief(candidates)
+    kept = {c: p for c, p in relief.freed.items() if counts[c] == 1 or relief.frees(c)}
+    return replace(relief, freed=kept)
 
 
 def together(

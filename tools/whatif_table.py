@@ -94,10 +94,17 @@ def refusal_lines(
 ) -> Iterator[str]:
     """Why passes do not fire: a line per phase, pass and reason, with the first row of each target
     where that is so; then which of the `passes` found nothing, by phase."""
-    yield (
-        "Why passes do not fire, and the figures of these sites together at the first line of a"
-        " target where that is so (as they stand -> as the best form of the pass):"
-    )
+    if lines := list(_refusals(rows, objective, passes)):
+        yield (
+            "Why passes do not fire, and the figures of these sites together at the first line of a"
+            " target where that is so (as they stand -> as the best form of the pass):"
+        )
+        yield from lines
+
+
+def _refusals(
+    rows: Sequence[Row], objective: Objective, passes: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
     for phase, names in passes.items():
         there: dict[tuple[str, str], dict[str, str]] = {}
         seen = set[str]()
@@ -132,9 +139,17 @@ def _refused(row: Row, unfired: Unfired, objective: Objective) -> str:
 
 def flip_lines(
     found: Mapping[tuple[str, str, int | None], Mapping[str, Ranges] | None], largest: int
-) -> Iterable[str]:
-    """A sentence per phase, context and pass, over the targets, and one about what fits."""
-    yield f"Where passes fire at most of their sites, by batch (searched to {largest}):"
+) -> Iterator[str]:
+    """A sentence per phase, context and pass, over the targets, and one about what fits; nothing
+    where no pass finds a site."""
+    if lines := list(_flips(found)):
+        yield f"Where passes fire at most of their sites, by batch (searched to {largest}):"
+        yield from lines
+
+
+def _flips(
+    found: Mapping[tuple[str, str, int | None], Mapping[str, Ranges] | None],
+) -> Iterator[str]:
     groups = dict.fromkeys((phase, context) for phase, _, context in found)
     for phase, context in groups:
         there = {t: r for (p, t, c), r in found.items() if (p, c) == (phase, context)}

@@ -1,6 +1,7 @@
 """Work on GPUs is priced by `predict`'s laws; what no law was measured for, by its physics."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -162,9 +163,32 @@ def test_misaligned_rows_take_longer():
 
 
 def test_a_weight_is_in_the_cache_only_if_the_others_leave_it_there():
+    """Of a program whose weights fit the cache, however small its layers are."""
     for kernel in (Gemm(1, 1024, 1024, dtype=BF16), Attention(1, 8, 8, 1, 1024, 64, 64)):
-        warm, cold = (seconds(kernel, "h100", resident_bytes=size) for size in (0.0, 1e10))
-        assert warm < cold < 3 * warm
+        sizes = (4e6, 2e7, 4e7, 6e7, 1e8, 1e10)
+        times = [seconds(kernel, "h100", resident_bytes=size) for size in sizes]
+        assert times == sorted(times)
+        assert times[1] < times[-1] < 3 * times[1]
+        assert times[1] == pytest.approx(times[0], rel=0.03)
+        assert times[-2] == pytest.approx(times[-1], rel=0.03)
+    # Where nothing is known of the program, as a harness that takes copies of the weight in turns.
+    large = Gemm(16, 4096, 4096, dtype=BF16)
+    assert seconds(large, "l40s") == pytest.approx(
+        seconds(large, "l40s", resident_bytes=1e10), 0.01
+    )
+    assert seconds(large, "l40s", resident_bytes=4e7) < seconds(large, "l40s") / 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["t4", "v100", "a100"])
+def test_coded_weights_take_no_step_that_plain_ones_do_not(name, bits):
+    """From tile to tile, with and without a unit for the numbers they are multiplied as; within the
+    doubt, as the sum may be split for one number of rows and not for the next."""
+    for dtype in (BF16, FP16):
+        rows = (1, 2, 4, 8, 15, 16, 17, 24, 32, 33, 64)
+        times = [seconds(coded(bits, m=m, dtype=dtype), name) for m in rows]
+        assert all(a <= 1.1 * b for a, b in itertools.pairwise(times))
+        assert times[rows.index(17)] < 1.6 * times[rows.index(16)]
 
 
 def test_additions_of_binary_attention_run_at_half_of_the_vectors_rate():

@@ -350,3 +350,26 @@ def test_only_an_a100s_halves_hold_copies_of_each_others_lines():
     whole = load_target("a100").l2_bytes
     gemm, add = (machine_of("a100", op, "fp32")[0]["l2"] for op in ("gemm", "add"))
     assert gemm < add < whole
+
+
+@pytest.mark.parametrize("target", [["h100"], {"name": "h100"}, None, 3])
+def test_a_target_is_one_name(target):
+    with pytest.raises(UnknownTarget, match=r"expected one name.*found"):
+        predict(target, "gemm", "bf16", m=16, n=16, k=16)
+
+
+@pytest.mark.parametrize("name", ["a100", "l40s", "h100", "b200", "mi300x", "t4"])
+@pytest.mark.parametrize("heads", [(1, 32, 32), (1, 32, 8), (4, 32, 8)], ids=str)
+def test_a_chunk_takes_longer_over_more_keys(name, heads):
+    """Also where its keys begin to be split over cores; but for what a measured machine's residual
+    adds, within the doubt."""
+    b, h, kv_heads = heads
+    shape = {"batch": b, "heads": h, "kv_heads": kv_heads, "head_dim": 128, "window": 0}
+    for q in (1, 2, 16, 64, 128, 200, 300):
+        lengths = [kv for kv in (64, 128, 400, 511, 512, 513, 600, 1024, 1025, 3000) if kv > q]
+        found = [
+            predict(name, "attn_prefill", "fp16", **shape, q_len=q, kv_len=kv) for kv in lengths
+        ]
+        for fewer, more in itertools.pairwise(found):
+            within = max(0.01, 1 - fewer.low / fewer.seconds) if name in ("a100", "l40s") else 0.01
+            assert more.seconds >= fewer.seconds * (1 - within), (q, fewer, more)

@@ -1,18 +1,21 @@
 """Memory of what is alive while a program runs, in the choice and in the plan."""
 
 import dataclasses
+import itertools
+import math
+import random
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ridgeline
-from ridgeline.cost_model import InfeasibleChoice, Lifetimes, load_target
+from ridgeline.cost_model import InfeasibleChoice, Lifetimes, estimate, load_target
 from ridgeline.ir.capture import capture
 from ridgeline.ir.match import Site
 from ridgeline.ir.normalize import normalize
 from ridgeline.passes.base import Setting
-from ridgeline.passes.decide import choose
+from ridgeline.passes.decide import PRICE_OF_MEMORY, choose
 from ridgeline.passes.flash_attention import FLASH_ATTENTION
 from ridgeline.passes.observe import Observation
 from ridgeline.passes.propose import propose
@@ -155,3 +158,91 @@ def test_a_rewrite_that_makes_the_peak_higher_is_not_taken_where_it_does_not_fit
     answer = _chosen([merged], small, Room(lifetimes, small))
     assert not answer.chosen
     assert [loss.kind for loss in answer.refused] == ["does not fit the memory"]
+
+
+class _Several(nn.Module):
+    """Attention with its scores between two products of one input, of fewer rows each time."""
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        for i in range(LAYERS):
+            some = x[:, :, : LENGTH >> i]
+            early = some @ w
+            y = torch.softmax(x @ x.transpose(-1, -2) * 0.1, -1) @ x
+            late = (some @ w) * y[:, :, : LENGTH >> i].tanh()
+            x = x + (late @ w + early).sum(-2, keepdim=True)
+        return x
+
+
+@pytest.fixture(scope="module")
+def several(offered):
+    """(lifetimes, candidates that free scores, products taken together, which live longer)"""
+    target, (flash, *_), _ = offered
+    x, w = torch.randn(1, HEADS, LENGTH, SIZE), torch.randn(SIZE, SIZE)
+    with torch.no_grad():
+        program = capture(_Several().eval(), (x, w)).program
+    module = normalize(program.module)
+    setting = Setting(target, False, 0.0, Observation(module, program), WeightStore())
+    attentions, _ = propose((FLASH_ATTENTION,), module, setting)
+    products = module.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    early, late = products[::5], products[3::5]
+    assert len(attentions) == len(early) == len(late) == LAYERS
+    sites = [Site({}, {}, pair, pair, "") for pair in zip(early, late, strict=True)]
+    before = flash.before + flash.before + flash.before
+    merged = [dataclasses.replace(flash, site=site, before=before) for site in sites]
+    return Lifetimes(module.graph), attentions, merged
+
+
+def test_only_those_rewrites_that_do_not_fit_are_left_out(offered, several):
+    target, (lifetimes, _, merged) = offered[0], several
+    room = Room(lifetimes, target)
+    assert room.peak_bytes({merged[0]: 1}) > room.peak_bytes() == room.peak_bytes({merged[2]: 1})
+    small = dataclasses.replace(target, memory_bytes=room.peak_bytes())
+    answer = _chosen(merged, small, Room(lifetimes, small))
+    assert answer.chosen == [merged[2]]
+    assert {loss.kind for loss in answer.refused} <= {"does not fit the memory"}
+    small = dataclasses.replace(target, memory_bytes=room.peak_bytes(dict.fromkeys(merged, 1)))
+    assert _chosen(merged, small, Room(lifetimes, small)).chosen == merged
+
+
+def _gain(candidate, target):
+    before, after = (estimate(w, target).seconds for w in (candidate.before, candidate.after))
+    return before - after - PRICE_OF_MEMORY * before * (candidate.memory_bytes > 0)
+
+
+def _most(candidates, room, held):
+    """The most that any set of candidates wins whose fullest step, counted as a whole, fits."""
+    best = -math.inf
+    for some in itertools.chain.from_iterable(
+        itertools.combinations(candidates, n) for n in range(len(candidates) + 1)
+    ):
+        full = held + sum(c.memory_bytes for c in some) + room.peak_bytes(dict.fromkeys(some, 1))
+        if full <= room.target.memory_bytes:
+            best = max(best, sum(_gain(c, room.target) for c in some))
+    return best
+
+
+def test_choices_where_memory_is_short_are_those_of_brute_force(offered, several):
+    """Attention that frees its scores, slower or faster; products that live longer, some with more
+    weights."""
+    target, (lifetimes, attentions, merged) = offered[0], several
+    draw, seen, held = random.Random(0), set(), SCORES // 8
+    for case in range(12):
+        kinds = [_slower, lambda c: dataclasses.replace(c, before=c.before + c.before)]
+        candidates = [draw.choice(kinds)(c) for c in attentions]
+        for c in merged:
+            candidates.append(dataclasses.replace(c, memory_bytes=draw.choice([0, SCORES // 16])))
+        most = Room(lifetimes, target).peak_bytes(dict.fromkeys(merged, 1)) + held
+        capacity = int(most * draw.uniform(0.2, 1.1))
+        room = Room(lifetimes, dataclasses.replace(target, memory_bytes=capacity))
+        best = _most(candidates, room, held)
+        try:
+            answer = _chosen(candidates, room.target, room, state_bytes=held)
+        except InfeasibleChoice:
+            assert best == -math.inf, case
+            continue
+        full = held + sum(c.memory_bytes for c in answer.chosen) + room.peak_bytes(answer.times)
+        assert full <= capacity, case
+        won = sum(_gain(c, room.target) for c in answer.chosen)
+        assert won == pytest.approx(best, abs=1e-12), case
+        seen.add(len(answer.chosen))
+    assert len(seen) >= 3  # answers differ from case to case

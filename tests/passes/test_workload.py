@@ -105,7 +105,7 @@ def test_the_caches_of_that_context_take_memory():
         assert len(held.kept) == 4
         without = Lifetimes(held.graph, held.elsewhere).live_bytes(load_target("a100"))
         assert (held.live_bytes(load_target("a100")) == without + old).all()
-        assert (held.having([_a_site(held.graph)]).live_bytes(load_target("a100")) >= old).all()
+        assert (held.live_bytes(load_target("a100"), [_a_site(held.graph)]) >= old).all()
     too_many = 2 * load_target("a100").memory_bytes // (2 * 2 * 2 * 32 * 4)
     with pytest.raises(InfeasibleChoice, match="and the device"):
         optimize(model, (), call, target="a100", lowering="eager", batch=2, context=too_many)

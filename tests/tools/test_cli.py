@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -268,3 +270,11 @@ def test_a_missing_model_is_said_before_the_cpu_is_probed(monkeypatch):
 def test_the_most_batches_are_those_of_a_workload():
     """A copy, since its module takes seconds to import."""
     assert workload.LARGEST["batch"] == cli.LARGEST
+
+
+def test_the_package_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ridgeline", "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("ridgeline", run_name="__main__")
+    assert left.value.code == 0
+    assert "whatif" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from ridgeline.tools import whatif
 from ridgeline.tools.cli import app
 from ridgeline.tools.whatif_flips import Ranges, flips
 from ridgeline.tools.whatif_model import QuestionError, programs
-from ridgeline.tools.whatif_table import flip_lines, host_lines, letter, said
+from ridgeline.tools.whatif_table import flip_lines, host_lines, letter, refusal_lines, said
 
 pytest.importorskip("transformers")
 LLAMA_7B = {
@@ -333,3 +333,10 @@ def test_targets_share_the_words_of_a_flip():
 
 def test_letters():
     assert [letter(n) for n in (0, 25, 26, 52)] == ["A", "Z", "AA", "BA"]
+
+
+def test_a_heading_stands_above_lines_alone():
+    """Of a model in which no pass finds a site."""
+    assert not list(flip_lines({("forward", "a100", None): {}}, 512))
+    assert not list(refusal_lines([], "latency", {"forward": []}))
+    assert len(list(flip_lines({("forward", "a100", None): None}, 512))) == 2
