@@ -67,7 +67,7 @@ def fused(call: Call, target: Target) -> bool:
     size to 256, sm_80, no mask, and no causal mask over unequal lengths; the memory-efficient one
     heads of their own for K and V, of a multiple of 16 bytes; cuDNN's two-byte numbers and heads
     of a multiple of 8 to 128. cuDNN's comes before the one that stores scores on Hopper and B200
-    alone, since torch 2.10 with cuDNN 9.15.1 or later, as its builds for CUDA 13 have."""
+    alone, with cuDNN 9.15.1 or later (torch 2.11 for CUDA 13 brings 9.19)."""
     if target.kind == "cpu":
         return _fused_on_cpu(call)
     c, half = call, call.dtype in (torch.float16, torch.bfloat16)
