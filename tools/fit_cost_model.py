@@ -27,11 +27,12 @@ SEED = 0
 ROWS = 1200  # of a machine that a fit of constants reads
 FEW = 24  # rows below which a machine has no constants of its own
 # How far constants are expected to lie from where a fit begins, and a machine's from all, on the
-# fit's scale; target files measure what "power" corrects, and physics gives "vector".
+# fit's scale; target files measure what "power" corrects, physics gives "vector", and "ranks_power"
+# is of links: what host memory makes of more ranks is no switch's.
 PRIOR, OWN_PRIOR = 1.5, 3.0
 TIGHT = {
     "power": 0.03, "vector": 0.03, "half": 0.1, "fill": 0.2, "quantized_row_ns": 0.1,
-    "quantized": 0.1, "copies": 0.1,
+    "quantized": 0.1, "copies": 0.1, "ranks_power": 0.03,
 }  # fmt: skip
 PULL = 0.01  # of the mean error that moving a constant that far must save
 # It times attention's kernel alone, others with what an engine runs around it: left out of what
