@@ -22,6 +22,7 @@ import numpy as np
 from ridgeline.cost_model import laws, shapes
 
 CALIBRATION = Path(__file__).parent / "calibration.json"
+_BITS = 8  # of a byte
 
 
 class Model:
@@ -60,15 +61,18 @@ class Model:
         return laws.LAWS[group.law](self.constants(group, name), machine, s)
 
     def residual(
-        self, group: shapes.Group, name: str, machine: Mapping[str, Any], s: Mapping[str, Any]
+        self,
+        group: shapes.Group,
+        name: str,
+        machine: Mapping[str, Any],
+        s: Mapping[str, Any],
+        parts: tuple[Any, Any, Any],
     ) -> Any:
         """What a measured machine adds to ln seconds; 0.0 for another."""
         residual = self._trees(group, name)
         if residual is None:
             return 0.0
-        if any(isinstance(v, np.ndarray) for v in s.values()):
-            s, machine = _flat(s), _flat(machine)
-        return of_trees(residual, shapes.features(group.law, s, machine))
+        return of_trees(residual, features(group, machine, s, parts))
 
     def _trees(self, group: shapes.Group, name: str) -> Mapping[str, np.ndarray] | None:
         return self.residuals[self.nearest(group)].get(name)
@@ -79,14 +83,15 @@ class Model:
         name: str,
         machine: Mapping[str, float],
         s: Mapping[str, float],
+        parts: tuple[float, float, float],
         seconds: float,
     ) -> float:
         """exp(residual), by which the law's `seconds` of one kernel are multiplied: trees know no
-        physics, so they bring no kernel below its roof."""
+        physics, so they bring no kernel below its roof. seconds: the total of `parts`."""
         trees = self._trees(group, name)
         if trees is None:
             return 1.0
-        log = of_trees(trees, shapes.features(group.law, s, machine))
+        log = of_trees(trees, shapes.features(group.law, s, machine, parts))
         if log >= 0.0:
             return math.exp(log)
         return max(math.exp(log), min(laws.roof(group.law, machine, s) / seconds, 1.0))
@@ -96,7 +101,7 @@ class Model:
     ) -> Any:
         """ln seconds; arrays for arrays."""
         parts = self.parts(group, name, machine, s)
-        return np.log(laws.total(parts)) + self.residual(group, name, machine, s)
+        return np.log(laws.total(parts)) + self.residual(group, name, machine, s, parts)
 
     def interval(self, group: shapes.Group, name: str, bound: int) -> tuple[float, float]:
         """(5 %, 95 %) quantiles of ln(measured / predicted); bound: the largest of the parts."""
@@ -106,13 +111,30 @@ class Model:
 
 
 def _arrays(residual: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    found = {k: np.asarray(v) for k, v in residual.items()}
-    trees, leaves = found["values"].shape if found["values"].size else (0, 1)
-    # Leaves of all trees in one row: where each tree's begin, and what an answer adds to that.
-    found["begin"] = np.arange(trees) * leaves
-    found["weights"] = leaves >> np.arange(1, leaves.bit_length())
-    found["values"] = found["values"].ravel()
-    return found
+    values = np.asarray(residual["values"], float)
+    trees, leaves = values.shape if values.size else (0, 1)
+    # A tree's answers are the last bits of one byte: numpy packs these at once. What comes before
+    # them is never answered with yes.
+    before = ((0, 0), (_BITS - (leaves.bit_length() - 1), 0))
+    asked = np.asarray(residual["features"], int).reshape(trees, leaves.bit_length() - 1)
+    cuts = np.asarray(residual["cuts"], float).reshape(asked.shape)
+    return {
+        "offset": np.asarray(residual["offset"], float),
+        "features": np.pad(asked, before).ravel(),
+        "cuts": np.pad(cuts, before, constant_values=np.inf).ravel(),
+        "values": values.ravel(),
+        "begin": np.arange(trees) * leaves,
+    }
+
+
+def features(
+    group: shapes.Group,
+    machine: Mapping[str, Any],
+    s: Mapping[str, Any],
+    parts: tuple[Any, Any, Any],
+) -> tuple[Any, ...]:
+    """Those of `shapes.features`, of arrays whose last axis is for a product's candidates too."""
+    return shapes.features(group.law, _flat(s), _flat(machine), parts)
 
 
 def _flat(s: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,9 +147,8 @@ def of_trees(residual: Mapping[str, np.ndarray], at: tuple[Any, ...]) -> Any:
         return float(residual["offset"])
     alone = isinstance(at[0], float)
     x = np.array(at) if alone else np.stack(np.broadcast_arrays(*at), -1)
-    answers = x[..., residual["features"]] > residual["cuts"]
-    leaf = answers @ residual["weights"] + residual["begin"]
-    return residual["values"][leaf].sum(-1) + residual["offset"]
+    leaf = np.packbits(x.take(residual["features"], -1) > residual["cuts"], -1)
+    return residual["values"].take(leaf + residual["begin"]).sum(-1) + residual["offset"]
 
 
 @functools.cache

@@ -18,16 +18,15 @@ keys, and all of them on 4 rows at once.
 
 torch's figures, ours of few rows, and those of AMX: from 1 to 512 rows and keys, odd numbers too,
 head_dim 16 and 64, 8 heads on 8 and on 2, with and without a causal mask, fp32 and bf16, on one
-core of a Xeon with AMX. On Zen 4 torch's are 0.65 to 1.8 of what was measured in fp32 at 17 and more
-rows, 80 % of them 0.96 to 1.26. Ours of many rows
-and its backward: from one core of Zen 4, 4 to 256 rows and keys, odd numbers too, head_dim 16, 32
-and 64, 8 heads on 8 and on 2, with and without a causal mask, in fp32, each the fastest of a second
-beside other work, by least squares of the relative error, points far from the rest at 0.3 of their
-weight, backwards of 4 and 8 rows on 64 keys left out as disturbed: 80 % of the 51 forwards within
-13 %, of the 60 backwards within 12 %; a third off at 17 causal rows of 64 dimensions, measured once.
-There
-our forward takes 0.5 to 0.8 of torch's time at every length, and a training step's attention 0.3
-(4 rows) to 0.85 (65 rows of 64 dimensions).
+core of a Xeon with AMX. On Zen 4 torch's are 0.65 to 1.8 of what was measured in fp32 at 17 and
+more rows, 80 % of them 0.96 to 1.26. Ours of many rows and its backward: from one core of Zen 4, 4
+to 256 rows and keys, odd numbers too, head_dim 16, 32 and 64, 8 heads on 8 and on 2, with and
+without a causal mask, in fp32, each the fastest of a second beside other work, by least squares of
+the relative error, points far from the rest at 0.3 of their weight, backwards of 4 and 8 rows on 64
+keys left out as disturbed: 80 % of the 51 forwards within 13 %, of the 60 backwards within 12 %; a
+third off at 17 causal rows of 64 dimensions, measured once. There our forward takes 0.5 to 0.8 of
+torch's time at every length, and a training step's attention 0.3 (4 rows) to 0.85 (65 rows of 64
+dimensions).
 """
 
 from dataclasses import dataclass

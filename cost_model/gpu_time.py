@@ -146,7 +146,7 @@ def _by_law(
     fixed, compute, memory = laws.LAWS[group.law](constants, machine, s)
     parts = (fixed, compute, memory)
     interval = model.interval(group, name if like else "", max(range(3), key=parts.__getitem__))
-    factor = model.factor(group, name, machine, s, laws.total(parts)) if like else 1.0
+    factor = model.factor(group, name, machine, s, parts, laws.total(parts)) if like else 1.0
     if group.law not in BARE:  # whose floor no residual was fitted around
         fixed *= factor
     return Price(compute * factor, memory * factor, fixed, interval)

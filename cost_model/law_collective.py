@@ -2,7 +2,8 @@
 
 rings (NCCL), with c (p - 1)/p · bytes on the wire in `phases` rounds:
     t = α + β phases (p - 1) + wire + √(wire · half · (α + β phases (p - 1)))
-    wire = c (p - 1)/p · bytes / (link e (p/2)^ranks)
+    wire = c (p - 1)/p · bytes / (link e (p/2)^ranks); ranks: 0 across nodes, whose cards gain
+           nothing by more of them
 The square root is a ramp between the protocols for small messages and those for large ones.
 
 all-reduce inside a serving engine's graph, below 8 MB and where every pair of ranks has a link: the
@@ -35,7 +36,8 @@ def collective(
     floor, step, link, half, ranks, direct, second, e_direct, per_rank = c
     p, size = s["world"], s["bytes"]
     latency = (floor * machine["slow"] + step * s["phases"] * (p - 1)) * 1e-6
-    wire = size * s["wire"] / (machine["link"] * link * (p / 2.0) ** ranks)
+    within = s["per_node"] >= p
+    wire = size * s["wire"] / (machine["link"] * link * (p / 2.0) ** (ranks * within))
     wire = wire + (wire * half * latency) ** 0.5
     start = (direct + per_rank * (p - 1)) * 1e-6
     speed = machine["link"] * e_direct

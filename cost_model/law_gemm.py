@@ -23,6 +23,7 @@ Sources: the tile and wave model follows NeuSight (Lee et al., ASPLOS 2025) and 
 al., ISCA 2024); the set of tiles is cuBLAS's and CUTLASS's.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -54,7 +55,8 @@ _LARGEST_EDGES = 64 * (1 / 256 + 1 / 128)
 def _table(tiles: np.ndarray) -> tuple[np.ndarray, ...]:
     tm, tn, split = tiles.T
     several = (split > 1).astype(np.float64)
-    return tm, tn, split, 1 / tm, 1 / (64 * split), several, several * split
+    per_tn = 1 / np.maximum(tn, 1.0)
+    return tm, tn, split, 1 / tm, per_tn, 1 / (64 * split), several, several * split
 
 
 _FIXED, _ALL = _table(TILES), _table(np.concatenate([TILES, _FITTED[:, :3]]))
@@ -85,23 +87,23 @@ def gemm(
     moved = s["bytes"]
     fine = machine["fine"]
     table = _ALL if (fine if isinstance(fine, float) else fine.max()) > 0 else _FIXED
-    tm, tn, parts, per_tm, per_depth, several, written = table
+    tm, tn, parts, per_tm, per_tn, per_depth, several, written = table
     down = np.ceil(m * per_tm)
+    # With the machine's share of its rate
+    rate = 2 * 64 / (1 + loss * _LARGEST_EDGES) * cores / (machine["boost"] * e_c)
     if table is _ALL:
         tn = _columns(tn, down, n, b, machine)
-    per_tn = 1 / tn
+        per_tn = 1 / tn
+        work = _work(tm, tn, loss, rate)
+    else:
+        work = _fixed_work(loss, rate) if isinstance(rate, float) else _work(tm, tn, loss, rate)
     share = down * np.ceil(n * per_tn) * (parts * (b / cores))
     waves = q * np.ceil(share) + (1 - q) * np.maximum(share, 1.0)
-    depth = np.ceil(k * per_depth)
-    # Tm Tn / e(T), with the machine's share of its rate
-    work = tm * tn + (64 * loss) * (tm + tn)
-    rate = 2 * 64 / (1 + loss * _LARGEST_EDGES) * cores / (machine["boost"] * e_c)
-    pace = waves * work * rate
+    pace = waves * work
     chain = step * 1e-6 * machine["chain"]
     square, serial = pace * pace, s["serial"]
     each = np.sqrt(np.sqrt(square * square + (chain * (1 - serial)) ** 4)) + chain * serial
-    clocked = depth * each
-    clocked = clocked + pace * (fill * machine["prologue"] / 64)
+    clocked = np.ceil(k * per_depth) * each + pace * (fill * machine["prologue"] / 64)
     slow, fast = bandwidth * e_m, machine["l2_bandwidth"] * cache
     weights = s["weights"]
     kept = machine["l2"] * resident
@@ -111,7 +113,7 @@ def gemm(
     of_others = (1 - warm) / slow + warm / fast
     streamed = of_weights + (moved - weights) * of_others
     filled = (streamed * (ramp * 1e-6 * machine["floor"])) ** 0.5
-    memory = streamed / np.minimum(1.0, share / g) + filled
+    memory = np.maximum(streamed, streamed * g / share) + filled
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
     compute = sharp(clocked, power) + stored * s["written"] * of_others
     # Libraries have kernels of vectors for one row, where weights are unpacked for four, which add
@@ -132,6 +134,16 @@ def gemm(
     at = best[:, None]
     chosen = [np.take_along_axis(x, at, -1)[:, 0] for x in (twice, compute, memory)]
     return fixed[:, 0] + chosen[0], chosen[1], chosen[2]
+
+
+def _work(tm: np.ndarray, tn: np.ndarray, loss: Numbers, rate: Numbers) -> np.ndarray:
+    """Tm Tn / e(T), times `rate`."""
+    return tm * tn * rate + (tm + tn) * (64 * loss * rate)
+
+
+@functools.lru_cache(maxsize=256)  # a machine asks for the same tiles in every call
+def _fixed_work(loss: float, rate: float) -> np.ndarray:
+    return _work(_FIXED[0], _FIXED[1], loss, rate)
 
 
 def _columns(

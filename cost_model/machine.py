@@ -66,7 +66,7 @@ BRIDGE_BYTES_PER_S = 300e9  # of one direction: the widest NVLink bridge between
 IN_SWITCH = 1.2
 # What nodes of each topology reach between them: an environment's property, not a GPU's.
 NETWORK_BYTES_PER_S = {"nvswitch": 8e9, "pairwise": 2.7e9, "pcie": 2.7e9}
-NETWORK_LIMIT = 2.5  # cards' worth that several ranks of a node reach together
+NETWORK_LIMIT = 3.0  # cards' worth that several ranks of a node reach together
 NETWORK_GENERATION = 5.0  # Hopper's nodes came with 400 Gb/s cards, Ampere's mostly with 100
 
 

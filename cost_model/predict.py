@@ -62,7 +62,7 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     parts = model.parts(group, name, machine, s)
     like = name if runs == dtype else ""
     seconds = laws.total(parts)
-    seconds *= model.factor(group, like, machine, s, seconds)
+    seconds *= model.factor(group, like, machine, s, parts, seconds)
     largest = max(range(3), key=parts.__getitem__)
     below, above = model.interval(group, like, largest)
     flops, moved = shapes.flops(op, shape), s["bytes"]

@@ -140,9 +140,12 @@ def weight_bytes(op: str, dtype: str, shape: Mapping[str, int]) -> float:
 _TILES = ((128, 128), (256, 128), (128, 256), (64, 64), (128, 64))
 
 
-def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[Any, ...]:
+def features(
+    law: str, s: Mapping[str, Any], machine: Mapping[str, Any], parts: tuple[Any, Any, Any]
+) -> tuple[Any, ...]:
     """Where a shape lies, for the residual: log2 sizes, waves of thread blocks and what the last
-    of them leaves idle, and what is left over of whole tiles."""
+    of them leaves idle, what is left over of whole tiles, and which of the law's parts (seconds)
+    is how much the largest."""
     cores = machine["cores"]
     if law == "gemm":
         m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
@@ -151,7 +154,9 @@ def features(law: str, s: Mapping[str, Any], machine: Mapping[str, Any]) -> tupl
             share = ceil(m / rows) * ceil(n / columns) * b / cores
             out += [share, ceil(share) / share]
         left = [m % 8, m % 16, m % 64, m % 128, n % 16, n % 32, n % 64, n % 128, k % 64]
-        return (*out, *left)
+        fixed, compute, memory = parts
+        whole = fixed + compute + memory
+        return (*out, *left, log2(whole), log2(fixed / whole), log2(compute / memory))
     if law in ("prefill", "decode"):
         b, h, kh, q, kv = s["batch"], s["heads"], s["kv_heads"], s["q_len"], s["kv_len"]
         blocks = b * (h * ceil(q / 128) if law == "prefill" else kh) / cores

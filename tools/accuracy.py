@@ -67,7 +67,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The rows of one group, fits without what is scored, and the errors of these."""
+    """The rows of one group's files, fits without what is scored, and the errors of these."""
 
     times: Times
     fit_unseen: dict[str, Any] | None
@@ -79,12 +79,13 @@ class Evaluated:
 def evaluate(t: Times) -> Evaluated:
     """Fits the group anew without what is scored."""
     unseen, without = fits.fit_unseen(t), fits.fits_without(t)
+    t = t.where(~t.beside)
     return Evaluated(
         t,
         unseen,
         without,
         fits.errors(unseen, t.where(t.held_out)) if unseen is not None else None,
-        {n: fits.errors(e, t.where(fits.boards(t) == n)) for n, e in without.items()},
+        {n: fits.errors(e, fits.of_board(t, n)) for n, e in without.items()},
     )
 
 
@@ -103,7 +104,7 @@ def scored_apart(done: Evaluated, others: fits.Errors) -> list[Scored]:
     out = []
     for name, (e, bound) in done.apart.items():
         rest = [v for k, v in done.apart.items() if k != name]
-        t = done.times.where(fits.boards(done.times) == name)
+        t = fits.of_board(done.times, name)
         out.append((t, e, _inside(e, bound, fits.interval_apart(rest, others))))
     return out
 

@@ -126,7 +126,7 @@ def activations(rounds: int) -> Iterator[tuple[str, Timings]]:
                 continue
             found = fit(function, 5, 4, 4.0)
             a, b = (torch.tensor([c]).float() for c in (found.numerator, found.denominator))
-            # Dynamo counts all of torch's own functions as one: past the eighth they would be eager.
+            # Dynamo counts torch's own functions as one: past the eighth they would be eager.
             torch.compiler.reset()
             compiled = torch.compile(function, dynamic=False)
             functions = {

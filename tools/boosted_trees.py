@@ -1,8 +1,8 @@
 """Symmetric trees, boosted: a residual of ln seconds from features of a shape.
 
-    f(x) = offset + Σ over trees of value[2⁴ (x_a > cut_a) + … + (x_e > cut_e)]
+    f(x) = offset + Σ over trees of value[2⁵ (x_a > cut_a) + … + (x_f > cut_f)]
 
-Every tree asks the same five questions of all its leaves, so that an evaluation is one comparison
+Every tree asks the same six questions of all its leaves, so that an evaluation is one comparison
 of arrays. Each fits what the trees before it left, in an L1 loss by reweighting.
 Source: CatBoost's oblivious trees (Prokhorenkova et al., NeurIPS 2018).
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 TREES = 200
-DEPTH = 5
+DEPTH = 6  # at most 8: answers are the bits of a byte
 RATE = 0.15
 BINS = 32  # quantiles between which a question may cut
 SHARE = 0.5  # of the features that a tree may ask for

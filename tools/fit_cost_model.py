@@ -18,8 +18,8 @@ import numpy as np
 import typer
 from scipy.optimize import least_squares
 
-from ridgeline.cost_model import laws, shapes
-from ridgeline.cost_model.calibration import CALIBRATION, Model
+from ridgeline.cost_model import laws
+from ridgeline.cost_model.calibration import CALIBRATION, Model, features
 from ridgeline.tools.boosted_trees import boosted
 from ridgeline.tools.kernel_times import Times, read
 
@@ -27,11 +27,12 @@ SEED = 0
 ROWS = 1200  # of a machine that a fit of constants reads
 FEW = 24  # rows below which a machine has no constants of its own
 # How far constants are expected to lie from where a fit begins, and a machine's from all, on the
-# fit's scale; target files measure what "power" corrects, and physics gives "vector".
+# fit's scale; target files measure what "power" corrects, physics gives "vector", and "ranks_power"
+# is of links: what host memory makes of more ranks is no switch's.
 PRIOR, OWN_PRIOR = 1.5, 3.0
 TIGHT = {
     "power": 0.03, "vector": 0.03, "half": 0.1, "fill": 0.2, "quantized_row_ns": 0.1,
-    "quantized": 0.1, "copies": 0.1,
+    "quantized": 0.1, "copies": 0.1, "ranks_power": 0.03,
 }  # fmt: skip
 PULL = 0.01  # of the mean error that moving a constant that far must save
 # It times attention's kernel alone, others with what an engine runs around it: left out of what
@@ -57,6 +58,7 @@ Errors = tuple[np.ndarray, np.ndarray]  # ln(measured / predicted), the largest 
 
 def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
     """The law's constants with the least loss on `t`, near `begin`."""
+    t = t.where(~t.beside)
     rng = np.random.default_rng(SEED)
     chosen = np.zeros(len(t), bool)
     for name in np.unique(t.harness):
@@ -85,11 +87,9 @@ def constants(t: Times, begin: Sequence[float], prior: float) -> list[float]:
 
 def residual(t: Times, model: Model) -> dict[str, Any]:
     """Trees over the features of `t`'s shapes, fitted to what the law leaves."""
-    left = t.log_s - model.log_seconds(t.group, t.name[0], t.machine, t.s)
-    machine = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.machine.items()}
-    flat = {k: v[:, 0] if v.ndim > 1 else v for k, v in t.s.items()}
-    at = np.stack(np.broadcast_arrays(*shapes.features(t.group.law, flat, machine)), -1)
-    return boosted(at, left, SEED)
+    parts = model.parts(t.group, t.name[0], t.machine, t.s)
+    at = np.stack(np.broadcast_arrays(*features(t.group, t.machine, t.s, parts)), -1)
+    return boosted(at, t.log_s - np.log(laws.total(parts)), SEED)
 
 
 def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:
     }
     for name in np.unique(t.name) if machines else ():
         own = t.where(t.name == name)
-        if len(own) >= FEW:
+        if (~own.beside).sum() >= FEW:
             calibrate(entry, own)
     return entry
 
@@ -140,6 +140,11 @@ def boards(t: Times) -> np.ndarray:
     return np.array([n.rpartition("_")[0] or n for n in t.name])
 
 
+def of_board(t: Times, name: str) -> Times:
+    """Its rows of the files of kernels."""
+    return t.where((boards(t) == name) & ~t.beside)
+
+
 def fits_without(t: Times) -> dict[str, dict[str, Any]]:
     """Machine -> an entry fitted on all others; empty if there is only one."""
     names = np.unique(boards(t))
@@ -160,10 +165,10 @@ def fit(folder: Path) -> dict[str, Any]:
     groups, apart = {}, {}
     for key, t in read(folder).items():
         entry = groups[key] = fit_group(t)
-        apart[key] = [errors(e, t.where(boards(t) == name)) for name, e in fits_without(t).items()]
+        apart[key] = [errors(e, of_board(t, name)) for name, e in fits_without(t).items()]
         unseen = fit_unseen(t)
         for name, own in entry["machines"].items():
-            rows = t.where(t.held_out & (t.name == name))
+            rows = t.where(t.held_out & (t.name == name) & ~t.beside)
             own["interval"] = None
             if unseen is not None and len(rows) >= FEWEST:
                 own["interval"] = interval([errors(unseen, rows)])

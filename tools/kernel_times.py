@@ -1,7 +1,8 @@
 """Measured kernel times as CSV files, grouped for the cost model's laws.
 
 A folder holds gemm.csv, gemm_quant.csv, attention.csv, memory.csv and collective.csv, one measured
-kernel a row: gpu, op, dtype, shape parameters, median_us.
+kernel a row: gpu, op, dtype, shape parameters, median_us; and it may hold dtype_choice.csv, one
+product a row with a column of microseconds for each dtype, whose rows are `beside` the others.
 """
 
 import csv
@@ -21,6 +22,8 @@ from ridgeline.ir.errors import RidgelineError
 FILES = ("gemm", "gemm_quant", "attention", "memory", "collective")
 # Launched one by one: these time the host, of which `predict` knows nothing.
 HOST_BOUND = {"vllm_eager", "llmcompass"}
+CHOICE, CHOICE_DTYPES = "dtype_choice.csv", ("bf16", "int8", "w8a16", "w4a16")
+_PRODUCT = ("gpu", "m", "n", "k")
 _COLUMNS = {"source", "variant", "gpu", "op", "dtype", "median_us"}
 # What makes two shapes "the same layer": held-out shapes are held out by this key.
 _KEYS = (("n", "k"), ("heads", "kv_heads", "head_dim"), ("width",), ("bytes",))
@@ -34,6 +37,7 @@ class Times:
     name: np.ndarray  # machine with topology, as calibrated
     harness: np.ndarray  # "source variant gpu op": rows that one person measured in one way
     held_out: np.ndarray  # 30 % of the shapes by CRC
+    beside: np.ndarray  # of dtype_choice.csv: only residuals are fitted to them, none is scored
     log_s: np.ndarray
     machine: Mapping[str, np.ndarray]
     s: Mapping[str, np.ndarray]
@@ -47,6 +51,7 @@ class Times:
             self.name[mask],
             self.harness[mask],
             self.held_out[mask],
+            self.beside[mask],
             self.log_s[mask],
             {k: v[mask] for k, v in self.machine.items()},
             {k: v[mask] for k, v in self.s.items()},
@@ -80,7 +85,23 @@ def read(folder: Path) -> dict[str, Times]:
                 ):
                     continue
                 rows[shapes.group_of(row["op"], row["dtype"])].append(row)
+    if (path := folder / CHOICE).is_file():
+        _add_choices(rows, path)
     return {group.key: _times(group, found) for group, found in sorted(rows.items(), key=str)}
+
+
+def _add_choices(rows: dict[shapes.Group, list[dict[str, str]]], path: Path) -> None:
+    """Adds products that groups of `rows` haven't already. Its fp8 is that of `_slow_fp8`."""
+    with path.open(encoding="utf-8", newline="") as stream:
+        choices = list(csv.DictReader(stream))
+    for dtype in CHOICE_DTYPES:
+        known = rows.get(shapes.group_of("gemm", dtype), [])
+        seen = {tuple(row[key] for key in _PRODUCT) for row in known}
+        for choice in choices:
+            measured = choice.get(dtype)
+            if known and measured and tuple(choice[key] for key in _PRODUCT) not in seen:
+                row = {**choice, "variant": CHOICE, "op": "gemm", "dtype": dtype, "batch": "1"}
+                known.append({**row, "median_us": measured})
 
 
 def _slow_fp8(row: Mapping[str, str]) -> bool:
@@ -109,6 +130,7 @@ def _times(group: shapes.Group, rows: list[dict[str, str]]) -> Times:
         np.array(names),
         np.array(harness),
         np.array(held),
+        np.array([row["variant"] == CHOICE for row in rows]),
         np.log([float(row["median_us"]) * 1e-6 for row in rows]),
         _columns(machines, group.law),
         _columns(inputs, group.law),

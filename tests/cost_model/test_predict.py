@@ -338,9 +338,9 @@ def test_a_second_node_is_no_faster_link_than_the_first(name, op):
         for world in (8, 16)
     )
     assert two <= one
-    # The law's own gain by ranks is the rest.
+    # A network's cards gain nothing by more ranks.
     seconds = [predict(name, op, "fp16", **ring, world=w).seconds for w in (8, 16)]
-    assert seconds[1] > 0.9 * seconds[0]
+    assert seconds[1] >= seconds[0]
 
 
 def test_only_an_a100s_halves_hold_copies_of_each_others_lines():

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,26 @@ def test_the_fastest_dtype_is_chosen_on_machines_left_out(found):
     assert rows > 20
     assert top > 0.8
     assert regret < 0.05
+
+
+def test_products_of_the_choice_that_no_file_has_are_for_residuals_alone(folder, tmp_path):
+    more = tmp_path / "more"
+    shutil.copytree(folder, more)
+    once = read(folder)["gemm.bf16"]
+    assert not once.beside.any()  # all of its products are in gemm.csv
+    with (more / "dtype_choice.csv").open("a", newline="") as stream:
+        csv.writer(stream).writerow(["made", "l40s", 3, 96, 4096, 7.5, ""])
+    found = read(more)
+    assert not found["gemm.w4a16"].beside.any()
+    t = found["gemm.bf16"]
+    assert len(t) == len(once) + 1
+    added = t.where(t.beside)
+    assert added.name.tolist() == ["l40s"]
+    assert added.log_s == pytest.approx(np.log(7.5e-6))
+    assert (added.s["m"].item(), added.s["n"].item()) == (3, 96)
+    begin = list(laws.CONSTANTS["gemm"].values())
+    assert fits.constants(t, begin, fits.PRIOR) == fits.constants(once, begin, fits.PRIOR)
+    assert len(fits.of_board(t, "l40s")) == len(fits.of_board(once, "l40s"))
 
 
 def test_a_wrong_prediction_is_scored_as_wrong(folder):
