@@ -191,7 +191,8 @@ def moved(node: fx.Node, numbers: Any) -> Any:
         return numbers
     if node.target in PRODUCTS:
         return numbers.expand(node.meta["val"].shape)
-    target: Any = node.target
+    # What lies in order there may lie otherwise here, where a product's numbers are expanded.
+    target: Any = aten.reshape.default if node.target == aten.view.default else node.target
     return target(numbers, *node.args[1:], **node.kwargs)
 
 

@@ -146,7 +146,7 @@ def _forms(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
 
 def _cones(graph: fx.Graph, widths: Sequence[int]) -> list[set[fx.Node]]:
     """For each case the nodes that its outputs are computed from."""
-    outputs = list(next(reversed(graph.nodes)).args[0])
+    outputs = list(graph.output_node().args[0])
     cones = []
     for width in widths:
         stack, cone = outputs[:width], set()
