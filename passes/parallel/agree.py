@@ -8,6 +8,7 @@ device, and it tells which ranks have said nothing.
 
 import contextlib
 import contextvars
+import hashlib
 import json
 import math
 import threading
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.match import Reject
+from ridgeline.passes.parallel.differences import differences, first_difference, listed
 
 T = TypeVar("T")
 
@@ -37,8 +39,6 @@ _TURNS: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDicti
 """How often the ranks of a group have talked: what was said before must not be read again."""
 _SAID: weakref.WeakKeyDictionary[dist.ProcessGroup, set[int]] = weakref.WeakKeyDictionary()
 """The turns of which the store still has what this rank said."""
-_SHOWN = 60
-"""Characters of each rank's facts in an error."""
 _LINGER = 5.0
 """Seconds that a rank stays for others to read what it said; one that has ended reads nothing."""
 
@@ -116,30 +116,43 @@ class Ranks:
         """How often the ranks have talked; the same on all, but for one that failed alone."""
         return _TURNS.get(self.group, 0)
 
-    def agree(self, subject: str, facts: Mapping[str, str]) -> None:
+    def agree(
+        self, subject: str, facts: Mapping[str, str], advice: Mapping[str, str] | None = None
+    ) -> None:
         """Return where every rank has called this with equal `facts`.
+
+        advice: name of a fact -> what to do where it differs, beside what is always said.
 
         Raises:
             RankMismatch: on all ranks, naming the facts that differ and who says what.
             RankLost: a rank said that it failed, or nothing within the timeout.
         """
-        self._refuse_others(self._exchange({"subject": subject, **facts}))
+        self._refuse_others(self._exchange({"subject": subject, **facts}), advice)
 
-    def _refuse_others(self, said: Sequence[Mapping[str, str]]) -> None:
+    def agree_on_lines(self, subject: str, lines: Sequence[tuple[str, str]]) -> None:
+        """`agree` on many lines in any order, of which the first that differs is named.
+
+        lines: what is compared, and what it is called in the error.
+        """
+        told = hashlib.sha256("\n".join(sorted({text for text, _ in lines})).encode()).hexdigest()
+        said = self._exchange({"subject": subject, "lines": told})
+        if len({each["subject"] for each in said}) == 1 < len({each["lines"] for each in said}):
+            said = self._exchange({"subject": subject, "lines": json.dumps(lines)})
+            first = first_difference([json.loads(each["lines"]) for each in said])
+            said = [{"subject": subject, **each} for each in first]
+        self._refuse_others(said)
+
+    def _refuse_others(
+        self, said: Sequence[Mapping[str, str]], advice: Mapping[str, str] | None = None
+    ) -> None:
         """Raise RankMismatch where not every rank says the same, naming what differs."""
-        mine = said[self.rank]
-        names = dict.fromkeys(name for each in said for name in each)
-        lines = []
-        for name in names:
-            values = [each.get(name, "nothing") for each in said]
-            if len(set(values)) > 1:
-                told = ", ".join(f"rank {r}: {v}" for r, v in enumerate(_shortened(values)))
-                lines.append(f"{name} differs ({told})")
-        if lines:
+        if told := differences(said):
+            todo = "".join(f". {does}" for name, does in (advice or {}).items() if name in told)
             raise RankMismatch(
-                f"the {self.world} ranks expected to agree on {mine['subject']}, and found:"
-                f" {'; '.join(lines)}. Run one version of the code, one model and one target on"
-                " all ranks, and call it in the same order with the same inputs"
+                f"the {self.world} ranks expected to agree on {said[self.rank]['subject']}, and"
+                f" found: {'; '.join(listed(told))}. Run one version of the code, one model and one"
+                " target on all ranks, and call it in the same order with the same inputs"
+                f"{todo}"
             )
 
     def largest(self, values: Sequence[float]) -> list[float]:
@@ -357,15 +370,3 @@ def _is_broken(error: Exception) -> bool:
 
 def _key(turn: int, rank: int) -> str:
     return f"ridgeline/{turn}/{rank}"
-
-
-def _shortened(values: Sequence[str]) -> list[str]:
-    """Each; of long ones what is about the place from which on they differ."""
-    if max(map(len, values)) <= _SHOWN:
-        return list(values)
-    differs = [len(set(letters)) > 1 for letters in zip(*values, strict=False)]
-    same = differs.index(True) if True in differs else len(differs)
-    start = max(0, same - _SHOWN // 3)
-    lead = "..." if start else ""
-    cut = [value[start:] for value in values]
-    return [f"{lead}{v if len(v) <= _SHOWN else f'{v[: _SHOWN - 3]}...'}" for v in cut]

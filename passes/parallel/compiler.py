@@ -40,6 +40,7 @@ from ridgeline.passes.parallel import token_weave
 from ridgeline.passes.parallel.agree import LeftAsItIs, RankLost, RankMismatch, Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
 from ridgeline.passes.parallel.apart import apart
+from ridgeline.passes.parallel.captured_code import code_of
 from ridgeline.passes.parallel.collectives import collectives, normal_form
 from ridgeline.passes.parallel.expected import expected_seconds
 from ridgeline.passes.parallel.in_turn import in_turn
@@ -85,8 +86,9 @@ def usual(target: Target) -> When:
 
 class ParallelCompiler(Compiler):
     """`Compiler` for a rank's model; splits: weight -> how it is split, as `propagate` takes it;
-    stack: the model's shape, by which a GPU's schedule is predicted; strict: as
-    `rewrite_collectives` takes it."""
+    stack: the model's shape, by which a GPU's schedule is predicted; equal: whether all ranks hold
+    as many heads and channels, None where the code may be each rank's own, and is not compared;
+    strict: as `rewrite_collectives` takes it."""
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class ParallelCompiler(Compiler):
         fuse: When,
         weave: When,
         stack: Stack | None = None,
+        equal: bool | None = None,
         strict: bool = True,
         **options: Any,
     ) -> None:
@@ -104,7 +107,7 @@ class ParallelCompiler(Compiler):
         check_when("fuse", fuse)
         check_when("weave", weave)
         self.ranks, self.splits, self.fuse, self.weave = ranks, splits, fuse, weave
-        self.stack = stack
+        self.stack, self.equal = stack, equal
         self.meeting = Meeting(ranks)
         self.cut: token_weave.Cut | None = None
         self._links: Transport | None = None
@@ -137,6 +140,9 @@ class ParallelCompiler(Compiler):
         """
         if program.training:
             raise InferenceOnly(_TRAINED)
+        if self.equal is not None:
+            code = code_of(program.module.graph, self.splits, self.equal)
+            self.ranks.agree_on_lines("the captured code", code)
         chosen, run = self.ranks.guarded(self._chosen)(program)
         for name in ("applied", "refused", "kernels"):
             known = getattr(self.plan, name)
@@ -156,6 +162,8 @@ class ParallelCompiler(Compiler):
     def forget(self) -> None:
         super().forget()
         self._accepts.clear()
+        if self.meeting.weights is not None:
+            self.meeting.weights.forget()
 
     def _told(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`; where it fails, the others hear why when they are told, or time out."""

@@ -7,8 +7,8 @@ captures one, or that has inputs of another length, waits for ever, or is ended 
 one with other ids or other activations gives wrong sums. So each call begins with one collective
 of a few numbers:
 
-    d    of the model, of the graphs that take the call's sizes, of its structure and plain
-         arguments, and of what `sampled` says of its tensors
+    d    of the model, of the weights that all hold (`held`), of the graphs that take the call's
+         sizes, of its structure and plain arguments, and of what `sampled` says of its tensors
     t    how often this rank has talked to the others (`Ranks.turn`)
     f    which of these graphs take this rank's inputs as they lie, as bits, the newest first
     s    of each input of floats x, of its samples: the sum of x_i cos(i), and |x|
@@ -41,6 +41,7 @@ from torch import Tensor
 from ridgeline.ir.call import Call
 from ridgeline.passes.compile_program import Graph
 from ridgeline.passes.parallel.agree import RankLost, RankMismatch, Ranks
+from ridgeline.passes.parallel.held import Held
 from ridgeline.passes.parallel.sampled import facts_of, sums_of
 
 APART = 1e-2
@@ -49,6 +50,13 @@ SLOTS = 8
 """Inputs of floats that are compared one by one; the ninth shares the first's numbers."""
 GRAPHS = 48
 """The newest graphs that are compared: as many bits as float64 holds, and fewer."""
+_RUN, _WEIGHTS = "what is run", "weights that all ranks hold"
+_ADVICE = {
+    _RUN: "Where a rank has no graph that others have, it has dropped it, by refresh() or because a"
+    " weight, a hook or an attribute was set there: set it on all ranks, or call refresh() on all",
+    _WEIGHTS: "Where weights were changed in place after they were compared, change them on all"
+    " ranks alike",
+}
 _FAILED = -1.0
 _LOOK = timedelta(seconds=1)
 """Between two looks at what others have said, while this rank waits for them."""
@@ -58,11 +66,13 @@ _LOCKS: weakref.WeakKeyDictionary[dist.ProcessGroup, threading.RLock] = weakref.
 class Meeting:
     """What one rank says at the beginning of its calls.
 
-    model: which one is called, as all ranks have agreed.
+    model: which one is called, as all ranks have agreed. weights: those that all ranks hold; None
+    where the model is each rank's own.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.model = ranks, ""
+        self.weights: Held | None = None
         self.held = "gloo" in _backend_on_cpu(ranks.group)
         self._lock = _LOCKS.setdefault(ranks.group, threading.RLock())
 
@@ -113,7 +123,8 @@ class Meeting:
     ) -> tuple[dict[str, str], list[tuple[float, float]]]:
         """What must be equal on all ranks, and what may differ by little."""
         run = " or ".join(f"graph {graph.number}" for graph in graphs) or "a new graph"
-        facts = {"model": self.model, "what is wanted": wanted, "what is run": run}
+        facts = {"model": self.model, "what is wanted": wanted, _RUN: run}
+        facts[_WEIGHTS] = self.weights.said() if self.weights else ""
         return facts | facts_of(call), sums_of(call, SLOTS)
 
     def _compared(self, facts: dict[str, str], bits: int, sums: list[tuple[float, float]]) -> int:
@@ -126,7 +137,9 @@ class Meeting:
         apart = totals.amax(0) - totals.amin(0) > APART * sizes.amax(0)
         if len(set(digests)) > 1 or bool(apart.any()):
             told = [f"a sum of {sums[i][0]:.8g}" for i in apart.nonzero().flatten().tolist()]
-            self.ranks.agree("this call", facts | {"floats in inputs": ", ".join(told)})
+            facts |= {"floats in inputs": ", ".join(told)}
+            facts |= self.weights.each() if self.weights else {}
+            self.ranks.agree("this call", facts, _ADVICE)
         return functools.reduce(operator.and_, map(int, said[:, 2].tolist()))
 
     def _send(self, digest: float, *numbers: float) -> tuple[dist.Work, list[Tensor]]:

@@ -18,10 +18,11 @@ from ridgeline.passes.compiler import check_max_graphs
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
+from ridgeline.passes.parallel.held import Held
 from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
 from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.parallel.shard import shard, split_parameters
-from ridgeline.passes.parallel.signature import model_signature, settings_of, versions
+from ridgeline.passes.parallel.signature import libraries, model_signature, settings_of, versions
 
 
 def parallelize(
@@ -60,7 +61,7 @@ def parallelize(
     Raises:
         OptimizeError: for unusable arguments.
         Unparallel: no layer of the model can be split over that many ranks.
-        RankMismatch: on all ranks, where they differ in code, model, target or graph.
+        RankMismatch: on all ranks, where they differ in code, model, options or graph.
         RankLost: another rank failed, ended, or did not answer in time; also when it is called.
         LayoutError: the model reads a value that this rank does not hold.
         InferenceOnly: on all ranks, when it is called in train mode, or on inputs that require
@@ -81,11 +82,14 @@ def parallelize(
             fuse=fuse,
             weave=weave,
             stack=_stack(model),
+            equal=plan.equal if plan else None,
             passes=[p for p in passes if p.exactness != "approximate"],
             lowering=lowering,
         )
         facts = {"target": compiler.target.name, "fuse": fuse, "weave": weave, **versions()}
         facts |= {"lowering": lowering, "max_graphs": str(max_graphs)}
+        facts["passes"] = ", ".join(p.name for p in compiler.passes) or "none"
+        facts |= libraries(model)
         facts["model"] = model_signature(model) if plan else type(model).__name__
         facts["plan"] = plan.digest() if plan else "the model's own"
         number = ranks.turn
@@ -94,7 +98,9 @@ def parallelize(
         part = shard(model, plan, ranks.rank, ranks.name) if plan else model
         for sentence in told(plan, ranks.rank) if plan else ():
             compiler.plan.note(sentence)
-        return optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
+        made = optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)
+        compiler.meeting.weights = Held(made, compiler.splits) if plan else None
+        return made
 
 
 def _stack(model: nn.Module) -> Stack | None:

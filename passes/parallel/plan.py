@@ -62,6 +62,12 @@ class ParallelPlan:
     bytes_per_rank: tuple[int, ...]
     bytes_whole: int
 
+    @property
+    def equal(self) -> bool:
+        """Does every rank hold as many heads and channels?"""
+        spans = [span for split in self.splits for span in (split.spans, split.kv_spans)]
+        return all(len({b - a for a, b in each}) <= 1 for each in spans)
+
     def digest(self) -> str:
         """SHA-256 over the whole plan: equal on two ranks if and only if their plans are."""
         return hashlib.sha256(repr(self).encode()).hexdigest()

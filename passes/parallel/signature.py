@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ridgeline.codegen.code_version import code_version
 
-_SAMPLED = 64
+SAMPLED = 64
 """Numbers taken of each matrix: enough to tell checkpoints apart."""
 
 _ORIGIN = ("_name_or_path", "transformers_version")
@@ -25,10 +26,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def libraries(model: nn.Module) -> dict[str, str]:
+    """Name -> version of the packages, such as transformers, whose modules the model is made of."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    roots = sorted({kind.__module__.partition(".")[0] for kind in kinds} - {"torch", "ridgeline"})
+    found = {name: getattr(sys.modules.get(name), "__version__", None) for name in roots}
+    return {name: str(version) for name, version in found.items() if version is not None}
+
+
 def model_signature(model: nn.Module) -> str:
     """Class, names, shapes, dtypes, and some numbers of every weight and buffer."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return f"{type(model).__name__} {digest_of(named, _SAMPLED)}"
+    return f"{type(model).__name__} {digest_of(named, SAMPLED)}"
 
 
 def settings_of(model: nn.Module) -> dict[str, str]:
