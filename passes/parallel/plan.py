@@ -14,13 +14,14 @@ Source: Shoeybi et al., Megatron-LM, 2019 (arXiv:1909.08053), section 3.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.passes.parallel.plain import changed, is_embedding, is_linear, opaque_forward
 
 ATTENTION = (("o_proj", ("q_proj", "k_proj", "v_proj")), ("c_proj", ("c_attn",)))
 MLP = (
@@ -80,17 +81,6 @@ class ParallelPlan:
         return "\n".join(lines)
 
 
-def is_linear(module: object) -> bool:
-    """An `nn.Linear`, or transformers' Conv1D, whose weight is (in, out)."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
-def is_embedding(module: Any) -> bool:
-    """An `nn.Embedding` that only looks rows up, or Gemma's, which multiplies them by a scale."""
-    scaled = type(module).__name__.endswith("TextScaledWordEmbedding")
-    return (type(module) is nn.Embedding or scaled) and module.max_norm is None
-
-
 def out_features(linear: Any) -> int:
     return linear.weight.shape[0 if type(linear) is nn.Linear else 1]
 
@@ -129,10 +119,25 @@ def head_spans(
 def named(
     module: nn.Module, table: tuple[tuple[str, tuple[str, ...]], ...]
 ) -> tuple[str, tuple[str, ...]] | None:
+    """The first names of `table` all of which `module` has a layer of."""
+    children = module._modules
     for row, columns in table:
-        if all(is_linear(getattr(module, name, None)) for name in (row, *columns)):
+        if all(children.get(name) is not None for name in (row, *columns)):
             return row, columns
     return None
+
+
+def kept_whole(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Why the layers of these names, or the module itself, are not what a split of them computes;
+    None where they are."""
+    for name in names:
+        layer: Any = module.get_submodule(name)
+        if why := changed(layer):
+            return f"{name} {why}"
+        if not is_linear(layer):
+            return f"no split is known of {name}, a {type(layer).__name__}"
+    why = opaque_forward(module)
+    return why and f"it {why}"
 
 
 def foreign(module: nn.Module, known: tuple[str, ...]) -> str | None:
@@ -198,10 +203,12 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
     paths = {id(module): path for path, module in model.named_modules()}
     known = {"embedding": is_embedding, "lm_head": lambda module: type(module) is nn.Linear}
     found = {kind: module for kind, module in ends.items() if module is not None}
-    odd = [kind for kind, module in found.items() if not known[kind](module)]
-    if odd:
-        reason = f"no split is known of the {odd[0]}, a {type(found[odd[0]]).__name__}"
-        return [], [(paths[id(module)], reason) for module in found.values()]
+    for kind, module in found.items():
+        why = changed(module)
+        if why or not known[kind](module):
+            reason = f"no split is known of the {kind}, a {type(module).__name__}"
+            reason = f"the {kind} {why}" if why else reason
+            return [], [(paths[id(module)], reason) for module in found.values()]
     return [
         Split(paths[id(module)], kind, (), "", padded_spans(module.weight.shape[0], world))
         for kind, module in found.items()
@@ -221,23 +228,62 @@ def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
     for path, module in model.named_modules():
         for kind, table in ((attention, ATTENTION), (mlp, MLP)):
             if names := named(module, table):
-                answer = kind(path, module, *names, world)
+                row, columns = names
+                answer = kept_whole(module, (row, *columns))
+                answer = answer or kind(path, module, row, columns, world)
                 if isinstance(answer, Split):
                     splits.append(answer)
                 else:
                     refused.append((path, answer))
+    ends, kept = vocabulary(model, world)
+    at_odds = cut_twice(model, (*splits, *ends))
+    refused += at_odds.items()
+    splits, ends = ([s for s in found if s.path not in at_odds] for found in (splits, ends))
     if not splits:
         why = "; ".join(f"{path}: {reason}" for path, reason in refused)
         raise Unparallel(
             f"no attention or MLP of {type(model).__name__} can be split over {world} ranks "
             f"({why or 'none has projections of a known name'})"
         )
-    ends, kept = vocabulary(model, world)
     plan = (*splits, *ends)
     kept += unknown(model, splits, ends, (*refused, *kept))
     whole = {id(p): p.nbytes for p in model.parameters()}
     per_rank = tuple(rank_bytes(model, plan, whole, rank) for rank in range(world))
     return ParallelPlan(world, plan, (*refused, *kept), per_rank, sum(whole.values()))
+
+
+def cut_twice(model: nn.Module, splits: Sequence[Split]) -> dict[str, str]:
+    """Modules that share a parameter which each would cut in another way, with the reason."""
+    known: dict[int, tuple[Any, Split, str]] = {}
+    found: dict[str, str] = {}
+    for split in splits:
+        for name, parameter, *cut in cuts(model.get_submodule(split.path), split):
+            other_cut, other, other_name = known.setdefault(id(parameter), (cut, split, name))
+            if other_cut != cut:
+                for a, b, here, there in (
+                    (split, other, name, other_name),
+                    (other, split, other_name, name),
+                ):
+                    found[a.path] = (
+                        f"its {here} is {b.path}.{there} too, of which a rank would hold another"
+                        " part; clone one of them to have both split"
+                    )
+    return found
+
+
+def cuts(module: Any, split: Split) -> Iterator[tuple[str, nn.Parameter, int, Any]]:
+    """Name, parameter, dimension and each rank's range of units of all that a split cuts."""
+    if not split.columns:
+        yield from ((name, p, 0, split.spans) for name, p in module.named_parameters())
+        return
+    for position, name in enumerate(split.columns):
+        layer: Any = module.get_submodule(name)
+        spans = split.kv_spans if position and split.kv_spans else split.spans
+        for kind, parameter in layer.named_parameters():
+            dim = int(kind == "weight" and type(layer) is not nn.Linear)
+            yield f"{name}.{kind}", parameter, dim, spans
+    row: Any = module.get_submodule(split.row)
+    yield f"{split.row}.weight", row.weight, int(type(row) is nn.Linear), split.spans
 
 
 def unknown(
@@ -268,31 +314,17 @@ def unknown(
     ]
 
 
-def rank_bytes(
-    model: nn.Module, splits: tuple[Split, ...], whole: dict[int, int], rank: int
-) -> int:
+def rank_bytes(model: nn.Module, splits: Sequence[Split], whole: dict[int, int], rank: int) -> int:
     """Bytes of parameters on one rank; a weight that two modules share counts once."""
     held = dict(whole)
     for split in splits:
-        module: Any = model.get_submodule(split.path)
-        a, b = split.spans[rank]
-        if not split.columns:
-            count = module.weight.shape[0]
-            held[id(module.weight)] = module.weight.nbytes // count * (b - a)
-            if getattr(module, "bias", None) is not None:
-                held[id(module.bias)] = module.bias.nbytes // count * (b - a)
-            continue
-        for position, name in enumerate(split.columns):
-            kv = split.kv_spans and position
-            c, d = split.kv_spans[rank] if kv else (a, b)
-            total = units(split, kv=bool(kv))
-            for parameter in getattr(module, name).parameters():
-                held[id(parameter)] = parameter.nbytes * (d - c) // total
-        weight = getattr(module, split.row).weight
-        held[id(weight)] = weight.nbytes * (b - a) // units(split)
+        for _, parameter, dim, spans in cuts(model.get_submodule(split.path), split):
+            a, b = spans[rank]
+            total = spans[-1][1] if split.columns else parameter.shape[dim]
+            held[id(parameter)] = parameter.nbytes * (b - a) // total
     return sum(held.values())
 
 
-def units(split: Split, *, kv: bool = False) -> int:
+def units(split: Split) -> int:
     """How many units (heads, channels) all ranks hold together, each counted once."""
-    return (split.kv_spans if kv else split.spans)[-1][1]
+    return split.spans[-1][1]
