@@ -16,8 +16,8 @@ as each rank has one of its own.
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ def facts_of(call: Call) -> dict[str, str]:
         "devices of inputs": ", ".join(x.device.type for x in tensors),
         "inputs that are one": str(list(map(addresses.index, addresses))),
     }
-    facts["lengths of caches"] = ", ".join(map(_of_cache, call.caches))
+    own = set(addresses)
+    facts["lengths of caches"] = _of_caches([x for x in call.flat if id(x) not in own])
     read = [x for x in tensors if _is_read(x)]
     facts["integers in inputs"] = ", ".join(_integers(x) for x in read if not _is_float(x))
     facts["numbers in inputs that are large or not finite"] = ", ".join(
@@ -68,18 +69,21 @@ def _tensors(call: Call) -> list[Tensor]:
     return [x for x in call.leaves if isinstance(x, Tensor)]
 
 
-def _of_cache(cache: Any) -> str:
-    """What is the same of a cache on all ranks: of keys and values [B, heads, S, D] all sizes but
-    the heads, of other tensors the first, and its counts of tokens, once for layers alike."""
-    held = caches.tensors(cache)
+def _of_caches(held: Sequence[Tensor]) -> str:
+    """What is the same of caches on all ranks: of keys and values [B, heads, S, D] all sizes but
+    the heads, of other tensors the first, and counts of tokens; once for layers alike."""
+    counts = [x.reshape(-1) for x in held if not x.is_floating_point() and _is_read(x)]
+    told = map(str, torch.cat(counts).tolist() if counts else [])
+    alike = groupby((x.dtype, x.shape) for x in held if x.is_floating_point())
     sizes = (
-        f"{_name(x)}{[n for d, n in enumerate(x.shape) if d != 1 and (x.dim() == 4 or d == 0)]}"
-        for x in held
-        if _is_float(x)
+        f"{str(dtype).removeprefix('torch.')}{_apart_from_heads(shape)} x {len([*same])}"
+        for (dtype, shape), same in alike
     )
-    counts = [x.reshape(-1) for x in held if _is_read(x) and not _is_float(x)]
-    told = torch.cat(counts).tolist() if counts else []
-    return " ".join(f"{text} x {len([*same])}" for text, same in groupby((*sizes, *map(str, told))))
+    return ", ".join((*sizes, *(f"{count} x {len([*same])}" for count, same in groupby(told))))
+
+
+def _apart_from_heads(shape: torch.Size) -> list[int]:
+    return [shape[0], *shape[2:]] if len(shape) == 4 else [*shape[:1]]
 
 
 def _plain(leaf: object) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from ridgeline.ir.call import flatten
 from ridgeline.passes.parallel.sampled import EXACT, SAMPLED, facts_of, sums_of
@@ -90,3 +91,20 @@ def test_plain_arguments_and_structure_are_told_and_devices_by_their_type() -> N
     assert of(torch.device("cuda:0")) == of(torch.device("cuda:1")) != of(torch.device("cpu"))
     x = torch.ones(3)
     assert of(x, x) != of(x, x.clone())
+
+
+def cache(heads: int, tokens: int, sequences: int = 2) -> DynamicCache:
+    made = DynamicCache()
+    for layer in range(2):
+        keys = torch.randn(sequences, heads, tokens, 8)
+        made.update(keys, keys, layer)
+    return made
+
+
+def test_of_a_cache_all_but_heads_and_values_is_told() -> None:
+    x = torch.ones(2, 1)
+    said = of(x, cache(1, 5))
+    assert said["lengths of caches"] == "float32[2, 5, 8] x 4"
+    assert said == of(x, cache(2, 5))
+    assert said != of(x, cache(1, 4))
+    assert said != of(x, cache(1, 5, sequences=3))
