@@ -70,7 +70,8 @@ class ParallelPlan:
     def __str__(self) -> str:
         kinds = [split.kind for split in self.splits]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        lines = [f"tensor parallel over {self.world} ranks: {counts}"]
+        ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
+        lines = [f"tensor parallel over {ranks}: {counts or 'nothing is split'}"]
         lines += [
             f"  held by all: {path or 'the model'}: {reason}" for path, reason in self.refused
         ]
@@ -108,9 +109,10 @@ def head_spans(
         kv, group = even_spans(kv_heads, world), heads // kv_heads
         return tuple((a * group, b * group) for a, b in kv), kv
     if world % kv_heads or heads % world:
+        more = [n for n in range(2 * kv_heads, heads + 1, kv_heads) if heads % n == 0]
         raise Unparallel(
             f"{heads} query and {kv_heads} key-value heads do not divide over {world} ranks; "
-            f"use at most {kv_heads} ranks, or a multiple of {kv_heads} that divides {heads}"
+            f"use at most {' or '.join((f'{kv_heads} ranks', *map(str, more)))}"
         )
     kv = tuple((r * kv_heads // world, r * kv_heads // world + 1) for r in range(world))
     return even_spans(heads, world), kv
@@ -218,11 +220,18 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
 def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
     """How `model` (a causal language model, on any device, also meta) is split over `world` ranks.
 
+    On one rank nothing is.
+
     Raises:
-        Unparallel: `world` is below 2, or no layer can be split.
+        Unparallel: `world` is no number of ranks, or no layer can be split.
     """
-    if world < 2:
-        raise Unparallel(f"expected 2 ranks or more, found {world}; run the model as it is")
+    if not isinstance(model, nn.Module):
+        raise Unparallel(f"expected a torch.nn.Module, found a {type(model).__name__}")
+    if isinstance(world, bool) or not isinstance(world, int) or world < 1:
+        raise Unparallel(f"expected a number of ranks, 1 or more, found {world!r}; pass an int")
+    whole = {id(p): p.nbytes for p in model.parameters()}
+    if world == 1:
+        return ParallelPlan(1, (), (), (sum(whole.values()),), sum(whole.values()))
     splits: list[Split] = []
     refused: list[tuple[str, str]] = []
     for path, module in model.named_modules():
@@ -247,7 +256,6 @@ def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
         )
     plan = (*splits, *ends)
     kept += unknown(model, splits, ends, (*refused, *kept))
-    whole = {id(p): p.nbytes for p in model.parameters()}
     per_rank = tuple(rank_bytes(model, plan, whole, rank) for rank in range(world))
     return ParallelPlan(world, plan, (*refused, *kept), per_rank, sum(whole.values()))
 
