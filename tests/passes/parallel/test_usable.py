@@ -53,9 +53,9 @@ def test_odd_numbers_of_ranks(world: Any) -> None:
 
 
 def test_the_numbers_of_ranks_that_heads_allow_are_said() -> None:
-    with pytest.raises(Unparallel, match="over 100 ranks; use at most 4 ranks$"):
+    with pytest.raises(Unparallel, match=r"over 100 ranks; use at most 4 ranks$"):
         head_spans(4, 4, 100)
-    with pytest.raises(Unparallel, match="use at most 2 ranks or 4 or 8$"):
+    with pytest.raises(Unparallel, match=r"use at most 2 ranks or 4 or 8$"):
         head_spans(8, 2, 3)
 
 
