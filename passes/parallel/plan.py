@@ -23,12 +23,22 @@ from torch import nn
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.passes.parallel.plain import changed, is_embedding, is_linear, opaque_forward
 
-ATTENTION = (("o_proj", ("q_proj", "k_proj", "v_proj")), ("c_proj", ("c_attn",)))
+ATTENTION = (
+    *((row, ("q_proj", "k_proj", "v_proj")) for row in ("o_proj", "out_proj", "dense")),
+    ("c_proj", ("c_attn",)),
+)
 MLP = (
     *(("down_proj", ("gate_proj", "up_proj")), ("down_proj", ("up_proj",))),
-    ("c_proj", ("c_fc",)),
+    *(("c_proj", ("c_fc",)), ("fc2", ("fc1",)), ("wo", ("wi_0", "wi_1")), ("wo", ("wi",))),
 )
 """The row-parallel layer and the column-parallel ones before it; the first that is there counts."""
+BESIDE = (
+    *("self_attn", "self_attn_layer_norm", "encoder_attn", "encoder_attn_layer_norm"),
+    "final_layer_norm",
+)
+"""What comes before or after an MLP whose layers are a decoder layer's own, as OPT's and BART's."""
+SAID = 12
+"""Lines of layers, at most, in an error."""
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -184,7 +194,7 @@ def attention(
 
 
 def mlp(path: str, module: Any, row: str, columns: tuple[str, ...], world: int) -> Split | str:
-    if reason := foreign(module, (row, *columns)):
+    if reason := foreign(module, (row, *columns, *BESIDE)):
         return reason
     if getattr(module, "activation_sparsity", 0):  # Gemma 3n: a threshold by mean and deviation
         return "its activation reads all channels of a row"
@@ -248,14 +258,15 @@ def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
     at_odds = cut_twice(model, (*splits, *ends))
     refused += at_odds.items()
     splits, ends = ([s for s in found if s.path not in at_odds] for found in (splits, ends))
+    kept += unknown(model, splits, ends, (*refused, *kept))
     if not splits:
-        why = "; ".join(f"{path}: {reason}" for path, reason in refused)
+        why = "; ".join(f"{path}: {reason}" for path, reason in (*refused, *kept)[:SAID])
+        known = ", ".join(f"{'/'.join(columns)} + {row}" for row, columns in (*ATTENTION, *MLP))
         raise Unparallel(
-            f"no attention or MLP of {type(model).__name__} can be split over {world} ranks "
-            f"({why or 'none has projections of a known name'})"
+            f"no attention or MLP of {type(model).__name__} can be split over {world} ranks"
+            f" ({why or 'it has no linear layers'}); known names are {known}"
         )
     plan = (*splits, *ends)
-    kept += unknown(model, splits, ends, (*refused, *kept))
     per_rank = tuple(rank_bytes(model, plan, whole, rank) for rank in range(world))
     return ParallelPlan(world, plan, (*refused, *kept), per_rank, sum(whole.values()))
 
@@ -300,26 +311,33 @@ def unknown(
     ends: Sequence[Split],
     refused: Sequence[tuple[str, str]],
 ) -> list[tuple[str, str]]:
-    """The linear layers that are in no module whose layers' names are known, with the bytes that
-    every rank holds of them. Layers that differ in numbers alone share a line."""
+    """The linear layers, and the stacked weights of experts, that are in no module whose layers'
+    names are known, with the bytes that every rank holds of them. Layers that differ in numbers
+    alone share a line."""
     named = {f"{s.path}.{name}" for s in splits for name in (*s.columns, s.row)}
     named |= {split.path for split in ends}
     inside = tuple(f"{path}." for path, _ in refused if path)
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for path, module in model.named_modules():
-        if not is_linear(module) or path in named:
+        what = _no_split_of(module)
+        if what is None or path in named or path in dict(refused) or path.startswith(inside):
             continue
-        if path not in dict(refused) and not path.startswith(inside):
-            held = sum(p.nbytes for p in module.parameters())
-            found.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(held)
+        held = sum(p.nbytes for p in module.parameters(recurse=False))
+        found.setdefault((re.sub(r"\b\d+\b", "*", path), what), []).append(held)
     return [
-        (
-            path,
-            f"no split of a layer of this name is known; {len(held)} of"
-            f" {sum(held) / 1e6:,.1f} MB on every rank",
-        )
-        for path, held in found.items()
+        (path, f"{what}; {len(held)} of {sum(held) / 1e6:,.1f} MB on every rank")
+        for (path, what), held in found.items()
     ]
+
+
+def _no_split_of(module: nn.Module) -> str | None:
+    """Why a module that no split covers is held whole; None where it is not worth a line."""
+    if isinstance(module, nn.Linear) or is_linear(module):
+        return "no split of a layer of this name is known"
+    conv = isinstance(module, nn.modules.conv._ConvNd)
+    if not conv and any(p.dim() > 2 and len(p) > 1 for p in module.parameters(recurse=False)):
+        return "experts, each a matrix of one weight, are not split (no expert parallelism)"
+    return None
 
 
 def rank_bytes(model: nn.Module, splits: Sequence[Split], whole: dict[int, int], rank: int) -> int:

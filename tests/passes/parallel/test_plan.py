@@ -86,6 +86,21 @@ def test_linear_layers_of_unknown_names_are_listed_with_their_bytes() -> None:
     assert "held by all: model.layers.*.adapter: no split" in str(plan)
 
 
+def test_experts_in_one_weight_are_listed_with_their_bytes() -> None:
+    model = Mlp()
+    model.experts = nn.ParameterList([torch.zeros(4, 8, 16)])
+    model.positions = nn.ParameterList([torch.zeros(1, 5, 8)])
+    ((path, reason),) = plan_parallel(model, 2).refused
+    assert path == "experts"
+    assert reason.endswith("not split (no expert parallelism); 1 of 0.0 MB on every rank")
+
+
+def test_what_is_there_is_said_where_no_name_is_known() -> None:
+    model = nn.Sequential(nn.ModuleDict({"qkv_proj": nn.Linear(8, 24), "o_proj": nn.Linear(8, 8)}))
+    with pytest.raises(Unparallel, match=r"\*.qkv_proj: no split of.*known names are q_proj/k_p"):
+        plan_parallel(model, 2)
+
+
 def test_projections_packed_head_by_head_stay_whole() -> None:
     """GPT-BigCode's c_attn is as wide as GPT-2's, and holds q, k, v of each head in turn."""
     config = GPTBigCodeConfig(
