@@ -50,7 +50,7 @@ _WAYS_OUT = (
     (
         ("async version of inplace op",),
         "a collective in place with async_op=True has no form in a graph: leave async_op out, or"
-        " use the one of torch.distributed._functional_collectives, y = all_reduce(x, 'sum', group)",
+        " use torch.distributed._functional_collectives, y = all_reduce(x, 'sum', group)",
     ),
     (
         ("has invalid val field",),  # of c10d's own operators, as broadcast_ and all_gather_
