@@ -48,6 +48,16 @@ _WAYS_OUT = (
         f"a generator of random numbers, which no graph can carry: {NO_GENERATOR}",
     ),
     (
+        ("async version of inplace op",),
+        "a collective in place with async_op=True has no form in a graph: leave async_op out, or"
+        " use torch.distributed._functional_collectives, y = all_reduce(x, 'sum', group)",
+    ),
+    (
+        ("has invalid val field",),  # of c10d's own operators, as broadcast_ and all_gather_
+        "a collective of torch.distributed that has no form in a graph: use the one of"
+        " torch.distributed._functional_collectives, as y = broadcast(x, source, group)",
+    ),
+    (
         ("leaf Variable", "in-place", "inplace"),
         "a tensor that others still need is changed in place: use the out-of-place form",
     ),

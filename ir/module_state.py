@@ -81,9 +81,10 @@ def _is_container(value: Any) -> bool:
 
 def _contents(holder: Any) -> dict[Any, Any]:
     if isinstance(holder, nn.Module):
-        # torch's own hooks, as weight_norm's, compute an attribute anew in every call
+        # torch's own hooks, as weight_norm's and pruning's, compute an attribute anew in every call
         hooks = holder._forward_pre_hooks.values()
-        derived = {getattr(h, "name", "") for h in hooks if type(h).__module__.startswith("torch.")}
+        own = [hook for hook in hooks if type(hook).__module__.startswith("torch.")]
+        derived = {getattr(hook, name, "") for hook in own for name in ("name", "_tensor_name")}
         kept = _OWN | _NOTES | derived
         return {name: value for name, value in vars(holder).items() if name not in kept}
     if isinstance(holder, dict):

@@ -6,6 +6,7 @@
     equal all-gathers                  one, as of DTensor's, which gathers for each projection
     sum of x_r W_rᵀ + b / W            b is added once, to the sum over the W ranks, as of DTensor's
     ops that have gradients            those without, which send the same
+    ops in place (`all_reduce_`)       as dist.all_reduce(x): copy_(x, wait(all_reduce(x)))
 
 Other functional collectives (`torch.distributed._functional_collectives`) are
 `torch.ops._c10d_functional`, and so in this form from the start.
@@ -13,6 +14,7 @@ Other functional collectives (`torch.distributed._functional_collectives`) are
 
 import operator
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -72,9 +74,11 @@ def normal_form(module: fx.GraphModule) -> int:
         if is_collective(node) and node.target.namespace == _AUTOGRAD:
             packet = getattr(functional, node.target._opname)
             node.target = getattr(packet, node.target._overloadname)
+        if is_collective(node) and _functional_of(node) is not None:
+            node = _out_of_place(node)
         if node.target in (aten.copy.default, aten.copy_.default):
             _sum_in_place(node)
-        if node.target is functional.wait_tensor.default:
+        if _is_wait(node) and node.all_input_nodes:  # one that is gone reads nothing
             _bias_after_sum(node)
     gone = merge_equal(module.graph)
     module.graph.lint()
@@ -133,6 +137,29 @@ def _is_wait(node: object) -> bool:
 
 def _is_part(node: fx.Node) -> bool:
     return node.target in _PURE or getattr(node.target, "__name__", "") == "getitem"
+
+
+def _functional_of(collective: fx.Node) -> Any:
+    """What sends the same as a collective that writes to its one operand, and leaves it."""
+    name = collective.target._opname
+    if not name.endswith("_") or not isinstance(collective.args[0], fx.Node):
+        return None
+    return getattr(functional, name[:-1]).default
+
+
+def _out_of_place(collective: fx.Node) -> fx.Node:
+    """all_reduce_(x) -> copy_(x, wait(all_reduce(x))), which is returned and for which nobody
+    waits."""
+    into = collective.args[0]
+    sent = insert(collective, _functional_of(collective), *collective.args, **collective.kwargs)
+    done = insert(collective, functional.wait_tensor.default, sent)
+    write = insert(collective, aten.copy_.default, into, done, value=collective.meta["val"])
+    collective.replace_all_uses_with(write)
+    collective.graph.erase_node(collective)
+    for wait in [user for user in write.users if _is_wait(user)]:
+        wait.replace_all_uses_with(write)
+        wait.graph.erase_node(wait)
+    return write
 
 
 def _sum_in_place(node: fx.Node) -> None:

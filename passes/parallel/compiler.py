@@ -291,8 +291,10 @@ class ParallelCompiler(Compiler):
 
     def _transport(self) -> Transport | None:
         """What the ranks' transport takes here, measured once; None where this machine is not what
-        is compiled for, or nothing is chosen by running it."""
-        if self.target.kind != "cpu" or "measured" not in (self.fuse, self.weave):
+        is compiled for, one rank sends nothing, or nothing is chosen by running it."""
+        if self.ranks.world == 1 or self.target.kind != "cpu":
+            return None
+        if "measured" not in (self.fuse, self.weave):
             return None
         if self._links is None and dist.get_backend(self.ranks.group) == "gloo":
             self._links = self.ranks.beside(lambda: transport_of(self.ranks.group))

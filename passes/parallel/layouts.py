@@ -18,7 +18,7 @@ DTensor's placements Replicate, Partial and Shard.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -75,7 +75,8 @@ def propagate(
 ) -> dict[fx.Node, Layout]:
     """Write each value's layout to its metadata; node -> layout.
 
-    splits: name of an attribute or input -> how it is split; others are replicated.
+    splits: name of an attribute or input -> how it is split; others are replicated. Where nothing
+        is declared, what a collective sums is taken for this rank's own.
     results: how many of the outputs, the first, are the model's result; the others are this rank's
         caches. None: all.
 
@@ -83,18 +84,47 @@ def propagate(
         LayoutError: naming the node that reads what is not there.
     """
     layouts: dict[fx.Node, Layout] = {}
+    summed = {} if splits else _summed(graph)
     for node in graph.nodes:
         if node.op == "output":
-            _check_results(node, layouts, results)
+            _check_results(node, layouts, results, _readers(summed))
             continue
         node.meta["split"] = _split_of(node, splits)
-        layouts[node] = node.meta["layout"] = _layout(node, layouts)
+        layout = _layout(node, layouts)
+        if node in summed and layout is Layout.REPLICATED:
+            layout = Layout.LOCAL
+        layouts[node] = node.meta["layout"] = layout
     if across := reads_across(_shared_out(graph, layouts)):
         raise LayoutError(
             f"{said(across)} ({across.name}) reads all channels of a row, of which this rank holds"
             " some; keep the layer whole, or normalise after its row-parallel product"
         )
     return layouts
+
+
+def _summed(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The values, seen through views and copies, that are made here and that collectives sum."""
+    found: dict[fx.Node, None] = {}
+    sends = (functional.all_reduce, functional.reduce_scatter_tensor)
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) in sends:
+            value = node.args[0]
+            while value.target in (*VIEWS, *COPIES) or is_cast(value):
+                found[value] = None
+                value = value.args[0]
+            if value.op == "call_function" and not _of_collectives(value):
+                found[value] = None
+    return found
+
+
+def _of_collectives(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+def _readers(summed: Mapping[fx.Node, None]) -> list[tuple[fx.Node, fx.Node]]:
+    """(reader, value) of each value that is summed, where something else reads it too."""
+    users = [(user, value) for value in summed for user in value.users if user not in summed]
+    return [(u, v) for u, v in users if u.op != "output" and not _of_collectives(u)]
 
 
 def _shared_out(graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> list[fx.Node]:
@@ -121,7 +151,7 @@ def _layout(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
         return Layout.LOCAL if node.meta["split"] else Layout.REPLICATED
     read = {layouts[n] for n in node.all_input_nodes if _holds_tensor(n)}
     packet = getattr(node.target, "overloadpacket", None)
-    if getattr(node.target, "namespace", "") == "_c10d_functional":
+    if _of_collectives(node):
         return _of_collective(node, packet, read)
     if node.target is TOKEN_ROWS.overload and Layout.SHARDED_BY_TOKEN not in read:
         return node.meta.get(DECLARED) or next(iter(read))
@@ -206,7 +236,12 @@ def _of_partial(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
     )
 
 
-def _check_results(node: fx.Node, layouts: Mapping[fx.Node, Layout], results: int | None) -> None:
+def _check_results(
+    node: fx.Node,
+    layouts: Mapping[fx.Node, Layout],
+    results: int | None,
+    readers: Sequence[tuple[fx.Node, fx.Node]],
+) -> None:
     outputs = node.args[0] if isinstance(node.args[0], list | tuple) else (node.args[0],)
     for position, value in enumerate(outputs):
         if not isinstance(value, fx.Node) or layouts[value] is Layout.REPLICATED:
@@ -214,6 +249,12 @@ def _check_results(node: fx.Node, layouts: Mapping[fx.Node, Layout], results: in
         cache = results is not None and position >= results
         if layouts[value] is Layout.LOCAL and (cache or results is None):
             continue
+        for reader, own in readers if layouts[value] is Layout.LOCAL else ():
+            raise LayoutError(
+                f"{said(reader)} ({reader.name}) reads {said(own)} ({own.name}), which is this"
+                " rank's own, as a collective sums it over the ranks; read the sum instead. The"
+                f" model returns {said(value)} ({value.name}), which is made of it"
+            )
         raise LayoutError(
             f"the model returns {said(value)} ({value.name}), which is {layouts[value].value};"
             " gather or reduce it before it is returned"

@@ -14,7 +14,6 @@ from torch import nn
 from ridgeline.cost_model import InvalidStack, Stack, Target, load_target, stack_of
 from ridgeline.passes.all import PASSES
 from ridgeline.passes.base import Pass
-from ridgeline.passes.compiler import check_max_graphs
 from ridgeline.passes.drop_in import OptimizedModule, optimized_copy
 from ridgeline.passes.parallel.agree import Ranks
 from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
@@ -23,6 +22,7 @@ from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
 from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.parallel.shard import shard, split_parameters
 from ridgeline.passes.parallel.signature import libraries, model_signature, settings_of, versions
+from ridgeline.passes.parallel.usable import check_arguments, refuse_to_save
 
 
 def parallelize(
@@ -56,7 +56,8 @@ def parallelize(
 
     Every rank gives the same inputs and gets the same, whole outputs; caches hold this rank's
     heads. The result's `plan` says what was split and rewritten, and how many bytes each rank
-    holds.
+    holds. On one rank nothing is split, and the model is compiled. To save the model, save the one
+    that was given: `save_pretrained` of a part is a DropInError.
 
     Raises:
         OptimizeError: for unusable arguments.
@@ -69,9 +70,9 @@ def parallelize(
         LeftAsItIs: on all ranks, where it sends in a form that cannot be rewritten, when called.
         RidgelineError: torch.distributed is not initialised, or the mesh cannot be used.
     """
-    ranks = Ranks.of(mesh, timeout)
+    ranks = Ranks.of(mesh, timeout if isinstance(timeout, timedelta) else None)
     with ranks.together():
-        check_max_graphs(max_graphs)
+        check_arguments(model, timeout, passes, max_graphs)
         machine = load_target(target)
         fuse, weave = fuse or usual(machine), weave or usual(machine)
         plan = plan_parallel(model, ranks.world) if split else None
@@ -95,7 +96,11 @@ def parallelize(
         number = ranks.turn
         ranks.agree("the model", facts | settings_of(model))
         compiler.meeting.model = f"number {number}, {facts['model']}, plan {facts['plan']}"
-        part = shard(model, plan, ranks.rank, ranks.name) if plan else model
+        part = model
+        if plan and plan.splits:
+            part = shard(model, plan, ranks.rank, ranks.name)
+            if hasattr(model, "save_pretrained"):
+                part.__dict__["save_pretrained"] = refuse_to_save
         for sentence in told(plan, ranks.rank) if plan else ():
             compiler.plan.note(sentence)
         made = optimized_copy(part, compiler, strict=True, max_graphs=max_graphs)

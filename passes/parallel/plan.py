@@ -14,20 +14,31 @@ Source: Shoeybi et al., Megatron-LM, 2019 (arXiv:1909.08053), section 3.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.passes.parallel.plain import changed, is_embedding, is_linear, opaque_forward
 
-ATTENTION = (("o_proj", ("q_proj", "k_proj", "v_proj")), ("c_proj", ("c_attn",)))
+ATTENTION = (
+    *((row, ("q_proj", "k_proj", "v_proj")) for row in ("o_proj", "out_proj", "dense")),
+    ("c_proj", ("c_attn",)),
+)
 MLP = (
     *(("down_proj", ("gate_proj", "up_proj")), ("down_proj", ("up_proj",))),
-    ("c_proj", ("c_fc",)),
+    *(("c_proj", ("c_fc",)), ("fc2", ("fc1",)), ("wo", ("wi_0", "wi_1")), ("wo", ("wi",))),
 )
 """The row-parallel layer and the column-parallel ones before it; the first that is there counts."""
+BESIDE = (
+    *("self_attn", "self_attn_layer_norm", "encoder_attn", "encoder_attn_layer_norm"),
+    "final_layer_norm",
+)
+"""What comes before or after an MLP whose layers are a decoder layer's own, as OPT's and BART's."""
+SAID = 12
+"""Lines of layers, at most, in an error."""
 HEAD_NORMS = ("q_norm", "k_norm")
 
 
@@ -75,7 +86,8 @@ class ParallelPlan:
     def __str__(self) -> str:
         kinds = [split.kind for split in self.splits]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        lines = [f"tensor parallel over {self.world} ranks: {counts}"]
+        ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
+        lines = [f"tensor parallel over {ranks}: {counts or 'nothing is split'}"]
         lines += [
             f"  held by all: {path or 'the model'}: {reason}" for path, reason in self.refused
         ]
@@ -84,17 +96,6 @@ class ParallelPlan:
             for rank, held in enumerate(self.bytes_per_rank)
         ]
         return "\n".join(lines)
-
-
-def is_linear(module: object) -> bool:
-    """An `nn.Linear`, or transformers' Conv1D, whose weight is (in, out)."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
-def is_embedding(module: Any) -> bool:
-    """An `nn.Embedding` that only looks rows up, or Gemma's, which multiplies them by a scale."""
-    scaled = type(module).__name__.endswith("TextScaledWordEmbedding")
-    return (type(module) is nn.Embedding or scaled) and module.max_norm is None
 
 
 def out_features(linear: Any) -> int:
@@ -124,9 +125,10 @@ def head_spans(
         kv, group = even_spans(kv_heads, world), heads // kv_heads
         return tuple((a * group, b * group) for a, b in kv), kv
     if world % kv_heads or heads % world:
+        more = [n for n in range(2 * kv_heads, heads + 1, kv_heads) if heads % n == 0]
         raise Unparallel(
             f"{heads} query and {kv_heads} key-value heads do not divide over {world} ranks; "
-            f"use at most {kv_heads} ranks, or a multiple of {kv_heads} that divides {heads}"
+            f"use at most {' or '.join((f'{kv_heads} ranks', *map(str, more)))}"
         )
     kv = tuple((r * kv_heads // world, r * kv_heads // world + 1) for r in range(world))
     return even_spans(heads, world), kv
@@ -135,10 +137,25 @@ def head_spans(
 def named(
     module: nn.Module, table: tuple[tuple[str, tuple[str, ...]], ...]
 ) -> tuple[str, tuple[str, ...]] | None:
+    """The first names of `table` all of which `module` has a layer of."""
+    children = module._modules
     for row, columns in table:
-        if all(is_linear(getattr(module, name, None)) for name in (row, *columns)):
+        if all(children.get(name) is not None for name in (row, *columns)):
             return row, columns
     return None
+
+
+def kept_whole(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Why the layers of these names, or the module itself, are not what a split of them computes;
+    None where they are."""
+    for name in names:
+        layer: Any = module.get_submodule(name)
+        if why := changed(layer):
+            return f"{name} {why}"
+        if not is_linear(layer):
+            return f"no split is known of {name}, a {type(layer).__name__}"
+    why = opaque_forward(module)
+    return why and f"it {why}"
 
 
 def foreign(module: nn.Module, known: tuple[str, ...]) -> str | None:
@@ -183,7 +200,7 @@ def attention(
 
 
 def mlp(path: str, module: Any, row: str, columns: tuple[str, ...], world: int) -> Split | str:
-    if reason := foreign(module, (row, *columns)):
+    if reason := foreign(module, (row, *columns, *BESIDE)):
         return reason
     if getattr(module, "activation_sparsity", 0):  # Gemma 3n: a threshold by mean and deviation
         return "its activation reads all channels of a row"
@@ -204,10 +221,12 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
     paths = {id(module): path for path, module in model.named_modules()}
     known = {"embedding": is_embedding, "lm_head": lambda module: type(module) is nn.Linear}
     found = {kind: module for kind, module in ends.items() if module is not None}
-    odd = [kind for kind, module in found.items() if not known[kind](module)]
-    if odd:
-        reason = f"no split is known of the {odd[0]}, a {type(found[odd[0]]).__name__}"
-        return [], [(paths[id(module)], reason) for module in found.values()]
+    for kind, module in found.items():
+        why = changed(module)
+        if why or not known[kind](module):
+            reason = f"no split is known of the {kind}, a {type(module).__name__}"
+            reason = f"the {kind} {why}" if why else reason
+            return [], [(paths[id(module)], reason) for module in found.values()]
     return [
         Split(paths[id(module)], kind, (), "", padded_spans(module.weight.shape[0], world))
         for kind, module in found.items()
@@ -217,33 +236,79 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
 def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
     """How `model` (a causal language model, on any device, also meta) is split over `world` ranks.
 
+    On one rank nothing is.
+
     Raises:
-        Unparallel: `world` is below 2, or no layer can be split.
+        Unparallel: `world` is no number of ranks, or no layer can be split.
     """
-    if world < 2:
-        raise Unparallel(f"expected 2 ranks or more, found {world}; run the model as it is")
+    if not isinstance(model, nn.Module):
+        raise Unparallel(f"expected a torch.nn.Module, found a {type(model).__name__}")
+    if isinstance(world, bool) or not isinstance(world, int) or world < 1:
+        raise Unparallel(f"expected a number of ranks, 1 or more, found {world!r}; pass an int")
+    whole = {id(p): p.nbytes for p in model.parameters()}
+    if world == 1:
+        return ParallelPlan(1, (), (), (sum(whole.values()),), sum(whole.values()))
     splits: list[Split] = []
     refused: list[tuple[str, str]] = []
     for path, module in model.named_modules():
         for kind, table in ((attention, ATTENTION), (mlp, MLP)):
             if names := named(module, table):
-                answer = kind(path, module, *names, world)
+                row, columns = names
+                answer = kept_whole(module, (row, *columns))
+                answer = answer or kind(path, module, row, columns, world)
                 if isinstance(answer, Split):
                     splits.append(answer)
                 else:
                     refused.append((path, answer))
-    if not splits:
-        why = "; ".join(f"{path}: {reason}" for path, reason in refused)
-        raise Unparallel(
-            f"no attention or MLP of {type(model).__name__} can be split over {world} ranks "
-            f"({why or 'none has projections of a known name'})"
-        )
     ends, kept = vocabulary(model, world)
-    plan = (*splits, *ends)
+    at_odds = cut_twice(model, (*splits, *ends))
+    refused += at_odds.items()
+    splits, ends = ([s for s in found if s.path not in at_odds] for found in (splits, ends))
     kept += unknown(model, splits, ends, (*refused, *kept))
-    whole = {id(p): p.nbytes for p in model.parameters()}
+    if not splits:
+        why = "; ".join(f"{path}: {reason}" for path, reason in (*refused, *kept)[:SAID])
+        known = ", ".join(f"{'/'.join(columns)} + {row}" for row, columns in (*ATTENTION, *MLP))
+        raise Unparallel(
+            f"no attention or MLP of {type(model).__name__} can be split over {world} ranks"
+            f" ({why or 'it has no linear layers'}); known names are {known}"
+        )
+    plan = (*splits, *ends)
     per_rank = tuple(rank_bytes(model, plan, whole, rank) for rank in range(world))
     return ParallelPlan(world, plan, (*refused, *kept), per_rank, sum(whole.values()))
+
+
+def cut_twice(model: nn.Module, splits: Sequence[Split]) -> dict[str, str]:
+    """Modules that share a parameter which each would cut in another way, with the reason."""
+    known: dict[int, tuple[Any, Split, str]] = {}
+    found: dict[str, str] = {}
+    for split in splits:
+        for name, parameter, *cut in cuts(model.get_submodule(split.path), split):
+            other_cut, other, other_name = known.setdefault(id(parameter), (cut, split, name))
+            if other_cut != cut:
+                for a, b, here, there in (
+                    (split, other, name, other_name),
+                    (other, split, other_name, name),
+                ):
+                    found[a.path] = (
+                        f"its {here} is {b.path}.{there} too, of which a rank would hold another"
+                        " part; clone one of them to have both split"
+                    )
+    return found
+
+
+def cuts(module: Any, split: Split) -> Iterator[tuple[str, nn.Parameter, int, Any]]:
+    """Name, parameter, dimension and each rank's range of units of all that a split cuts."""
+    if not split.columns:
+        yield from ((name, p, 0, split.spans) for name, p in module.named_parameters())
+        return
+    for position, name in enumerate(split.columns):
+        layer: Any = module.get_submodule(name)
+        spans = split.kv_spans if position and split.kv_spans else split.spans
+        for kind, parameter in layer.named_parameters():
+            dim = int(kind == "weight" and type(layer) is not nn.Linear)
+            yield f"{name}.{kind}", parameter, dim, spans
+    row: Any = module.get_submodule(split.row)
+    yield f"{split.row}.weight", row.weight, int(type(row) is nn.Linear), split.spans
 
 
 def unknown(
@@ -252,53 +317,46 @@ def unknown(
     ends: Sequence[Split],
     refused: Sequence[tuple[str, str]],
 ) -> list[tuple[str, str]]:
-    """The linear layers that are in no module whose layers' names are known, with the bytes that
-    every rank holds of them. Layers that differ in numbers alone share a line."""
+    """The linear layers, and the stacked weights of experts, that are in no module whose layers'
+    names are known, with the bytes that every rank holds of them. Layers that differ in numbers
+    alone share a line."""
     named = {f"{s.path}.{name}" for s in splits for name in (*s.columns, s.row)}
     named |= {split.path for split in ends}
     inside = tuple(f"{path}." for path, _ in refused if path)
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for path, module in model.named_modules():
-        if not is_linear(module) or path in named:
+        what = _no_split_of(module)
+        if what is None or path in named or path in dict(refused) or path.startswith(inside):
             continue
-        if path not in dict(refused) and not path.startswith(inside):
-            held = sum(p.nbytes for p in module.parameters())
-            found.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(held)
+        held = sum(p.nbytes for p in module.parameters(recurse=False))
+        found.setdefault((re.sub(r"\b\d+\b", "*", path), what), []).append(held)
     return [
-        (
-            path,
-            f"no split of a layer of this name is known; {len(held)} of"
-            f" {sum(held) / 1e6:,.1f} MB on every rank",
-        )
-        for path, held in found.items()
+        (path, f"{what}; {len(held)} of {sum(held) / 1e6:,.1f} MB on every rank")
+        for (path, what), held in found.items()
     ]
 
 
-def rank_bytes(
-    model: nn.Module, splits: tuple[Split, ...], whole: dict[int, int], rank: int
-) -> int:
+def _no_split_of(module: nn.Module) -> str | None:
+    """Why a module that no split covers is held whole; None where it is not worth a line."""
+    if isinstance(module, nn.Linear) or is_linear(module):
+        return "no split of a layer of this name is known"
+    conv = isinstance(module, nn.modules.conv._ConvNd)
+    if not conv and any(p.dim() > 2 and len(p) > 1 for p in module.parameters(recurse=False)):
+        return "experts, each a matrix of one weight, are not split (no expert parallelism)"
+    return None
+
+
+def rank_bytes(model: nn.Module, splits: Sequence[Split], whole: dict[int, int], rank: int) -> int:
     """Bytes of parameters on one rank; a weight that two modules share counts once."""
     held = dict(whole)
     for split in splits:
-        module: Any = model.get_submodule(split.path)
-        a, b = split.spans[rank]
-        if not split.columns:
-            count = module.weight.shape[0]
-            held[id(module.weight)] = module.weight.nbytes // count * (b - a)
-            if getattr(module, "bias", None) is not None:
-                held[id(module.bias)] = module.bias.nbytes // count * (b - a)
-            continue
-        for position, name in enumerate(split.columns):
-            kv = split.kv_spans and position
-            c, d = split.kv_spans[rank] if kv else (a, b)
-            total = units(split, kv=bool(kv))
-            for parameter in getattr(module, name).parameters():
-                held[id(parameter)] = parameter.nbytes * (d - c) // total
-        weight = getattr(module, split.row).weight
-        held[id(weight)] = weight.nbytes * (b - a) // units(split)
+        for _, parameter, dim, spans in cuts(model.get_submodule(split.path), split):
+            a, b = spans[rank]
+            total = spans[-1][1] if split.columns else parameter.shape[dim]
+            held[id(parameter)] = parameter.nbytes * (b - a) // total
     return sum(held.values())
 
 
-def units(split: Split, *, kv: bool = False) -> int:
+def units(split: Split) -> int:
     """How many units (heads, channels) all ranks hold together, each counted once."""
-    return (split.kv_spans if kv else split.spans)[-1][1]
+    return split.spans[-1][1]

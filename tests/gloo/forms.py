@@ -25,6 +25,7 @@ from ridgeline.passes.plan import Plan
 from ridgeline.tools.plugin import backend
 
 BLOCKS, WIDTH, VOCABULARY = 2, 32, 53
+FORMS = ("functional", "in place", "raw", "raw in place")
 WAYS = ("parallelize", "optimize", "plugin")
 OPTIMIZE = {k: v for k, v in PLAIN.items() if k != "weave"}
 
@@ -76,6 +77,8 @@ class Row(nn.Module):
             return y
         functional = torch.ops._c10d_functional
         name = dist.group.WORLD.group_name
+        if self.form == "raw in place":
+            return functional.wait_tensor(functional.all_reduce_(y, "sum", name))
         return functional.wait_tensor(functional.all_reduce(y, "sum", name))
 
 
@@ -172,7 +175,7 @@ def entered(x: Tensor) -> DTensor:
 
 def all_forms() -> dict[str, Any]:
     """Every form by every way that can see it, in one process of ranks, for speed."""
-    ways = [(f, w) for f in ("functional", "in place", "raw") for w in WAYS]
+    ways = [(f, w) for f in FORMS for w in WAYS]
     ways += [("dtensor", "plugin"), ("sequence", "plugin")]
     told = {f"{form} {way}": rewritten(form, way) for form, way in ways}
     with torch.no_grad():

@@ -57,3 +57,23 @@ def unusable(arguments: dict[str, Any]) -> list[str]:
         except Exception as failure:
             said.append(f"{type(failure).__name__}: {failure}")
     return said
+
+
+@torch.no_grad()
+def alone() -> dict[str, Any]:
+    """A model on one rank."""
+    model, x = build("llama"), ids(2, 7)
+    part = ridgeline.parallelize(model, **PLAIN)
+    got, expected = part(x, use_cache=False).logits, model(x, use_cache=False).logits
+    return {"error": error(got, expected), "notes": part.plan.notes}
+
+
+def saved() -> list[str]:
+    """What a part says when it is split once more, and when it is saved."""
+    part, said = ridgeline.parallelize(build("llama"), **PLAIN), []
+    for attempt in (ridgeline.parallelize, lambda part: part.save_pretrained("nowhere")):
+        try:
+            said.append(str(attempt(part)))
+        except Exception as failure:
+            said.append(f"{type(failure).__name__}: {failure}")
+    return said

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import ridgeline
 from ridgeline.passes.drop_in import DropInError, OptimizedModule
@@ -55,8 +56,12 @@ def test_hooks_of_all_modules_are_seen():
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute", "ignore:.*weight_norm")
-def test_weight_norm_is_captured():
-    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8))).eval()
+@pytest.mark.parametrize("pruned", [False, True])
+def test_weights_that_torch_computes_in_every_call_are_captured(pruned: bool):
+    layer = nn.Linear(8, 8)
+    if pruned:
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    model = nn.Sequential(layer if pruned else nn.utils.weight_norm(layer)).eval()
     fast, x = _optimized(model), torch.randn(2, 8)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))

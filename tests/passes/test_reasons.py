@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ridgeline.ir.capture import CaptureError, capture
+from ridgeline.ir.capture_errors import explain
 from ridgeline.passes import PASSES
 from ridgeline.passes.compiler import Compiler
 from ridgeline.passes.plan_text import sentence, summaries
@@ -115,3 +116,15 @@ def test_gpt2_with_eager_attention_reads_well(golden):
     assert {d.rewrite for d in plan.applied} >= {"flash_attention"}
     lines = [sentence(heading, members) for heading, members in summaries(plan.refused)]
     golden("reasons_gpt2", re.sub(r"[\d.]+ µs", "# µs", "\n".join(lines)) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "way"),
+    [
+        ("Can't remap async version of inplace op to functional collective.", "leave async_op out"),
+        ("Node.meta broadcast_ has invalid val field ([...], <torch.ScriptObject>).", "y = broadc"),
+    ],
+)
+def test_collectives_without_a_form_in_a_graph(said: str, way: str) -> None:
+    """What torch says of `dist.all_reduce(async_op=True)` and of `dist.broadcast`."""
+    assert way in str(explain(RuntimeError(said), nn.Linear(1, 1)))

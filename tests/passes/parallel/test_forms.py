@@ -5,6 +5,7 @@ import pytest
 from gloo import on_ranks
 from gloo.forms import (
     BLOCKS,
+    FORMS,
     WAYS,
     all_forms,
     dtensors,
@@ -14,13 +15,13 @@ from gloo.forms import (
 )
 from gloo.lengths import of_lengths
 
-FORMS = [f"{form} {way}" for form in ("functional", "in place", "raw") for way in WAYS]
+ALL = [f"{form} {way}" for form in FORMS for way in WAYS]
 
 
 def test_every_form_is_rewritten() -> None:
     for told in on_ranks(2, all_forms):
         assert "error" not in told, told
-        for form in [*FORMS, "dtensor plugin"]:
+        for form in [*ALL, "dtensor plugin"]:
             assert told[form]["error"] <= 1e-6, form
             assert told[form]["applied"].count("allreduce_rms_norm") == BLOCKS, form
             sent = {"all_to_all_single": BLOCKS, "all_gather_into_tensor": BLOCKS}

@@ -208,3 +208,14 @@ def test_gathers_of_a_value_that_is_written_in_between_stay_two(written: bool) -
             called(torch.ops.aten.add_.Tensor, y, 1)
     graph.output(tuple(waits))
     assert merge_equal(graph) == (not written)
+
+
+def test_what_is_summed_is_this_ranks_own_where_nothing_is_declared() -> None:
+    def both(model: Model, x: Tensor, y: Tensor) -> Tensor:
+        return model.norm(x + reduced(y) + 0.1 * y)
+
+    with pytest.raises(LayoutError, match=r"'mul'.* reads 'linear'.* \(linear_1\), which is this"):
+        propagate(graph_of(both).graph, {}, results=1)
+    propagate(graph_of(block).graph, {}, results=1)  # nothing but the sum reads it
+    twice = graph_of(lambda model, x, y: reduced(reduced(y)) + reduced(y)).graph
+    assert propagate(twice, {})[twice.output_node().args[0][0]] is Layout.REPLICATED

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from gloo import on_ranks
+from gloo.families import of_other_names
 from gloo.models import LAYERS, build
 from gloo.work import generated, outputs, predicted_for
 from ridgeline.passes.parallel import plan_parallel
@@ -55,6 +56,19 @@ def test_bfloat16_rounds_less_than_one_process(family: str) -> None:
         bound = max(5e-3, 1.1 * math.hypot(here, one_process))
         assert told["logits"] <= bound
         assert max(told["residuals"]) <= bound
+
+
+def test_projections_of_other_names() -> None:
+    """OPT's MLP is its decoder layer's own, Phi's row of attention is `dense`; of T5 the MLPs are
+    split, and BART attends over another model's states."""
+    for told in on_ranks(2, of_other_names):
+        assert "trace" not in told, told
+        assert told["opt"]["kinds"] == ["mlp", "attention", "embedding", "lm_head"]
+        assert told["phi"]["kinds"] == ["attention", "mlp", "embedding", "lm_head"]
+        assert told["t5"]["kinds"] == ["mlp", "mlp", "embedding", "lm_head"]
+        assert told["bart"]["kinds"] == ["mlp", "attention", "mlp", "attention", "attention"]
+        for family, each in told.items():
+            assert each["error"] <= 1e-6, family
 
 
 def test_generation_goes_on_in_step() -> None:

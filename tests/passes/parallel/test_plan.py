@@ -1,8 +1,11 @@
 """Plans of tensor parallelism: from shapes alone, with the reason where a layer stays whole."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import (
     ArceeConfig,
     ArceeForCausalLM,
@@ -83,6 +86,21 @@ def test_linear_layers_of_unknown_names_are_listed_with_their_bytes() -> None:
     assert "held by all: model.layers.*.adapter: no split" in str(plan)
 
 
+def test_experts_in_one_weight_are_listed_with_their_bytes() -> None:
+    model = Mlp()
+    model.experts = nn.ParameterList([torch.zeros(4, 8, 16)])
+    model.positions = nn.ParameterList([torch.zeros(1, 5, 8)])
+    ((path, reason),) = plan_parallel(model, 2).refused
+    assert path == "experts"
+    assert reason.endswith("not split (no expert parallelism); 1 of 0.0 MB on every rank")
+
+
+def test_what_is_there_is_said_where_no_name_is_known() -> None:
+    model = nn.Sequential(nn.ModuleDict({"qkv_proj": nn.Linear(8, 24), "o_proj": nn.Linear(8, 8)}))
+    with pytest.raises(Unparallel, match=r"\*.qkv_proj: no split of.*known names are q_proj/k_p"):
+        plan_parallel(model, 2)
+
+
 def test_projections_packed_head_by_head_stay_whole() -> None:
     """GPT-BigCode's c_attn is as wide as GPT-2's, and holds q, k, v of each head in turn."""
     config = GPTBigCodeConfig(
@@ -124,3 +142,103 @@ def test_channels_that_are_compared_with_one_another_stay_together() -> None:
     plan = plan_parallel(mlps, 2)
     assert plan.refused == (("0", "its activation reads all channels of a row"),)
     assert [split.path for split in plan.splits] == ["1"]
+
+
+class Mlp(nn.Module):
+    """Channels under Megatron's names, with an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.one, self.two = (
+            nn.ModuleDict({"up_proj": nn.Linear(8, 16), "down_proj": nn.Linear(16, 8)})
+            for _ in range(2)
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.emb
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def forward_hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def forward_pre_hook(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+
+
+def backward_hook(layer: nn.Module) -> None:
+    layer.register_full_backward_hook(lambda *_: None)
+
+
+def own_forward(layer: nn.Module) -> None:
+    layer.forward = lambda x: x
+
+
+def weight_norm(layer: nn.Module) -> None:
+    layer.bias.requires_grad_(False)
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+def spectral_norm(layer: nn.Module) -> None:
+    nn.utils.spectral_norm(layer)
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+CHANGES = {
+    forward_hook: "has a hook (forward_hook.<locals>.<lambda>); remove it",
+    forward_pre_hook: "has a hook (forward_pre_hook.<locals>.<lambda>); remove it",
+    backward_hook: "has a hook (backward_hook.<locals>.<lambda>); remove it",
+    own_forward: "has a forward of its own, set on the object",
+    weight_norm: "has a computed weight (parametrizations)",
+    spectral_norm: "has a computed weight (weight_norm, spectral_norm or pruning); make it perm",
+    pruned: "has a computed weight (weight_norm, spectral_norm or pruning); make it perm",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("layer", ["up_proj", "down_proj"])
+def test_layers_that_compute_something_else_stay_whole(change: Any, layer: str) -> None:
+    model = Mlp()
+    change(model.one[layer])
+    change(model.head)
+    plan = plan_parallel(model, 2)
+    assert [split.path for split in plan.splits] == ["two"]
+    reasons = dict(plan.refused)
+    assert reasons["one"].startswith(f"{layer} {CHANGES[change]}")
+    assert reasons["head"].startswith(f"the lm_head {CHANGES[change]}")
+
+
+def test_subclasses_of_layers_stay_whole() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = Mlp()
+    model.one["down_proj"] = Doubled(16, 8)
+    plan = plan_parallel(model, 2)
+    assert plan.refused == (("one", "no split is known of down_proj, a Doubled"),)
+    model.two.forward = lambda x: x
+    with pytest.raises(Unparallel, match="two: it has a forward of its own, set on the object"):
+        plan_parallel(model, 2)
+
+
+def test_a_weight_that_would_be_cut_in_two_ways_is_not() -> None:
+    model = Mlp()
+    model.one["up_proj"] = nn.Linear(8, 8)
+    model.one["down_proj"] = nn.Linear(8, 8)
+    model.one["up_proj"].weight = model.one["down_proj"].weight
+    plan = plan_parallel(model, 2)
+    ((path, reason),) = plan.refused
+    assert path == "one"
+    assert reason.startswith("its up_proj.weight is one.down_proj.weight too, of which")
+    assert [split.path for split in plan.splits] == ["two", "emb", "head"]
+    model.head.weight = model.emb.weight  # cut alike: one part
+    model.two["down_proj"].bias = model.one["down_proj"].bias  # held whole by both
+    assert len(plan_parallel(model, 2).splits) == 3
