@@ -12,8 +12,8 @@
     linear in its operand                   PARTIAL_SUM -> PARTIAL_SUM
 
 Anything else that reads a partial sum or a token shard would compute with a value that is not
-there: `propagate` raises LayoutError, when the graph is compiled. What may be done with a LOCAL value
-is a matter of the dimension that is shared out: `channels`. Source: the same distinction as DTensor's
+there: `propagate` raises LayoutError, when the graph is compiled. What may read a LOCAL value is a
+matter of the dimension that is shared out: `channels`. Source: the same distinction as DTensor's
 placements Replicate, Partial and Shard.
 """
 

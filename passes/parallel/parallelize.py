@@ -29,6 +29,7 @@ def parallelize(
     *,
     target: str | Target = "native",
     split: bool = True,
+    whole: Sequence[str] = (),
     fuse: When | None = None,
     weave: When | None = None,
     passes: Sequence[Pass] = PASSES,
@@ -43,6 +44,7 @@ def parallelize(
     mesh: a `DeviceMesh` of one dimension, a process group, or None for all ranks.
     split: False where the model is this rank's already, and its forward has the collectives
         (functional ones, `dist.all_reduce` in place, `torch.ops._c10d_functional`).
+    whole: modules that every rank holds whole, as `plan_parallel` takes them.
     fuse: whether norms move to a shard of the tokens: where that is quicker on the example inputs,
         both forms compiled and run ("measured"), where the cost model expects it of the target, a
         GPU ("predicted"), wherever they can ("always"), or not ("never"). None: "predicted" for a
@@ -57,7 +59,7 @@ def parallelize(
     holds.
 
     Raises:
-        Unparallel: no layer of the model can be split over that many ranks.
+        Unparallel: no layer of the model can be split over that many ranks, or `whole` names none.
         RankMismatch: on all ranks, where they differ in code, model, target or graph.
         RankLost: another rank failed, ended, or did not answer in time; also when it is called.
         LayoutError: the model reads a value that this rank does not hold.
@@ -70,7 +72,7 @@ def parallelize(
     machine = load_target(target)
     fuse, weave = fuse or usual(machine), weave or usual(machine)
     with ranks.together():
-        plan = plan_parallel(model, ranks.world) if split else None
+        plan = plan_parallel(model, ranks.world, whole) if split else None
         compiler = ParallelCompiler(
             machine,
             ranks=ranks,

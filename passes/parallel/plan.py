@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -188,7 +189,9 @@ def mlp(path: str, module: Any, row: str, columns: tuple[str, ...], world: int) 
     return Split(path, "mlp", columns, row, even_spans(width, world))
 
 
-def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[str, str]]]:
+def vocabulary(
+    model: nn.Module, world: int, whole: Sequence[str] = ()
+) -> tuple[list[Split], list[tuple[str, str]]]:
     ends: dict[str, Any] = {"embedding": None, "lm_head": None}
     for kind, getter in (
         ("embedding", "get_input_embeddings"),
@@ -198,6 +201,10 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
     paths = {id(module): path for path, module in model.named_modules()}
     known = {"embedding": is_embedding, "lm_head": lambda module: type(module) is nn.Linear}
     found = {kind: module for kind, module in ends.items() if module is not None}
+    if kept := [paths[id(m)] for m in found.values() if asked(paths[id(m)], whole)]:
+        # Both ends: they may have one weight.
+        reason = f"{' and '.join(kept)} is to be on every rank, and no end is split without another"
+        return [], [(paths[id(module)], reason) for module in found.values()]
     odd = [kind for kind, module in found.items() if not known[kind](module)]
     if odd:
         reason = f"no split is known of the {odd[0]}, a {type(found[odd[0]]).__name__}"
@@ -208,20 +215,31 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
     ], []
 
 
-def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
+def asked(path: str, whole: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in whole)
+
+
+def plan_parallel(model: nn.Module, world: int, whole: Sequence[str] = ()) -> ParallelPlan:
     """How `model` (a causal language model, on any device, also meta) is split over `world` ranks.
 
+    whole: paths of attentions, MLPs, the embedding or the head that every rank is to hold, or
+        patterns of them, as "model.layers.*.mlp".
+
     Raises:
-        Unparallel: `world` is below 2, or no layer can be split.
+        Unparallel: `world` is below 2, no layer can be split, or no module has a name in `whole`.
     """
     if world < 2:
         raise Unparallel(f"expected 2 ranks or more, found {world}; run the model as it is")
     splits: list[Split] = []
     refused: list[tuple[str, str]] = []
+    paths = [path for path, _ in model.named_modules()]
+    if unmet := [p for p in whole if not any(asked(path, [p]) for path in paths)]:
+        raise Unparallel(f"expected names of modules, found {unmet[0]!r}, which no module has")
     for path, module in model.named_modules():
         for kind, table in ((attention, ATTENTION), (mlp, MLP)):
             if names := named(module, table):
-                answer = kind(path, module, *names, world)
+                held = "as was asked for" if asked(path, whole) else ""
+                answer = held or kind(path, module, *names, world)
                 if isinstance(answer, Split):
                     splits.append(answer)
                 else:
@@ -232,7 +250,7 @@ def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
             f"no attention or MLP of {type(model).__name__} can be split over {world} ranks "
             f"({why or 'none has projections of a known name'})"
         )
-    ends, kept = vocabulary(model, world)
+    ends, kept = vocabulary(model, world, whole)
     plan = (*splits, *ends)
     kept += unknown(model, splits, ends, (*refused, *kept))
     whole = {id(p): p.nbytes for p in model.parameters()}

@@ -1,7 +1,7 @@
 """What each operation makes of a dimension that the ranks share out: its rule, by its name.
 
     on each index                 pointwise operations, casts, copies
-    along a dimension             reductions, scans, sorts, slices, joins: along others than the share
+    along a dimension             reductions, scans, sorts, slices, joins: along other ones
     a norm                        over the last dimensions, where the share is before them
     a product                     a dimension of its result, shared out as its operand's
       over the share of both      a partial sum, where one is a split weight
@@ -107,7 +107,7 @@ def _dims(node: fx.Node, rank: int) -> set[int]:
 
 def _along(node: fx.Node, shares: Shares) -> Share | None:
     """Goes along the dimensions that it names, index by index of all others."""
-    operands = [x for x in node.args[0]] if isinstance(node.args[0], list) else [node.args[0]]
+    operands = list(node.args[0]) if isinstance(node.args[0], list) else [node.args[0]]
     rank = max(map(rank_of, operands))
     operands = [x for x in operands if rank_of(x) == rank]  # an empty [0] may be joined to any
     beside = [x for x in node.all_input_nodes if x not in operands and "val" in x.meta]
@@ -124,6 +124,12 @@ def _along(node: fx.Node, shares: Shares) -> Share | None:
         return _along_the_share(node, share)
     gone = sum(d < share.dim for d in dims) if rank_of(node) < rank else 0
     return share.at(share.dim - gone)
+
+
+def _stacked(node: fx.Node, shares: Shares) -> Share | None:
+    rank = rank_of(node)
+    share, new = shares.alike(node.args[0], rank - 1, fills=False), argument(node, 1, "dim") or 0
+    return None if share is None else share.at(share.dim + (new % rank <= share.dim))
 
 
 def _along_the_share(node: fx.Node, share: Share) -> Share:
@@ -161,6 +167,8 @@ def _norm(node: fx.Node, shares: Shares) -> Share | None:
 
 
 def _padded(node: fx.Node, shares: Shares) -> Share | None:
+    if node.target._opname == "pad" and argument(node, 2, "mode") not in (None, "constant"):
+        raise Across("pads with what it reads")
     share, pads = shares.held[node.args[0]], node.args[1]
     behind = rank_of(node) - 1 - share.dim
     if any(p != 0 for p in pads[2 * behind : 2 * behind + 2]):
@@ -170,14 +178,40 @@ def _padded(node: fx.Node, shares: Shares) -> Share | None:
 
 def _indexed(node: fx.Node, shares: Shares) -> Share | None:
     """x[:, i, j]: the indexed dimensions give way to those of the indices."""
-    source, indices = node.args
-    share = shares.held.get(source)
+    share = shares.held.get(node.args[0])
+    return _after_indices(node, share, rank_of(node), shares)
+
+
+def _put(node: fx.Node, shares: Shares) -> Share | None:
+    """x[:, i, j] = values, in x a cache or shared out as the values are."""
+    into, indices, values = node.args[:3]
+    at, rank = [d for d, i in enumerate(indices) if i is not None], rank_of(into)
+    made = rank - len(at) + max(rank_of(indices[d]) for d in at)
+    own = shares.held.get(into)
+    if own is None:
+        given = shares.held.get(values)
+        if given is None or made != rank or rank_of(values) != rank:
+            raise Across("writes a part to what is none")
+        size = shape_of(values)[given.dim]
+        if not shares.fits(into, given.dim - rank, size, given, fills=False):
+            raise Across("writes a part to what is none")
+        own = given
+    placed = _after_indices(node, own, made, shares)
+    value = shares.held.get(values)
+    if value is None or placed is None or value.dim - rank_of(values) != placed.dim - made:
+        raise Across("writes to a part what is none, or is shared out otherwise")
+    return own
+
+
+def _after_indices(node: fx.Node, share: Share | None, rank: int, shares: Shares) -> Share | None:
+    """The share of x[indices], of that rank."""
+    source, indices = node.args[:2]
     at = [d for d, i in enumerate(indices) if i is not None]
     if share is None or share.dim in at or any(indices[d] in shares.held for d in at):
         raise Across("takes some indices of a part, or indices from one")
     if any(indices[d].meta["val"].dtype == torch.bool for d in at):
         raise Across("takes what a mask selects")
-    made = rank_of(node) - rank_of(source) + len(at)
+    made = rank - rank_of(source) + len(at)
     if at != list(range(at[0], at[-1] + 1)):
         return share.at(share.dim - sum(d < share.dim for d in at) + made)
     return share.at(share.dim if share.dim < at[0] else share.dim - len(at) + made)
@@ -203,8 +237,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _norm),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like"), _filled),
-    **{"dropout": _dropout, "constant_pad_nd": _padded, "index": _indexed},
-    "embedding": _looked_up,
+    **{"dropout": _dropout, "pad": _padded, "index": _indexed},
+    **{"embedding": _looked_up, "index_put": _put, "constant_pad_nd": _padded},
+    "stack": _stacked,
     **PRODUCTS,
     **VIEWS,
 }

@@ -71,13 +71,15 @@ def _whole(size: sympy.Expr) -> bool:
 
 def _may_be(place: _Place, share: Share, node: fx.Node) -> bool:
     dim, _, inner, joined = place
+    given = node.args[1] if node.target._opname in ("view", "reshape", "_unsafe_view") else ()
+    given = given if len(given) == len(shape_of(node)) else [None] * len(shape_of(node))
     if inner == 1:
-        return share.packed == 1 or joined == 1
+        # A dimension more, left open: 1 here, where the rank has one head, may be more elsewhere.
+        more = len(given) > len(shape_of(node.args[0]))
+        return (share.packed == 1 or joined == 1) and not (more and -1 in given[dim + 1 :])
     if share.packed != 1:
         return False
-    given = node.args[1] if node.target._opname in ("view", "reshape", "_unsafe_view") else ()
-    left_open = len(given) == len(shape_of(node)) and given[dim] == -1
-    return inner in share.cuts or (not share.cuts and left_open)
+    return inner in share.cuts or (not share.cuts and given[dim] == -1)
 
 
 def _moved(node: fx.Node, shares: Shares) -> Share:

@@ -51,7 +51,7 @@ class Share:
 
 
 class Shares:
-    """held: node -> its share; caches: inputs that were found to hold a share, from call to call."""
+    """held: node -> its share; caches: inputs that were found to hold one, from call to call."""
 
     def __init__(self, caches: dict[fx.Node, Share]) -> None:
         self.caches = caches
