@@ -32,6 +32,8 @@ def _reshaped(node: fx.Node, shares: Shares) -> Share:
     cut = [p for p in _places(before, own, shape_of(node)) if _may_be(p, share, node)]
     if not cut:
         raise Across("sees this rank's part in a shape whose sizes may be others in one process")
+    kept = _kept(source, shape_of(node), share.dim)
+    cut = [p for p in cut if p[0] == kept and p[2] == 1] or cut
     # A value that gains a dimension is cut, although a rank with one head might see it whole.
     more = len(shape_of(node)) > len(source)
     dim, outer, inner, joined = max(cut, key=lambda p: (more and p[2] != 1, p[0]))
@@ -40,6 +42,16 @@ def _reshaped(node: fx.Node, shares: Shares) -> Share:
     if joined != 1 and joined.is_Integer:
         cuts.add(int(joined))
     return replace(share, dim=dim, outer=outer, cuts=frozenset(cuts))
+
+
+def _kept(source: list[sympy.Expr], shape: list[sympy.Expr], dim: int) -> int | None:
+    """Where dimension `dim` is, if those up to it, or from it on, are what they were: a rank's only
+    head, of size 1, could be anywhere else."""
+    if shape[: dim + 1] == source[: dim + 1]:
+        return dim
+    place = len(shape) - len(source[dim:])
+    joined = [s for s in shape[: max(place, 0)] if s != 1] != [s for s in source[:dim] if s != 1]
+    return place if place >= 0 and joined and shape[place:] == source[dim:] else None
 
 
 def _places(before: sympy.Expr, own: sympy.Expr, shape: list[sympy.Expr]) -> list[_Place]:
