@@ -1,81 +1,80 @@
-"""Channels that the ranks share out, and operations that would need all of them at once.
+"""Heads, channels and vocabulary that the ranks share out, followed from weight to weight.
 
-    y = sum over ranks of x_r W_rᵀ        x_r [..., K_r], this rank's channels of x [..., K]
+    W [N, K] split by column    y = x W_rᵀ        its last dimension holds this rank's part of N
+    ... each value in between    which dimension holds the rank's part: its `Share`
+    W [N, K] split by row       y_r = x_r W_rᵀ    a partial sum, which `layouts` follows
 
-What is computed element by element of such an x_r is the rank's part of what one process computes;
-a mean, norm or softmax over its last dimension is another number, because it lacks the others'
-channels. Heads are not meant: they are whole on a rank, and lie in dimensions of their own.
+What computes each index of that dimension by itself, from operands that are shared out alike or
+the same for all indices, is the rank's part of what one process computes. What reads indices
+together (a mean, norm, softmax, roll or sort along it, a product over it), or has a value of its
+own for each (a slope for each head), would compute with what other ranks hold. So an operation
+passes if its rule is known (`share_rules`) and the rule allows it; each other one is a LayoutError.
+
+What cannot be seen: numbers that a model's code computes from sizes, such as `h / h.shape[-1]`, are
+this rank's sizes and constants when the graph is captured.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, fx
 
-from ridgeline.ir.normalize import is_cast
+from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
-from ridgeline.passes.parallel.rows import COPIES, NORMS, VIEWS, argument
-
-_OVER_A_DIMENSION = frozenset(
-    (
-        *("mean", "sum", "prod", "var", "std", "var_mean", "std_mean", "linalg_vector_norm"),
-        *("norm", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp", "cumsum"),
-        *("softmax", "_softmax", "log_softmax", "_log_softmax", "topk", "kthvalue", "sort"),
-    )
-)
+from ridgeline.passes.parallel.layouts import LayoutError, Part
+from ridgeline.passes.parallel.share_rules import result_share
+from ridgeline.passes.parallel.shares import Across, Share, Shares
 
 
-def reads_across(inputs: Iterable[fx.Node]) -> fx.Node | None:
-    """An operation that reads the channels of a row as if they were all there; None without one.
+def follow(graph: fx.Graph, parts: Mapping[str, Part]) -> dict[fx.Node, Share]:
+    """Which dimension of each value holds this rank's part, for values that have one.
 
-    inputs: what row-parallel products read, [..., K_r].
+    parts: name of an attribute -> how it is split; those without a dimension are not followed.
+
+    Raises:
+        LayoutError: naming the operation that reads what other ranks hold.
     """
-    for value in _channelwise(inputs):
-        for node in (value, *value.users):
-            if _over_last(node):
-                return node
-    return None
+    caches: dict[fx.Node, Share] = {}
+    while True:
+        known = len(caches)
+        shares = Shares(caches)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                _hold(node, parts.get(str(node.target)), shares)
+            elif node.op == "call_function":
+                _compute(node, shares)
+        if len(caches) == known:  # else a cache was found that earlier operations may read
+            return shares.held
 
 
-def _channelwise(inputs: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    """`inputs`, and what is joined to them by operations on each channel."""
-    stack: list[fx.Node] = list(inputs)
-    seen: set[fx.Node] = set()
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        yield value
-        stack += [n for n in value.all_input_nodes if _same_channels(n, value)]
-        stack += [n for n in value.users if _same_channels(value, n)]
+def _hold(node: fx.Node, part: Part | None, shares: Shares) -> None:
+    if part is not None and part.dim is not None:
+        shares.held[node] = Share(
+            part.dim, cuts=part.cuts, packed=part.packed, weight=part.how, path=part.path
+        )
 
 
-def _same_channels(before: fx.Node, after: fx.Node) -> bool:
-    if not all(isinstance(n.meta.get("val"), Tensor) for n in (before, after)):
+def _compute(node: fx.Node, shares: Shares) -> None:
+    shared = [n for n in node.all_input_nodes if n in shares.held]
+    if not shared or not _makes_tensor(node):
+        return
+    try:
+        share = result_share(node, shares)
+    except Across as error:
+        read = shares.held[shared[0]]
+        raise LayoutError(
+            f"{said(node)} ({node.name}) {error}: dimension {read.dim} of {said(shared[0])},"
+            f" {shape_of(shared[0])[read.dim]} long here, holds this rank's part of"
+            f" '{read.path}'; change the model, or keep that layer on every rank with"
+            f" parallelize(model, whole=[{read.path!r}])"
+        ) from error
+    if share is not None:
+        shares.held[node] = share
+
+
+def _makes_tensor(node: fx.Node) -> bool:
+    """No size of a value, and no assertion about it: those of one rank are as good as any."""
+    target = str(node.target)
+    if "sym_" in target or "_assert_tensor_metadata" in target:
         return False
-    had, has = shape_of(before), shape_of(after)
-    if not had or not has or had[-1] != has[-1]:
-        return False
-    target = after.target
-    if target in VIEWS:
-        return len(had) >= len(has) and had[-2:-1] != [1]  # [..., 1, d] may be one head
-    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return pointwise or target in COPIES or is_cast(after)
-
-
-def _over_last(node: fx.Node) -> bool:
-    """Is it a norm, or a reduction or scan over the last dimension of what it reads?"""
-    if node.target in NORMS:
-        return True
-    packet = getattr(node.target, "overloadpacket", None)
-    if getattr(packet, "__name__", "") not in _OVER_A_DIMENSION:
-        return False
-    rank = node.args[0].meta["val"].dim()
-    for place, parameter in enumerate(node.target._schema.arguments):
-        if parameter.name == "dim":
-            given = argument(node, place, "dim")
-            given = parameter.default_value if given is None else given
-            dims = given if isinstance(given, list | tuple) else [given]
-            return not dims or any(d is None or d % rank == rank - 1 for d in dims)
-    return node.args[0].meta["val"].dim() > 0 and len(node.all_input_nodes) == 1  # over all
+    value = node.meta.get("val")
+    return value is None or isinstance(value, Tensor | list | tuple) or "item" in target

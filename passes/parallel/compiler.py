@@ -41,9 +41,11 @@ from ridgeline.passes.parallel.agree import LeftAsItIs, RankLost, RankMismatch, 
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME
 from ridgeline.passes.parallel.apart import apart
 from ridgeline.passes.parallel.captured_code import code_of
+from ridgeline.passes.parallel.channels import follow
 from ridgeline.passes.parallel.collectives import collectives, normal_form
 from ridgeline.passes.parallel.expected import expected_seconds
 from ridgeline.passes.parallel.in_turn import in_turn
+from ridgeline.passes.parallel.layouts import Part
 from ridgeline.passes.parallel.meeting import Meeting
 from ridgeline.passes.parallel.parts import Parts
 from ridgeline.passes.parallel.predicted import predicted
@@ -95,7 +97,7 @@ class ParallelCompiler(Compiler):
         target: Any,
         *,
         ranks: Ranks,
-        splits: dict[str, str],
+        splits: dict[str, Part],
         fuse: When,
         weave: When,
         stack: Stack | None = None,
@@ -316,7 +318,9 @@ class ParallelCompiler(Compiler):
         self._before, _ = copy_graph(module)
         with program.spent("collectives"):
             merged = normal_form(normalize(module))
-            if self.cut is not None:
+            if self.cut is None:  # else it was followed before it was cut
+                follow(module.graph, self.splits)
+            else:
                 module = apart(module, Parts(module.graph, self.cut.symbol), self.cut)
                 program = dataclasses.replace(program, module=module)
             account = rewrite_collectives(

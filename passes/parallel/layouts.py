@@ -10,15 +10,16 @@
     all_reduce, reduce_scatter, all_gather  PARTIAL_SUM -> REPLICATED, -> SHARDED_BY_TOKEN, and back
     row by row (`rows`)                     SHARDED_BY_TOKEN with values that have no tokens
     linear in its operand                   PARTIAL_SUM -> PARTIAL_SUM
-    over the channels of a row (`channels`) nothing, where the ranks share them out
 
 Anything else that reads a partial sum or a token shard would compute with a value that is not
-there: `propagate` raises LayoutError, when the graph is compiled. Source: the same distinction as
-DTensor's placements Replicate, Partial and Shard.
+there: `propagate` raises LayoutError, when the graph is compiled. What may read a LOCAL value is a
+matter of the dimension that is shared out: `channels`. Source: the same distinction as DTensor's
+placements Replicate, Partial and Shard.
 """
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -30,7 +31,6 @@ from ridgeline.ir.normalize import is_cast
 from ridgeline.ir.provenance import said
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.ir.token_rows import SUM_PARTS, TOKEN_ROWS
-from ridgeline.passes.parallel.channels import reads_across
 from ridgeline.passes.parallel.rows import COPIES, VIEWS, is_row_wise, keeps_rows
 
 aten = torch.ops.aten
@@ -66,12 +66,27 @@ class Layout(Enum):
     LOCAL = "this rank's own"
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How a weight is split.
+
+    how: COLUMN, ROW or VOCABULARY. dim: the dimension of which this rank holds its part; None where
+        others have split it, whose graph is right as it is. cuts, packed, path: as of `Share`.
+    """
+
+    how: str
+    dim: int | None = None
+    cuts: frozenset[int] = frozenset()
+    packed: int = 1
+    path: str = ""
+
+
 class LayoutError(RidgelineError):
     """An operation that reads a value which this rank does not hold."""
 
 
 def propagate(
-    graph: fx.Graph, splits: Mapping[str, str], results: int | None = None
+    graph: fx.Graph, splits: Mapping[str, Part], results: int | None = None
 ) -> dict[fx.Node, Layout]:
     """Write each value's layout to its metadata; node -> layout.
 
@@ -94,11 +109,6 @@ def propagate(
         if node in summed and layout is Layout.REPLICATED:
             layout = Layout.LOCAL
         layouts[node] = node.meta["layout"] = layout
-    if across := reads_across(_shared_out(graph, layouts)):
-        raise LayoutError(
-            f"{said(across)} ({across.name}) reads all channels of a row, of which this rank holds"
-            " some; keep the layer whole, or normalise after its row-parallel product"
-        )
     return layouts
 
 
@@ -127,20 +137,11 @@ def _readers(summed: Mapping[fx.Node, None]) -> list[tuple[fx.Node, fx.Node]]:
     return [(u, v) for u, v in users if u.op != "output" and not _of_collectives(u)]
 
 
-def _shared_out(graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> list[fx.Node]:
-    """What products with a weight that is split by row read."""
-    found: list[fx.Node] = []
-    for node in graph.nodes:
-        read = node.all_input_nodes if node.target in _PRODUCTS else []
-        if any(n.meta["split"] == ROW for n in read):
-            found += [n for n in read if layouts[n] is Layout.LOCAL and not n.meta["split"]]
-    return found
-
-
-def _split_of(node: fx.Node, splits: Mapping[str, str]) -> str | None:
+def _split_of(node: fx.Node, splits: Mapping[str, Part]) -> str | None:
     """How a weight, seen through views, is split."""
     if node.op in ("get_attr", "placeholder"):
-        return splits.get(str(node.target))
+        part = splits.get(str(node.target))
+        return None if part is None else part.how
     if node.target in _MOVES or is_cast(node):
         return node.args[0].meta.get("split")
     return None

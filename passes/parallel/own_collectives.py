@@ -25,7 +25,7 @@ from ridgeline.passes.compiler import Compiler, graph_figures
 from ridgeline.passes.parallel.agree import LeftAsItIs, Ranks
 from ridgeline.passes.parallel.collectives import group_of, is_collective
 from ridgeline.passes.parallel.compiler import ParallelCompiler, usual
-from ridgeline.passes.parallel.layouts import COLUMN, ROW
+from ridgeline.passes.parallel.layouts import COLUMN, ROW, Part
 from ridgeline.passes.parallel.rewrite import ParallelDefect, When, check_when, refusal
 from ridgeline.passes.parallel.signature import versions
 
@@ -121,10 +121,10 @@ def first_collective(graph: fx.Graph) -> fx.Node | None:
     return next(iter(sums or found), None)
 
 
-def declared_splits(graph: fx.Graph) -> dict[str, str]:
+def declared_splits(graph: fx.Graph) -> dict[str, Part]:
     """Placeholder -> how what it takes is split, as `propagate` takes it: read off DTensors."""
     return {
-        str(node.target): ROW if node.meta[SHARDED] == 1 and WEIGHT in node.meta else COLUMN
+        str(node.target): Part(ROW if node.meta[SHARDED] == 1 and WEIGHT in node.meta else COLUMN)
         for node in graph.find_nodes(op="placeholder")
         if SHARDED in node.meta
     }

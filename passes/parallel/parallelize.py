@@ -31,6 +31,7 @@ def parallelize(
     *,
     target: str | Target = "native",
     split: bool = True,
+    whole: Sequence[str] = (),
     fuse: When | None = None,
     weave: When | None = None,
     passes: Sequence[Pass] = PASSES,
@@ -45,6 +46,7 @@ def parallelize(
     mesh: a `DeviceMesh` of one dimension, a process group, or None for all ranks.
     split: False where the model is this rank's already, and its forward has the collectives
         (functional ones, `dist.all_reduce` in place, `torch.ops._c10d_functional`).
+    whole: modules that every rank holds whole, as `plan_parallel` takes them.
     fuse: whether norms move to a shard of the tokens: where that is quicker on the example inputs,
         both forms compiled and run ("measured"), where the cost model expects it of the target, a
         GPU ("predicted"), wherever they can ("always"), or not ("never"). None: "predicted" for a
@@ -61,7 +63,7 @@ def parallelize(
 
     Raises:
         OptimizeError: for unusable arguments.
-        Unparallel: no layer of the model can be split over that many ranks.
+        Unparallel: no layer of the model can be split over that many ranks, or `whole` names none.
         RankMismatch: on all ranks, where they differ in code, model, options or graph.
         RankLost: another rank failed, ended, or did not answer in time; also when it is called.
         LayoutError: the model reads a value that this rank does not hold.
@@ -75,7 +77,7 @@ def parallelize(
         check_arguments(model, timeout, passes, max_graphs)
         machine = load_target(target)
         fuse, weave = fuse or usual(machine), weave or usual(machine)
-        plan = plan_parallel(model, ranks.world) if split else None
+        plan = plan_parallel(model, ranks.world, whole) if split else None
         compiler = ParallelCompiler(
             machine,
             ranks=ranks,

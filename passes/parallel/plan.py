@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -211,7 +212,9 @@ def mlp(path: str, module: Any, row: str, columns: tuple[str, ...], world: int) 
     return Split(path, "mlp", columns, row, even_spans(width, world))
 
 
-def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[str, str]]]:
+def vocabulary(
+    model: nn.Module, world: int, whole: Sequence[str] = ()
+) -> tuple[list[Split], list[tuple[str, str]]]:
     ends: dict[str, Any] = {"embedding": None, "lm_head": None}
     for kind, getter in (
         ("embedding", "get_input_embeddings"),
@@ -221,6 +224,10 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
     paths = {id(module): path for path, module in model.named_modules()}
     known = {"embedding": is_embedding, "lm_head": lambda module: type(module) is nn.Linear}
     found = {kind: module for kind, module in ends.items() if module is not None}
+    if kept := [paths[id(m)] for m in found.values() if asked(paths[id(m)], whole)]:
+        # Both ends: they may have one weight.
+        reason = f"{' and '.join(kept)} is to be on every rank, and no end is split without another"
+        return [], [(paths[id(module)], reason) for module in found.values()]
     for kind, module in found.items():
         why = changed(module)
         if why or not known[kind](module):
@@ -233,34 +240,48 @@ def vocabulary(model: nn.Module, world: int) -> tuple[list[Split], list[tuple[st
     ], []
 
 
-def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
+def asked(path: str, whole: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in whole)
+
+
+def plan_parallel(model: nn.Module, world: int, whole: Sequence[str] = ()) -> ParallelPlan:
     """How `model` (a causal language model, on any device, also meta) is split over `world` ranks.
 
-    On one rank nothing is.
+    whole: paths of attentions, MLPs, the embedding or the head that every rank is to hold, or
+        patterns of them, as "model.layers.*.mlp".
+
+    On one rank nothing is split.
 
     Raises:
-        Unparallel: `world` is no number of ranks, or no layer can be split.
+        Unparallel: `world` is no number of ranks, no layer can be split, or no module has a name in
+            `whole`.
     """
     if not isinstance(model, nn.Module):
         raise Unparallel(f"expected a torch.nn.Module, found a {type(model).__name__}")
     if isinstance(world, bool) or not isinstance(world, int) or world < 1:
         raise Unparallel(f"expected a number of ranks, 1 or more, found {world!r}; pass an int")
-    whole = {id(p): p.nbytes for p in model.parameters()}
+    sizes = {id(p): p.nbytes for p in model.parameters()}
     if world == 1:
-        return ParallelPlan(1, (), (), (sum(whole.values()),), sum(whole.values()))
+        return ParallelPlan(1, (), (), (sum(sizes.values()),), sum(sizes.values()))
     splits: list[Split] = []
     refused: list[tuple[str, str]] = []
+    paths = [path for path, _ in model.named_modules()]
+    if isinstance(whole, str):
+        raise Unparallel(f"expected a list of names, found {whole!r}; pass whole=[{whole!r}]")
+    if unmet := [p for p in whole if not any(asked(path, [p]) for path in paths)]:
+        raise Unparallel(f"expected names of modules, found {unmet[0]!r}, which no module has")
     for path, module in model.named_modules():
         for kind, table in ((attention, ATTENTION), (mlp, MLP)):
             if names := named(module, table):
                 row, columns = names
-                answer = kept_whole(module, (row, *columns))
+                held = "as was asked for" if asked(path, whole) else ""
+                answer = held or kept_whole(module, (row, *columns))
                 answer = answer or kind(path, module, row, columns, world)
                 if isinstance(answer, Split):
                     splits.append(answer)
                 else:
                     refused.append((path, answer))
-    ends, kept = vocabulary(model, world)
+    ends, kept = vocabulary(model, world, whole)
     at_odds = cut_twice(model, (*splits, *ends))
     refused += at_odds.items()
     splits, ends = ([s for s in found if s.path not in at_odds] for found in (splits, ends))
@@ -273,8 +294,8 @@ def plan_parallel(model: nn.Module, world: int) -> ParallelPlan:
             f" ({why or 'it has no linear layers'}); known names are {known}"
         )
     plan = (*splits, *ends)
-    per_rank = tuple(rank_bytes(model, plan, whole, rank) for rank in range(world))
-    return ParallelPlan(world, plan, (*refused, *kept), per_rank, sum(whole.values()))
+    per_rank = tuple(rank_bytes(model, plan, sizes, rank) for rank in range(world))
+    return ParallelPlan(world, plan, (*refused, *kept), per_rank, sum(sizes.values()))
 
 
 def cut_twice(model: nn.Module, splits: Sequence[Split]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ridgeline.passes.compiler import OptimizeError
 from ridgeline.passes.parallel.agree import LeftAsItIs, RankMismatch, Ranks
 from ridgeline.passes.parallel.allreduce_rms_norm import NAME, Place, shard_tokens
 from ridgeline.passes.parallel.collectives import collectives, count, other_form
-from ridgeline.passes.parallel.layouts import LayoutError, propagate
+from ridgeline.passes.parallel.layouts import LayoutError, Part, propagate
 from ridgeline.passes.parallel.signature import digest_of
 from ridgeline.passes.parallel.token_region import PART, Region, find_regions
 from ridgeline.passes.plan import Decision, RefusedBy
@@ -57,7 +57,7 @@ def rewrite_collectives(
     module: fx.GraphModule,
     ranks: Ranks,
     *,
-    splits: dict[str, str] | None = None,
+    splits: dict[str, Part] | None = None,
     results: int | None = None,
     inputs: Sequence[Any] = (),
     fuse: bool = True,

@@ -17,7 +17,7 @@ from torch import nn
 
 from ridgeline.passes.copy_model import copy_model
 from ridgeline.passes.parallel.layers import RowLinear, VocabularyEmbedding, VocabularyHead
-from ridgeline.passes.parallel.layouts import COLUMN, ROW, VOCABULARY
+from ridgeline.passes.parallel.layouts import COLUMN, ROW, VOCABULARY, Part
 from ridgeline.passes.parallel.plan import ParallelPlan, Split, units
 
 
@@ -26,19 +26,40 @@ def shard(model: nn.Module, plan: ParallelPlan, rank: int, group: str) -> nn.Mod
     return _Sharder(plan, rank, group).model(copy_model(model))
 
 
-def split_parameters(plan: ParallelPlan, model: nn.Module) -> dict[str, str]:
+def split_parameters(plan: ParallelPlan, model: nn.Module) -> dict[str, Part]:
     """Parameter name in the rank's model -> how it is split: by column, row or vocabulary."""
-    names: dict[str, str] = {}
+    names: dict[str, Part] = {}
     for split in plan.splits:
         module: Any = model.get_submodule(split.path)
         if not split.columns:
-            names |= {f"{split.path}.{n}": VOCABULARY for n, _ in module.named_parameters()}
+            part = Part(VOCABULARY, 0, path=split.path)
+            names |= {f"{split.path}.{n}": part for n, _ in module.named_parameters()}
             continue
-        for child in split.columns:
-            for n, _ in getattr(module, child).named_parameters():
-                names[f"{split.path}.{child}.{n}"] = COLUMN
-        names[f"{split.path}.{split.row}.weight"] = ROW
+        for position, child in enumerate(split.columns):
+            cuts, packed = _cuts(module, split, position), packed_parts(split)
+            for n, parameter in getattr(module, child).named_parameters():
+                dim = parameter.dim() - 1 if _transposed(getattr(module, child)) else 0
+                names[f"{split.path}.{child}.{n}"] = Part(COLUMN, dim, cuts, packed, split.path)
+        dim = 0 if _transposed(getattr(module, split.row)) else 1
+        names[f"{split.path}.{split.row}.weight"] = Part(ROW, dim, path=split.path)
     return names
+
+
+def packed_parts(split: Split) -> int:
+    """How many parts lie one after the other in a column-parallel layer's output."""
+    return 3 if split.kind == "attention" and len(split.columns) == 1 else 1
+
+
+def _cuts(module: Any, split: Split, position: int) -> frozenset[int]:
+    """The channels of a head and, of queries, those of the heads that read one key."""
+    if split.kind != "attention":
+        return frozenset()
+    size, group = module.head_dim, units(split) // units(split, kv=True)
+    return frozenset({size} if position else {size, size * group})
+
+
+def _transposed(linear: Any) -> bool:
+    return type(linear) is not nn.Linear
 
 
 class _Sharder:
@@ -63,10 +84,9 @@ class _Sharder:
         for position, name in enumerate(split.columns):
             spans = split.kv_spans if position and split.kv_spans else split.spans
             a, b = (width * end for end in spans[self.rank])
-            packed = 3 if split.kind == "attention" and len(split.columns) == 1 else 1
-            self.columns(getattr(module, name), a, b, packed)
+            self.columns(getattr(module, name), a, b, packed_parts(split))
         row = getattr(module, split.row)
-        transposed = type(row) is not nn.Linear
+        transposed = _transposed(row)
         a, b = (width * end for end in split.spans[self.rank])
         weight = self.part(row.weight, 0 if transposed else 1, a, b)
         setattr(module, split.row, RowLinear(weight, row.bias, self.group, transposed))
@@ -76,12 +96,12 @@ class _Sharder:
     def unit(self, module: Any, split: Split) -> int:
         """Channels that one unit of the split has: the size of a head, or 1."""
         row = getattr(module, split.row)
-        inner = row.weight.shape[1 if type(row) is nn.Linear else 0]
+        inner = row.weight.shape[0 if _transposed(row) else 1]
         return inner // units(split)
 
     def columns(self, linear: Any, a: int, b: int, packed: int) -> None:
         """Keep rows [a, b) of each of `packed` equal parts of the output."""
-        transposed = type(linear) is not nn.Linear
+        transposed = _transposed(linear)
         weight, bias = linear.weight, linear.bias
         linear.weight = self.part(weight, 1 if transposed else 0, a, b, packed)
         if bias is not None:

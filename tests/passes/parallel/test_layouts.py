@@ -16,10 +16,17 @@ from ridgeline.ir.normalize import normalize
 from ridgeline.passes.parallel.allreduce_rms_norm import Place, shard_tokens
 from ridgeline.passes.parallel.collectives import count, merge_equal
 from ridgeline.passes.parallel.layers import all_reduce
-from ridgeline.passes.parallel.layouts import COLUMN, ROW, Layout, LayoutError, propagate
+from ridgeline.passes.parallel.layouts import (
+    COLUMN,
+    ROW,
+    Layout,
+    LayoutError,
+    Part,
+    propagate,
+)
 from ridgeline.passes.parallel.token_region import find_regions
 
-SPLITS = {"up.weight": COLUMN, "up.bias": COLUMN, "down.weight": ROW}
+SPLITS = {"up.weight": Part(COLUMN), "up.bias": Part(COLUMN), "down.weight": Part(ROW)}
 WORLD = 2
 
 
@@ -154,38 +161,6 @@ def test_fewer_tokens_than_ranks_stay(group: str) -> None:
     regions, (reject,) = find_regions(module.graph, group, 4, layouts)
     assert not regions
     assert reject.reason == "2 tokens are fewer than 4 ranks"
-
-
-ACROSS = {
-    "mean": lambda y: y * (y > y.mean(-1, keepdim=True)),
-    "standard deviation": lambda y: F.relu(y - y.std(-1, keepdim=True, unbiased=False)),
-    "norm": lambda y: F.rms_norm(y, [12]),
-    "softmax": lambda y: y.softmax(-1),
-    "largest": lambda y: y * y.amax(-1, keepdim=True),
-    "in rows of all tokens": lambda y: y * y.view(-1, 12).mean(1).view(2, 6, 1),
-}
-
-
-@pytest.mark.parametrize("name", ACROSS)
-def test_what_reads_all_channels_of_a_layer_that_is_split_is_an_error(name: str) -> None:
-    """Gemma 3n's MLP sets a threshold by mean and deviation of its channels."""
-
-    def finish(model: Model, x: Tensor, _: Tensor) -> Tensor:
-        return reduced(model.down(ACROSS[name](model.up(x))))
-
-    with pytest.raises(LayoutError, match="reads all channels of a row"):
-        propagate(graph_of(finish).graph, SPLITS)
-
-
-def test_what_is_reduced_within_a_head_is_no_error() -> None:
-    """Also where the rank has one head, which is as wide as its channels."""
-
-    def finish(model: Model, x: Tensor, _: Tensor) -> Tensor:
-        heads = F.rms_norm(model.up(x).view(2, 6, 1, 12), [12]).transpose(1, 2)
-        weights = (heads @ heads.transpose(2, 3)).softmax(-1)
-        return reduced(model.down((weights @ heads).transpose(1, 2).reshape(2, 6, 12)))
-
-    propagate(graph_of(finish).graph, SPLITS)
 
 
 @pytest.mark.parametrize("written", [False, True])
