@@ -18,9 +18,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ridgeline.ir import caches
 from ridgeline.ir.call import Call
@@ -32,11 +34,12 @@ LARGE = 1e8
 
 def facts_of(call: Call) -> dict[str, str]:
     """What must be equal on all ranks, by its name."""
-    tensors = _tensors(call)
-    plain = [x for x in call.leaves if not isinstance(x, Tensor) and not caches.is_cache(x)]
+    structure, leaves = _in_order(call)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    plain = [x for x in leaves if not isinstance(x, Tensor) and not caches.is_cache(x)]
     addresses = list(map(id, tensors))
     facts = {
-        "structure of arguments": call.key[0],
+        "structure of arguments": structure,
         "arguments that are no tensors": ", ".join(map(_plain, plain)),
         "shapes of inputs": ", ".join(f"{_name(x)}{list(x.shape)}" for x in tensors),
         "strides of inputs": ", ".join(str(list(x.stride())) for x in tensors),
@@ -56,7 +59,8 @@ def facts_of(call: Call) -> dict[str, str]:
 def sums_of(call: Call, slots: int) -> list[tuple[float, float]]:
     """(sum, norm) of each input of floats, folded into so many."""
     sums = [(0.0, 0.0)] * slots
-    floats = [x for x in _tensors(call) if _is_read(x) and _is_float(x)]
+    tensors = [x for x in _in_order(call)[1] if isinstance(x, Tensor)]
+    floats = [x for x in tensors if _is_read(x) and _is_float(x)]
     for i, (values, limit) in enumerate(map(_floats, floats)):
         values = values.masked_fill(_are_extreme(values, limit), 0.0)
         total, norm = sums[i % slots]
@@ -65,8 +69,23 @@ def sums_of(call: Call, slots: int) -> list[tuple[float, float]]:
     return sums
 
 
-def _tensors(call: Call) -> list[Tensor]:
-    return [x for x in call.leaves if isinstance(x, Tensor)]
+def _in_order(call: Call) -> tuple[str, list[Any]]:
+    """Structure and leaves, dictionaries in the order of their keys: a model that makes one from a
+    set of names, as transformers does of masks, has another order in each process."""
+    structure, places = _places_in_order(call.spec)
+    return structure, [call.leaves[place] for place in places]
+
+
+@functools.lru_cache(maxsize=256)
+def _places_in_order(spec: TreeSpec) -> tuple[str, list[int]]:
+    places, ordered = tree_flatten(_ordered(tree_unflatten(range(spec.num_leaves), spec)))
+    return repr(ordered), places
+
+
+def _ordered(x: Any) -> Any:
+    if type(x) is dict:
+        return {key: _ordered(x[key]) for key in sorted(x, key=repr)}
+    return type(x)(map(_ordered, x)) if type(x) in (tuple, list) else x
 
 
 def _of_caches(held: Sequence[Tensor]) -> str:

@@ -30,6 +30,13 @@ def of(*args: object) -> dict[str, str]:
     return facts_of(flatten(args, {}))
 
 
+def test_the_order_of_a_dictionary_is_no_difference() -> None:
+    near, far = torch.randn(2, 3), torch.ones(4, dtype=torch.int64)
+    one, other = {"near": near, "far": [far, True]}, {"far": [far, True], "near": near}
+    assert of(one) == of(other) != of({"near": far, "far": [near, True]})
+    assert sums_of(flatten((one,), {}), 2) == sums_of(flatten((other,), {}), 2)
+
+
 @pytest.mark.parametrize("place", [(0, 0), (3, 4001), (7, 8190), (7, 8191)])
 def test_one_integer_that_differs_is_told(place: tuple[int, int]) -> None:
     x = torch.ones(8, 8192, dtype=torch.int64)
