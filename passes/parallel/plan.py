@@ -378,6 +378,6 @@ def rank_bytes(model: nn.Module, splits: Sequence[Split], whole: dict[int, int],
     return sum(held.values())
 
 
-def units(split: Split) -> int:
+def units(split: Split, *, kv: bool = False) -> int:
     """How many units (heads, channels) all ranks hold together, each counted once."""
-    return split.spans[-1][1]
+    return (split.kv_spans if kv else split.spans)[-1][1]
