@@ -21,14 +21,14 @@ from torch import Tensor, fx
 from ridgeline.codegen.kernel import constant
 from ridgeline.ir.provenance import operator, said
 from ridgeline.passes.base import location
-from ridgeline.passes.parallel.layouts import VOCABULARY
+from ridgeline.passes.parallel.layouts import VOCABULARY, Part
 from ridgeline.passes.parallel.rows import COPIES, VIEWS
 from ridgeline.passes.parallel.signature import SAMPLED, digest_of
 
 _UNEQUAL = (*COPIES, *VIEWS, torch.ops.aten.slice.Tensor)
 
 
-def code_of(graph: fx.Graph, splits: Mapping[str, str], equal: bool) -> list[tuple[str, str]]:
+def code_of(graph: fx.Graph, splits: Mapping[str, Part], equal: bool) -> list[tuple[str, str]]:
     """(what is compared, the node as it is named in errors), in the order of the graph.
 
     splits: name of a weight -> how it is split; a rank's own are not read. equal: all ranks hold as
@@ -36,7 +36,7 @@ def code_of(graph: fx.Graph, splits: Mapping[str, str], equal: bool) -> list[tup
     """
     lines: list[tuple[str, str]] = []
     names: dict[fx.Node, str] = {}
-    vocabulary = {name.rpartition(".")[0] for name, how in splits.items() if how == VOCABULARY}
+    vocabulary = {n.rpartition(".")[0] for n, part in splits.items() if part.how == VOCABULARY}
     for node in graph.nodes:
         if node.op == "placeholder":
             names[node] = f"input {len(names)}"
@@ -57,9 +57,8 @@ def code_of(graph: fx.Graph, splits: Mapping[str, str], equal: bool) -> list[tup
             digest = hashlib.sha256(f"{text} {path}".encode()).hexdigest()[:8]
             names[node] = f"{operator(node.target)} {digest}"
             if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-                names[node.args[0]] = names[
-                    node
-                ]  # who reads it from here on reads what was written
+                # Who reads it from here on reads what was written.
+                names[node.args[0]] = names[node]
         where = f" in {path}" if path else ""
         lines.append((f"{text}{where}", f"{said(node)}{where}"))
     return lines

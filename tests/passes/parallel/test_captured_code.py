@@ -9,11 +9,16 @@ from torch import Tensor, fx, nn
 
 from ridgeline.ir.capture import capture
 from ridgeline.passes.parallel.captured_code import code_of
+from ridgeline.passes.parallel.layouts import COLUMN, ROW, VOCABULARY, Part
 
-SPLITS = {"q.weight": "column", "o.weight": "row", "table.weight": "vocabulary"}
+SPLITS = {
+    "q.weight": Part(COLUMN),
+    "o.weight": Part(ROW),
+    "table.weight": Part(VOCABULARY),
+}
 
 
-class Part(nn.Module):
+class OfOneRank(nn.Module):
     """A rank's part of a table, and of a layer with heads of 4 channels."""
 
     def __init__(
@@ -53,7 +58,7 @@ def captured(
     slope: float = 0.1,
     names: tuple[str, ...] = ("a", "b"),
 ) -> fx.Graph:
-    part = Part(heads, start, scale, slope, names).eval()
+    part = OfOneRank(heads, start, scale, slope, names).eval()
     with torch.no_grad():
         return capture(part, (torch.arange(6).view(2, 3),)).program.module.graph
 
