@@ -8,7 +8,7 @@ from torch import fx
 from ridgeline.cost_model import Cost, Option, Target, Work, doubt, estimate, solve
 from ridgeline.passes.base import Candidate
 from ridgeline.passes.losses import Loss, Objective, Spot, Weighing, figure, losses, spots
-from ridgeline.passes.room import Relief, Room, relief_of, together
+from ridgeline.passes.room import Relief, Room, corrected, relief_of, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +68,19 @@ def choose(
     choice = _choice(replace(weighing, relief=first), limits)
     relief: Relief | None = None
     for _ in range(ROUNDS if room else 0):
-        live = room.live_bytes(choice.times)
+        peak = room.peak_bytes(choice.times)
         more = sum(n * c.memory_bytes for c, n in choice.times.items())
-        if held + more + live.max(initial=0) <= target.memory_bytes:
+        if held + more + peak <= target.memory_bytes:
             break
-        relief = room.relief(candidates) if relief is None else relief.corrected(choice.times, live)
+        if relief is None:
+            relief = room.relief(candidates)
+        else:
+            relief = corrected(relief, room, choice.times, weighing.worth)
         choice = _choice(replace(weighing, relief=relief), limits)
     return choice
 
 
-ROUNDS = 4
+ROUNDS = 6
 """How often a choice that does not fit is made again, by what was seen of it."""
 
 

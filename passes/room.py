@@ -7,6 +7,7 @@ the steps of its site it frees these bytes. One that makes values earlier, as la
 or that reads what was formed on the way, takes more. Sites add, all but exactly.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -83,14 +84,23 @@ class Relief:
 
         return mine == others or all(at(mine, step) >= at(others, step) for step in steps)
 
-    def corrected(self, times: Mapping[Candidate, int], live: np.ndarray) -> "Relief":
-        """Where a choice was found to leave so many bytes alive, and they are more than its sites'
-        sum, the difference counts whatever is taken."""
+    def unexpected(self, times: Iterable[Candidate], live: np.ndarray) -> np.ndarray:
+        """By how much more is alive, by step, than these candidates' sum says."""
         left = self.live.copy()
         for c in times:
             for first, end, size in self.freed.get(c, ()):
                 left[first:end] -= size
-        return replace(self, live=self.live + np.maximum(live - left, 0))
+        return np.maximum(live - left, 0)
+
+    def charged(self, candidate: Candidate, more: np.ndarray) -> "Relief":
+        """The same, where a candidate takes so many bytes more by step than was known."""
+        mine = -more
+        for first, end, size in self.freed.get(candidate, ()):
+            mine[first:end] += size
+        ends = [0, *(np.flatnonzero(np.diff(mine)) + 1).tolist(), len(mine)]
+        runs = ((a, b, int(mine[a])) for a, b in itertools.pairwise(ends))
+        pieces = tuple(run for run in runs if run[2])
+        return replace(self, freed={**self.freed, candidate: pieces})
 
     def steps(self, keys: Mapping[Candidate, str]) -> list[Step]:
         """Of the steps at which the same is freed, the fullest; `keys` of those that may be taken.
@@ -107,6 +117,26 @@ class Relief:
             row = frozenset(by_step.get(step, {}).items())
             fullest[row] = max(int(self.live[step]), fullest.get(row, 0))
         return [Step(size, dict(sorted(row))) for row, size in fullest.items()]
+
+
+def corrected(
+    relief: Relief, room: Room, times: Mapping[Candidate, int], worth: Mapping[Candidate, float]
+) -> Relief:
+    """What was known, and that a choice was found not to fit: sites may take more together than
+    their sum, and what they do is charged to one of them, so that without it all is as before.
+
+    It is the least of worth without which they take less at the fullest step, as halving finds it.
+    """
+    live = room.live_bytes(times)
+    more, fullest = relief.unexpected(times, live), int(live.argmax())
+    ordered = sorted(times, key=lambda c: -worth[c])
+    few, many = 0, len(ordered)
+    while many - few > 1:
+        middle = (few + many) // 2
+        some = {c: times[c] for c in ordered[:middle]}
+        reached = relief.unexpected(some, room.live_bytes(some))[fullest] >= more[fullest]
+        few, many = (few, middle) if reached else (middle, many)
+    return relief.charged(ordered[many - 1], more)
 
 
 def relief_of(

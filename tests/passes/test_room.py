@@ -128,6 +128,36 @@ def test_the_plan_says_what_is_alive_and_that_it_does_not_fit(capsys):
         assert "at its fullest" in capsys.readouterr().out
 
 
+class _Joined(nn.Module):
+    """A sum takes the place of u or of v, whichever is not kept beside its twin until the end."""
+
+    def forward(self, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, n: Tensor) -> Tensor:
+        u, u2, v, v2 = x @ a, x @ b, x @ c, x @ d
+        kept = (x.bfloat16() @ a.bfloat16()), (x.bfloat16() @ b.bfloat16())
+        z = (u + v + kept[0] + kept[1]) @ n
+        return z + u2 @ n + v2 @ n
+
+
+def test_sites_that_fit_alone_and_not_together(offered):
+    """What two take beyond their sum counts against one of them, and not against neither."""
+    target, (flash, *_), _ = offered
+    args = torch.randn(4096, 64), *torch.randn(4, 64, 64), torch.randn(64, 1)
+    with torch.no_grad():
+        module = normalize(capture(_Joined().eval(), args).program.module)
+    products = module.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    first, second, third, fourth = [n for n in products if n.meta["val"].dtype == torch.float32][:4]
+    better = dataclasses.replace(flash, before=flash.before + flash.before + flash.before)
+    pairs = (first, second), (third, fourth)
+    one, other = (dataclasses.replace(better, site=Site({}, {}, p, p, "")) for p in pairs)
+    room = Room(Lifetimes(module.graph), target)
+    each = [room.peak_bytes(times) for times in ({}, {one: 1}, {other: 1})]
+    both = room.peak_bytes({one: 1, other: 1})
+    assert max(each) < both
+    small = dataclasses.replace(target, memory_bytes=(max(each) + both) // 2)
+    assert len(_chosen([one, other], small, Room(room.lifetimes, small)).chosen) == 1
+    assert len(_chosen([one, other], target, room).chosen) == 2
+
+
 class _Late(nn.Module):
     """Two products of one input, the second after attention."""
 
