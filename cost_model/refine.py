@@ -8,6 +8,8 @@ is known of two kernels' ratio stays known. error: median |ln(measured / t)| wit
 at hand left out of the fit, at least ERROR_FLOOR.
 """
 
+import functools
+import hashlib
 import json
 import math
 import statistics
@@ -88,25 +90,39 @@ def _fitted(of: Sequence[Measurement]) -> Refinement:
 def to_json(refinements: Mapping[str, Refinement], base: Target) -> str:
     """A file's text; `base` is the unrefined target that was measured against."""
     return json.dumps(
-        {"base": _figures(base), "kinds": {k: asdict(r) for k, r in refinements.items()}}, indent=1
+        {
+            "base": _figures(base),
+            "laws": _laws(),
+            "kinds": {k: asdict(r) for k, r in refinements.items()},
+        },
+        indent=1,
     )
 
 
 def read(file: Path, base: Target) -> dict[str, Refinement]:
-    """Refinements of `base`; {} where there is no file, or it was made for other figures.
+    """Refinements of `base`; {} where there is no file, or it corrects other figures or laws.
 
     Raises InvalidTarget for a file that is no such text.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         refinements = {kind: Refinement(**r) for kind, r in found["kinds"].items()}
-        return refinements if found["base"] == _figures(base) else {}
+        holds = found["base"] == _figures(base) and found.get("laws") == _laws()
+        return refinements if holds else {}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidTarget(
             f"{file}: expected what `ridgeline calibrate` wrote, found {error!r}; run it again"
         ) from error
+
+
+@functools.cache
+def _laws() -> str:
+    """Of the code of the laws that are refined: factors on one are none on another."""
+    folder = Path(__file__).parent
+    code = b"".join((folder / name).read_bytes() for name in ("cpu_time.py", "cpu_attention.py"))
+    return hashlib.blake2b(code, digest_size=8).hexdigest()
 
 
 def _figures(base: Target) -> list[float]:

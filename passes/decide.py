@@ -179,7 +179,7 @@ def _choice(weighing: Weighing, limits: _Limits) -> Choice:
         return (spent + (error * limits.sensitivity) ** 2) ** 0.5
 
     chosen = list(times)
-    refused = losses(weighing, chosen, enough)
+    refused = losses(weighing, chosen, enough, limits.tolerance)
     return Choice(chosen, refused, weighing.costs, worth, weighing.doubt, times)
 
 

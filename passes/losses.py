@@ -58,7 +58,10 @@ def spots(candidates: Sequence[Candidate]) -> dict[Candidate, Spot]:
 
 
 def losses(
-    weighing: Weighing, chosen: Sequence[Candidate], enough: Callable[[float], float]
+    weighing: Weighing,
+    chosen: Sequence[Candidate],
+    enough: Callable[[float], float],
+    tolerance: float,
 ) -> list[Loss]:
     """Why each site that got nothing got nothing; the forms beside a chosen one are no refusals.
 
@@ -82,7 +85,7 @@ def losses(
             continue
         # The forms of the pass that make the very values that the owner makes.
         rivals = [] if owner is None else values.get((name, owner.site.outs), [])
-        refused.append(_loss(weighing, forms, best, owner, rivals, enough))
+        refused.append(_loss(weighing, forms, best, owner, rivals, enough, tolerance))
     return refused
 
 
@@ -93,6 +96,7 @@ def _loss(
     owner: Candidate | None,
     rivals: Sequence[Candidate],
     enough: Callable[[float], float],
+    tolerance: float,
 ) -> Loss:
     """Why a site got nothing. owner: what has a node of its best form."""
     w, target = weighing, weighing.target
@@ -112,13 +116,14 @@ def _loss(
         spent = "its error" if best.error else f"{best.memory_bytes} bytes more"
         kind = f"wins too little for its {'error' if best.error else 'bytes'}"
         return Loss(best, "cost", kind, f"wins too little for {spent}: {_sides(w, best)}")
-    if not best.error or (w.relief is not None and w.relief.takes(best)):
+    smallest = min(c.error for c in forms if w.worth[c] > w.doubt[c])
+    takes = w.relief is not None and w.relief.takes(best)
+    if not best.error or (takes and enough(smallest) <= tolerance):
         reason = f"its {best.memory_bytes} bytes do not fit {target.name} beside the rest"
-        if w.relief is not None and w.relief.takes(best):
+        if takes:
             reason = f"what is alive beside it does not fit {target.name} at the fullest step"
         needed = "choose a device with more memory"
         return Loss(best, "budget", "does not fit the memory", reason, needed)
-    smallest = min(c.error for c in forms if w.worth[c] > w.doubt[c])
     reason = f"its error ({smallest:.2g} at the least) does not fit beside the others'"
     needed = f"pass tolerance={enough(smallest) * 1.05:.2g}"
     return Loss(best, "budget", "does not fit the tolerance", reason, needed)

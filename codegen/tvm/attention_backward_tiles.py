@@ -27,8 +27,8 @@ ROWS = KEYS = 64
 
 class Tiles(NamedTuple):
     """q, do along and down; k down; kt, vt turned; s, dp fp32 [tall, KEYS]; p down, ds along and
-    down; dk, dv fp32 [KEYS, D]; rows: what is turned next. Where words are numbers, along and down
-    are one."""
+    down; dk, dv fp32 [KEYS, D]; square: what is turned next. Where words are numbers, along and
+    down are one."""
 
     q: Any
     q_down: Any

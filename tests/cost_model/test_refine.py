@@ -104,13 +104,15 @@ def test_a_chain_is_a_kind_of_its_own_and_the_others_go_by_all_of_them(host):
     ]  # fmt: skip
 
 
-def test_a_file_comes_back_for_the_same_probe_only(host, tmp_path):
+def test_a_file_comes_back_for_the_same_probe_and_laws_only(host, tmp_path, monkeypatch):
     file = tmp_path / "refined.json"
     assert refine.read(file, host) == {}
     file.write_text(refine.to_json({"norm": TRUTH}, host))
     assert refine.read(file, host) == {"norm": TRUTH}
     other = dataclasses.replace(host, bandwidth_bytes_per_s=1e9)
     assert refine.read(file, other) == {}
+    monkeypatch.setattr(refine, "_laws", lambda: "of another version")
+    assert refine.read(file, host) == {}
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", json.dumps({"base": []}), "null"])

@@ -156,6 +156,10 @@ def test_sites_that_fit_alone_and_not_together(offered):
     small = dataclasses.replace(target, memory_bytes=(max(each) + both) // 2)
     assert len(_chosen([one, other], small, Room(room.lifetimes, small)).chosen) == 1
     assert len(_chosen([one, other], target, room).chosen) == 2
+    # Where there is room enough, an error that is too large is not told as a lack of it.
+    rough = dataclasses.replace(one, error=0.5)
+    (loss,) = _chosen([rough], target, room, objective="memory", tolerance=0.1).refused
+    assert "pass tolerance=" in loss.needed, loss
 
 
 class _Late(nn.Module):
