@@ -15,14 +15,25 @@ from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.parallel.rows import COPIES, argument, same_size
 
 aten = torch.ops.aten
-FILLS = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "scalar_tensor")
+FILLS = (
+    *("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "scalar_tensor"),
+    *("empty", "empty_like"),
+)
+"""New memory, the same for all indices until it is written."""
+_EXPANDS = (aten.expand.default, aten.expand_as.default)
 _ON_TOKENS = (
     *(aten.slice.Tensor, aten.index.Tensor, aten.index_select.default, aten.roll.default),
     *(aten.cat.default, aten.index_copy.default, aten.index_copy_.default, aten.narrow.default),
     *COPIES,
 )
 """What is done to a cache before new tokens are added: dimensions stay where they are."""
-_ELEMENT_BY_ELEMENT = frozenset(("where", "masked_fill", "clamp", "copy", "fill", "to", "lerp"))
+_ELEMENT_BY_ELEMENT = frozenset(
+    (
+        *("where", "masked_fill", "clamp", "copy", "fill", "to", "lerp"),
+        *("hardswish", "log_sigmoid"),
+    )
+)
+"""Pointwise, although torch does not tag them so."""
 
 
 class Across(Exception):
@@ -119,7 +130,7 @@ def uniform(x: fx.Node, dim: int) -> bool:
         return False
     if getattr(x.target, "_opname", "") in FILLS:
         return True
-    if x.target is aten.expand.default and len(shape_of(x)) - dim > len(shape_of(x.args[0])):
+    if x.target in _EXPANDS and len(shape_of(x)) - dim > len(shape_of(x.args[0])):
         return True
     sources = _sources(x, dim)
     return bool(sources) and all(uniform(y, d) for y, d in sources)
@@ -148,7 +159,7 @@ def _sources(x: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
         return [(x.args[0], swapped.get(dim, dim))]
     if x.target is aten.permute.default:
         return [(x.args[0], x.args[1][dim] % rank)]
-    if pointwise(x) or x.target in (aten.expand.default, aten.slice.Tensor):
+    if pointwise(x) or x.target in (*_EXPANDS, aten.slice.Tensor):
         read = x.all_input_nodes if pointwise(x) else x.args[:1]
         tensors = [y for y in read if isinstance(y.meta.get("val"), Tensor)]
         aligned = [(y, len(shape_of(y)) - rank + dim) for y in tensors]
