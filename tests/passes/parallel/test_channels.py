@@ -4,6 +4,7 @@ All readers are branches of one model, captured once for each number of ranks.
 """
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,11 +16,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ridgeline.ir.capture import capture
 from ridgeline.ir.normalize import normalize
+from ridgeline.passes.compiler import OptimizeError
 from ridgeline.passes.parallel import Unparallel, plan_parallel
 from ridgeline.passes.parallel.channels import follow
 from ridgeline.passes.parallel.collectives import normal_form
+from ridgeline.passes.parallel.compiler import ParallelCompiler
 from ridgeline.passes.parallel.layouts import LayoutError, Part, propagate
 from ridgeline.passes.parallel.shard import shard, split_parameters
+from ridgeline.passes.parallel.usable import refuse_whole
 
 HEADS, SIZE, WIDTH, HIDDEN, BATCH, LENGTH = 8, 6, 24, 80, 2, 5
 """8 query and 4 key-value heads of 6 channels, hidden states of 24, an MLP of 80 channels."""
@@ -317,7 +321,26 @@ def test_a_layer_is_kept_whole() -> None:
     assert [split.path for split in plan.splits] == ["attention"]
     assert dict(plan.refused)["mlp"] == "as was asked for"
     assert "embed is to be on every rank" in dict(plan.refused)["embed"]
-    with pytest.raises(Unparallel, match="'mpl', which no module has"):
-        plan_parallel(model, 2, whole=["mpl"])
-    with pytest.raises(Unparallel, match="expected a list of names"):
-        plan_parallel(model, 2, whole="ml*")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        *((["mpl"], "'mpl', which none .* near it: mlp"), ("ml*", r"pass whole=\['ml\*'\]")),
+        *((["mlp.up_proj"], "'mlp.up_proj', .* near it: mlp"), (["mlp.*"], "near it: mlp")),
+        *((["embed", 3], "found 3"), (None, "expected a list of names, found None")),
+    ],
+)
+def test_what_is_kept_whole_has_a_name(world: int, whole: Any, said: str) -> None:
+    with pytest.raises(Unparallel, match=said):
+        plan_parallel(Model(), world, whole=whole)
+    with pytest.raises(OptimizeError, match="no whole with split=False"):
+        refuse_whole(whole)
+
+
+def test_a_graph_that_was_refreshed_meanwhile_fits_no_call() -> None:
+    compiler: Any = object.__new__(ParallelCompiler)
+    compiler._accepts, compiler.meeting = {}, SimpleNamespace(meet=lambda *given: given[-1])
+    graph = SimpleNamespace(captured=SimpleNamespace(program=object()))
+    assert not compiler.meet("", SimpleNamespace(flat=()), list)(graph)
