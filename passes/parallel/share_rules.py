@@ -24,7 +24,7 @@ from ridgeline.passes.parallel.layouts import VOCABULARY
 from ridgeline.passes.parallel.rows import argument, same_size
 from ridgeline.passes.parallel.share_products import PRODUCTS
 from ridgeline.passes.parallel.share_views import VIEWS, Rule
-from ridgeline.passes.parallel.shares import FILLS, Across, Share, Shares, pointwise
+from ridgeline.passes.parallel.shares import FILLS, Across, Share, Shares, pointwise, sees
 
 
 def result_share(node: fx.Node, shares: Shares) -> Share | None:
@@ -55,17 +55,11 @@ def _written(node: fx.Node, share: Share | None, shares: Shares) -> None:
     """What is written has the share from now on, by every name: of new memory and caches."""
     into = node.args[0]
     fresh = getattr(into.target, "_opname", "") in FILLS or into.op == "placeholder"
-    other = into.op != "placeholder" and any(_sees(x) and x < node for x in into.users)
+    other = into.op != "placeholder" and any(sees(x) and x < node for x in into.users)
     if into not in shares.held and (other or not fresh):
         raise Across("writes this rank's part to memory that has other names")
     if share is not None:
         shares.held[into] = share
-
-
-def _sees(node: fx.Node) -> bool:
-    """Is the result the memory of an operand, by another name?"""
-    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
-    return any(x.alias_info is not None for x in returns)
 
 
 def rank_of(node: fx.Node) -> int:

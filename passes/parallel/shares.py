@@ -62,7 +62,10 @@ class Share:
 
 
 class Shares:
-    """held: node -> its share; caches: inputs that were found to hold one, from call to call."""
+    """held: node -> its share; caches: inputs that were found to hold one, from call to call;
+    reader: the operation whose rule is asked."""
+
+    reader: fx.Node
 
     def __init__(self, caches: dict[fx.Node, Share]) -> None:
         self.caches = caches
@@ -109,7 +112,7 @@ class Shares:
         if (cache := _cache(x, dim)) is not None and same_size(shape[dim], size):
             self.caches.setdefault(cache, replace(share, dim=dim, weight=""))
             return True
-        return same_size(shape[dim], size) and uniform(x, dim)
+        return same_size(shape[dim], size) and uniform(x, dim, self.reader)
 
 
 def pointwise(node: fx.Node) -> bool:
@@ -122,18 +125,37 @@ def pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in target.tags or name in _ELEMENT_BY_ELEMENT
 
 
-def uniform(x: fx.Node, dim: int) -> bool:
-    """Is it known that all indices along `dim` have one value?"""
+def sees(node: fx.Node) -> bool:
+    """Is the result the memory of an operand, by another name?"""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(x.alias_info is not None for x in returns)
+
+
+def _written(x: fx.Node, reader: fx.Node, *, seen: bool = False) -> bool:
+    """Is a place of the memory of `x` written before `reader` reads it by its old name? seen: `x`
+    is a view of what is read. What is written whole is read by the name of the write."""
+    for user in x.users:
+        if user.args and user.args[0] is x and sees(user) and user < reader:
+            writes = user.target._schema.is_mutable
+            if writes and (seen or not pointwise(user)):
+                return True
+            if _written(user, reader, seen=seen or not writes):
+                return True
+    return False
+
+
+def uniform(x: fx.Node, dim: int, reader: fx.Node) -> bool:
+    """Is it known that all indices along `dim` have one value when `reader` reads `x`?"""
     if shape_of(x)[dim] == 1:
         return True
     if x.op != "call_function":
         return False
     if getattr(x.target, "_opname", "") in FILLS:
-        return True
+        return not _written(x, reader)
     if x.target in _EXPANDS and len(shape_of(x)) - dim > len(shape_of(x.args[0])):
         return True
     sources = _sources(x, dim)
-    return bool(sources) and all(uniform(y, d) for y, d in sources)
+    return bool(sources) and all(uniform(y, d, reader) for y, d in sources)
 
 
 def _cut_to_one(x: fx.Node, dim: int) -> bool:
