@@ -351,3 +351,27 @@ def test_a_graph_that_was_refreshed_meanwhile_fits_no_call() -> None:
     compiler._accepts, compiler.meeting = {}, SimpleNamespace(meet=lambda *given: given[-1])
     graph = SimpleNamespace(captured=SimpleNamespace(program=object()))
     assert not compiler.meet("", SimpleNamespace(flat=()), list)(graph)
+
+
+class OneHead(nn.Module):
+    """Channels of this rank's only head, seen in a shape of four dimensions, one of them open."""
+
+    def __init__(self, *last: int) -> None:
+        super().__init__()
+        self.proj, self.last = nn.Linear(WIDTH, SIZE, bias=False), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).reshape(*x.shape[:2], *self.last)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_open_dimension_of_one_may_be_more_in_one_process(dynamic: bool) -> None:
+    x, graphs = torch.rand(BATCH, LENGTH, WIDTH), []
+    for last in ((SIZE, -1), (-1, SIZE)):
+        program = capture(OneHead(*last), (x,), dynamic=dynamic).program
+        graphs.append(normalize(program.module).graph)
+    name = next(n.target for n in graphs[0].nodes if n.op == "get_attr")
+    parts = {str(name): Part("column", 0, frozenset({SIZE}), 1, "attention")}
+    with pytest.raises(LayoutError, match="whose sizes may be others in one process"):
+        follow(graphs[0], parts)
+    assert follow(graphs[1], parts)
