@@ -57,6 +57,7 @@ def _compute(node: fx.Node, shares: Shares) -> None:
     shared = [n for n in node.all_input_nodes if n in shares.held]
     if not shared or not _makes_tensor(node):
         return
+    shares.reader = node
     try:
         share = result_share(node, shares)
     except Across as error:

@@ -125,7 +125,8 @@ class ParallelCompiler(Compiler):
         self, wanted: str, call: Call, known: Callable[[], Iterable[Graph]]
     ) -> contextlib.AbstractContextManager[list[Graph]]:
         def fits(graph: Graph) -> bool:
-            return self._accepts[id(graph.captured.program)](*call.flat)
+            accepts = self._accepts.get(id(graph.captured.program))  # none: refreshed meanwhile
+            return accepts is not None and accepts(*call.flat)
 
         return self.meeting.meet(wanted, call, known, fits)
 
@@ -159,7 +160,7 @@ class ParallelCompiler(Compiler):
 
     def release(self, program: Program) -> None:
         super().release(program)
-        del self._accepts[id(program)]
+        self._accepts.pop(id(program), None)
 
     def forget(self) -> None:
         super().forget()

@@ -22,7 +22,7 @@ from ridgeline.passes.parallel.plan import ParallelPlan, plan_parallel
 from ridgeline.passes.parallel.rewrite import When
 from ridgeline.passes.parallel.shard import shard, split_parameters
 from ridgeline.passes.parallel.signature import libraries, model_signature, settings_of, versions
-from ridgeline.passes.parallel.usable import check_arguments, refuse_to_save
+from ridgeline.passes.parallel.usable import check_arguments, refuse_to_save, refuse_whole
 
 
 def parallelize(
@@ -75,6 +75,8 @@ def parallelize(
     ranks = Ranks.of(mesh, timeout if isinstance(timeout, timedelta) else None)
     with ranks.together():
         check_arguments(model, timeout, passes, max_graphs)
+        if not split:
+            refuse_whole(whole)
         machine = load_target(target)
         fuse, weave = fuse or usual(machine), weave or usual(machine)
         plan = plan_parallel(model, ranks.world, whole) if split else None

@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -212,18 +213,18 @@ def mlp(path: str, module: Any, row: str, columns: tuple[str, ...], world: int) 
     return Split(path, "mlp", columns, row, even_spans(width, world))
 
 
+def ends_of(model: nn.Module) -> dict[str, Any]:
+    getters = {"embedding": "get_input_embeddings", "lm_head": "get_output_embeddings"}
+    ends = {kind: getattr(model, getter, lambda: None)() for kind, getter in getters.items()}
+    return {kind: module for kind, module in ends.items() if module is not None}
+
+
 def vocabulary(
     model: nn.Module, world: int, whole: Sequence[str] = ()
 ) -> tuple[list[Split], list[tuple[str, str]]]:
-    ends: dict[str, Any] = {"embedding": None, "lm_head": None}
-    for kind, getter in (
-        ("embedding", "get_input_embeddings"),
-        ("lm_head", "get_output_embeddings"),
-    ):
-        ends[kind] = getattr(model, getter, lambda: None)()
     paths = {id(module): path for path, module in model.named_modules()}
     known = {"embedding": is_embedding, "lm_head": lambda module: type(module) is nn.Linear}
-    found = {kind: module for kind, module in ends.items() if module is not None}
+    found = ends_of(model)
     if kept := [paths[id(m)] for m in found.values() if asked(paths[id(m)], whole)]:
         # Both ends: they may have one weight.
         reason = f"{' and '.join(kept)} is to be on every rank, and no end is split without another"
@@ -244,6 +245,25 @@ def asked(path: str, whole: Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in whole)
 
 
+def check_whole(model: nn.Module, whole: Any) -> None:
+    """Raise Unparallel where one of `whole` is no attention, MLP or end: a part of one, as
+    "mlp.up_proj", would be split all the same."""
+    if isinstance(whole, str) or not isinstance(whole, Sequence):
+        example = [whole] if isinstance(whole, str) else []
+        raise Unparallel(f"expected a list of names, found {whole!r}; pass whole={example!r}")
+    ends, names = [*map(id, ends_of(model).values() if whole else ())], (*ATTENTION, *MLP)
+    known = [p for p, m in model.named_modules() if named(m, names) or id(m) in ends]
+    for name in whole:
+        if not isinstance(name, str):
+            raise Unparallel(f"expected names of modules in whole, found {name!r}; pass strings")
+        if not any(asked(path, [name]) for path in known):
+            near = ", ".join(get_close_matches(name, known, cutoff=0)) or "none, it has none"
+            raise Unparallel(
+                f"expected a name of an attention, MLP or end, found {name!r}, which none of them"
+                f" has; near it: {near}"
+            )
+
+
 def plan_parallel(model: nn.Module, world: int, whole: Sequence[str] = ()) -> ParallelPlan:
     """How `model` (a causal language model, on any device, also meta) is split over `world` ranks.
 
@@ -253,23 +273,19 @@ def plan_parallel(model: nn.Module, world: int, whole: Sequence[str] = ()) -> Pa
     On one rank nothing is split.
 
     Raises:
-        Unparallel: `world` is no number of ranks, no layer can be split, or no module has a name in
-            `whole`.
+        Unparallel: `world` is no number of ranks, no layer can be split, or `whole` has what names
+            no attention, MLP or end (on one rank too).
     """
     if not isinstance(model, nn.Module):
         raise Unparallel(f"expected a torch.nn.Module, found a {type(model).__name__}")
     if isinstance(world, bool) or not isinstance(world, int) or world < 1:
         raise Unparallel(f"expected a number of ranks, 1 or more, found {world!r}; pass an int")
+    check_whole(model, whole)
     sizes = {id(p): p.nbytes for p in model.parameters()}
     if world == 1:
         return ParallelPlan(1, (), (), (sum(sizes.values()),), sum(sizes.values()))
     splits: list[Split] = []
     refused: list[tuple[str, str]] = []
-    paths = [path for path, _ in model.named_modules()]
-    if isinstance(whole, str):
-        raise Unparallel(f"expected a list of names, found {whole!r}; pass whole=[{whole!r}]")
-    if unmet := [p for p in whole if not any(asked(path, [p]) for path in paths)]:
-        raise Unparallel(f"expected names of modules, found {unmet[0]!r}, which no module has")
     for path, module in model.named_modules():
         for kind, table in ((attention, ATTENTION), (mlp, MLP)):
             if names := named(module, table):

@@ -95,6 +95,8 @@ def _attention(node: fx.Node, shares: Shares) -> Share | None:
     """Heads of queries, keys and values are this rank's, with a group of queries for each key."""
     query, key, value = node.args[:3]
     mask = argument(node, 3, "attn_mask")
+    if argument(node, 4, "dropout_p") not in (None, 0.0):
+        raise Across("draws random numbers for each index of a part")
     share = shares.held.get(query)
     if share is None or share.dim > len(shape_of(query)) - 3:
         raise Across("attends over the channels of a part, or with queries that are no part")

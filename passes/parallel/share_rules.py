@@ -12,7 +12,6 @@ An operation that has no rule here cannot be allowed.
 """
 
 import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +21,10 @@ from torch import Tensor, fx
 from ridgeline.ir.provenance import operation
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.parallel.layouts import VOCABULARY
-from ridgeline.passes.parallel.rows import argument
+from ridgeline.passes.parallel.rows import argument, same_size
 from ridgeline.passes.parallel.share_products import PRODUCTS
-from ridgeline.passes.parallel.share_views import VIEWS
-from ridgeline.passes.parallel.shares import FILLS, Across, Share, Shares, pointwise
-
-Rule = Callable[[fx.Node, Shares], Share | None]
+from ridgeline.passes.parallel.share_views import VIEWS, Rule
+from ridgeline.passes.parallel.shares import FILLS, Across, Share, Shares, pointwise, sees
 
 
 def result_share(node: fx.Node, shares: Shares) -> Share | None:
@@ -58,7 +55,8 @@ def _written(node: fx.Node, share: Share | None, shares: Shares) -> None:
     """What is written has the share from now on, by every name: of new memory and caches."""
     into = node.args[0]
     fresh = getattr(into.target, "_opname", "") in FILLS or into.op == "placeholder"
-    if into not in shares.held and not fresh:
+    other = into.op != "placeholder" and any(sees(x) and x < node for x in into.users)
+    if into not in shares.held and (other or not fresh):
         raise Across("writes this rank's part to memory that has other names")
     if share is not None:
         shares.held[into] = share
@@ -200,7 +198,10 @@ def _put(node: fx.Node, shares: Shares) -> Share | None:
     value = shares.held.get(values)
     if value is None or placed is None or value.dim - rank_of(values) != placed.dim - made:
         raise Across("writes to a part what is none, or is shared out otherwise")
-    return own
+    alike = value.packed == own.packed and same_size(value.outer, own.outer)
+    if not alike or not same_size(shape_of(values)[value.dim], shape_of(into)[own.dim]):
+        raise Across("writes to a part what is shared out otherwise")
+    return replace(own, cuts=own.cuts & value.cuts, weight="")
 
 
 def _after_indices(node: fx.Node, share: Share | None, rank: int, shares: Shares) -> Share | None:
@@ -236,7 +237,7 @@ _ALONG = (
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _norm),
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like"), _filled),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), _filled),
     **{"dropout": _dropout, "pad": _padded, "index": _indexed},
     **{"embedding": _looked_up, "index_put": _put, "constant_pad_nd": _padded},
     "stack": _stacked,

@@ -9,6 +9,7 @@ That the inner size is the same in one process is known where it is a head's or 
 or where the model leaves the outer one open (-1); where it leaves the inner one open, it is not.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -18,6 +19,7 @@ from torch import fx
 from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.parallel.shares import Across, Share, Shares
 
+Rule = Callable[[fx.Node, Shares], Share | None]
 _Place = tuple[int, sympy.Expr, sympy.Expr, sympy.Expr]
 
 
@@ -27,6 +29,8 @@ def _held(node: fx.Node, shares: Shares) -> Share:
 
 def _reshaped(node: fx.Node, shares: Shares) -> Share:
     share, source = _held(node, shares), shape_of(node.args[0])
+    if node.target._overloadname == "dtype":
+        return _read_as(node, share)
     own = _quotient(source[share.dim], share.outer)
     before = sympy.prod(source[: share.dim]) * share.outer
     cut = [p for p in _places(before, own, shape_of(node)) if _may_be(p, share, node)]
@@ -72,6 +76,13 @@ def _places(before: sympy.Expr, own: sympy.Expr, shape: list[sympy.Expr]) -> lis
     return found
 
 
+def _read_as(node: fx.Node, share: Share) -> Share:
+    """x.view(dtype): the same bits, index by index where the dtypes are equally wide."""
+    if node.args[0].meta["val"].element_size() != node.meta["val"].element_size():
+        raise Across("reads the bits of a part as numbers of another width")
+    return replace(share, weight="")
+
+
 @cache
 def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     return sympy.cancel(a / b)
@@ -87,8 +98,10 @@ def _may_be(place: _Place, share: Share, node: fx.Node) -> bool:
     given = given if len(given) == len(shape_of(node)) else [None] * len(shape_of(node))
     if inner == 1:
         # A dimension more, left open: 1 here, where the rank has one head, may be more elsewhere.
-        more = len(given) > len(shape_of(node.args[0]))
-        return (share.packed == 1 or joined == 1) and not (more and -1 in given[dim + 1 :])
+        shape = shape_of(node)
+        behind = range(dim + 1, len(shape)) if len(shape) > len(shape_of(node.args[0])) else ()
+        open_ = any(given[i] == -1 and shape[i] == 1 for i in behind)
+        return (share.packed == 1 or joined == 1) and not open_
     if share.packed != 1:
         return False
     return inner in share.cuts or (not share.cuts and given[dim] == -1)
@@ -122,6 +135,11 @@ def _squeezed(node: fx.Node, shares: Shares) -> Share:
     return share.at(share.dim - sum(d < share.dim for d in gone))
 
 
+def _like_another(rule: Callable[[fx.Node, Shares], Share]) -> Rule:
+    """Of x.view_as(y) and x.expand_as(y), which read the sizes of y alone."""
+    return lambda node, shares: rule(node, shares) if node.args[0] in shares.held else None
+
+
 def _expanded(node: fx.Node, shares: Shares) -> Share:
     share, shape = _held(node, shares), shape_of(node.args[0])
     dim = share.dim + len(shape_of(node)) - len(shape)
@@ -130,10 +148,10 @@ def _expanded(node: fx.Node, shares: Shares) -> Share:
     return share.at(dim)
 
 
-VIEWS = {
+VIEWS: dict[str, Rule] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshaped),
-    "view_as": _reshaped,
+    **{"view_as": _like_another(_reshaped), "expand_as": _like_another(_expanded)},
     **dict.fromkeys(("permute", "transpose", "t", "mT"), _moved),
     **{"unsqueeze": _unsqueezed, "squeeze": _squeezed},
-    **dict.fromkeys(("expand", "expand_as", "repeat"), _expanded),
+    **dict.fromkeys(("expand", "repeat"), _expanded),
 }

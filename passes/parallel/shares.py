@@ -15,14 +15,25 @@ from ridgeline.ir.symbolic import shape_of
 from ridgeline.passes.parallel.rows import COPIES, argument, same_size
 
 aten = torch.ops.aten
-FILLS = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "scalar_tensor")
+FILLS = (
+    *("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "scalar_tensor"),
+    *("empty", "empty_like"),
+)
+"""New memory, the same for all indices until it is written."""
+_EXPANDS = (aten.expand.default, aten.expand_as.default)
 _ON_TOKENS = (
     *(aten.slice.Tensor, aten.index.Tensor, aten.index_select.default, aten.roll.default),
     *(aten.cat.default, aten.index_copy.default, aten.index_copy_.default, aten.narrow.default),
     *COPIES,
 )
 """What is done to a cache before new tokens are added: dimensions stay where they are."""
-_ELEMENT_BY_ELEMENT = frozenset(("where", "masked_fill", "clamp", "copy", "fill", "to", "lerp"))
+_ELEMENT_BY_ELEMENT = frozenset(
+    (
+        *("where", "masked_fill", "clamp", "copy", "fill", "to", "lerp"),
+        *("hardswish", "log_sigmoid"),
+    )
+)
+"""Pointwise, although torch does not tag them so."""
 
 
 class Across(Exception):
@@ -51,7 +62,10 @@ class Share:
 
 
 class Shares:
-    """held: node -> its share; caches: inputs that were found to hold one, from call to call."""
+    """held: node -> its share; caches: inputs that were found to hold one, from call to call;
+    reader: the operation whose rule is asked."""
+
+    reader: fx.Node
 
     def __init__(self, caches: dict[fx.Node, Share]) -> None:
         self.caches = caches
@@ -98,7 +112,7 @@ class Shares:
         if (cache := _cache(x, dim)) is not None and same_size(shape[dim], size):
             self.caches.setdefault(cache, replace(share, dim=dim, weight=""))
             return True
-        return same_size(shape[dim], size) and uniform(x, dim)
+        return same_size(shape[dim], size) and uniform(x, dim, self.reader)
 
 
 def pointwise(node: fx.Node) -> bool:
@@ -111,18 +125,37 @@ def pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in target.tags or name in _ELEMENT_BY_ELEMENT
 
 
-def uniform(x: fx.Node, dim: int) -> bool:
-    """Is it known that all indices along `dim` have one value?"""
+def sees(node: fx.Node) -> bool:
+    """Is the result the memory of an operand, by another name?"""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(x.alias_info is not None for x in returns)
+
+
+def _written(x: fx.Node, reader: fx.Node, *, seen: bool = False) -> bool:
+    """Is a place of the memory of `x` written before `reader` reads it by its old name? seen: `x`
+    is a view of what is read. What is written whole is read by the name of the write."""
+    for user in x.users:
+        if user.args and user.args[0] is x and sees(user) and user < reader:
+            writes = user.target._schema.is_mutable
+            if writes and (seen or not pointwise(user)):
+                return True
+            if _written(user, reader, seen=seen or not writes):
+                return True
+    return False
+
+
+def uniform(x: fx.Node, dim: int, reader: fx.Node) -> bool:
+    """Is it known that all indices along `dim` have one value when `reader` reads `x`?"""
     if shape_of(x)[dim] == 1:
         return True
     if x.op != "call_function":
         return False
     if getattr(x.target, "_opname", "") in FILLS:
-        return True
-    if x.target is aten.expand.default and len(shape_of(x)) - dim > len(shape_of(x.args[0])):
+        return not _written(x, reader)
+    if x.target in _EXPANDS and len(shape_of(x)) - dim > len(shape_of(x.args[0])):
         return True
     sources = _sources(x, dim)
-    return bool(sources) and all(uniform(y, d) for y, d in sources)
+    return bool(sources) and all(uniform(y, d, reader) for y, d in sources)
 
 
 def _cut_to_one(x: fx.Node, dim: int) -> bool:
@@ -148,7 +181,7 @@ def _sources(x: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
         return [(x.args[0], swapped.get(dim, dim))]
     if x.target is aten.permute.default:
         return [(x.args[0], x.args[1][dim] % rank)]
-    if pointwise(x) or x.target in (aten.expand.default, aten.slice.Tensor):
+    if pointwise(x) or x.target in (*_EXPANDS, aten.slice.Tensor):
         read = x.all_input_nodes if pointwise(x) else x.args[:1]
         tensors = [y for y in read if isinstance(y.meta.get("val"), Tensor)]
         aligned = [(y, len(shape_of(y)) - rank + dim) for y in tensors]

@@ -36,6 +36,15 @@ def check_arguments(model: Any, timeout: Any, passes: Any, max_graphs: int) -> N
     refuse_meta(model)
 
 
+def refuse_whole(whole: Any) -> None:
+    """Raise OptimizeError where modules are to be kept whole in a model that is not split here."""
+    if not isinstance(whole, list | tuple) or whole:
+        raise OptimizeError(
+            f"expected no whole with split=False, found {whole!r}: nothing is split then; leave"
+            " whole out"
+        )
+
+
 def refuse_meta(model: nn.Module) -> None:
     """Raise OptimizeError where weights or buffers hold nothing."""
     tensors = [*model.named_parameters(), *model.named_buffers()]

@@ -4,6 +4,7 @@ All readers are branches of one model, captured once for each number of ranks.
 """
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,11 +16,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ridgeline.ir.capture import capture
 from ridgeline.ir.normalize import normalize
+from ridgeline.passes.compiler import OptimizeError
 from ridgeline.passes.parallel import Unparallel, plan_parallel
 from ridgeline.passes.parallel.channels import follow
 from ridgeline.passes.parallel.collectives import normal_form
+from ridgeline.passes.parallel.compiler import ParallelCompiler
 from ridgeline.passes.parallel.layouts import LayoutError, Part, propagate
 from ridgeline.passes.parallel.shard import shard, split_parameters
+from ridgeline.passes.parallel.shares import sees
+from ridgeline.passes.parallel.usable import refuse_whole
 
 HEADS, SIZE, WIDTH, HIDDEN, BATCH, LENGTH = 8, 6, 24, 80, 2, 5
 """8 query and 4 key-value heads of 6 channels, hidden states of 24, an MLP of 80 channels."""
@@ -107,12 +112,47 @@ def static_cache(g: Values) -> Tensor:
     return merged(F.scaled_dot_product_attention(g.q, repeated(keys), repeated(keys)))
 
 
+def put_in_groups(g: Values) -> Tensor:
+    """Keys repeated group by group, where the queries are repeated head by head."""
+    b, heads, length, size = g.few.shape
+    keys = torch.zeros_like(g.q)
+    few = g.few[:, None].expand(b, 2, heads, length, size)
+    keys[:, :, torch.arange(length)] = few.reshape(b, 2 * heads, length, size)
+    return merged(g.q * keys)
+
+
+def put(g: Values) -> Tensor:
+    keys = torch.zeros_like(g.q)
+    keys[:, :, torch.arange(g.q.shape[2])] = g.k
+    return merged(g.q * keys[..., 1:2])
+
+
+def written(g: Values) -> Tensor:
+    """Its first head is seen before the heads are there."""
+    keys = torch.zeros(g.q.shape)
+    first = keys[:, 0]
+    keys.copy_(g.q)
+    return merged(g.v * first[:, None])
+
+
+def slopes(count: int) -> Tensor:
+    made = torch.zeros(count)
+    made[1:] = 2.0 ** -torch.arange(1, count)
+    return made[:, None, None]
+
+
 Readers = dict[str, Callable[[Any, Values], Tensor]]
 WRONG_OF_HEADS: Readers = {
     "slopes of a buffer": lambda m, g: merged((g.w * m.slopes[: g.w.shape[1], None, None]) @ g.v),
     "slopes by number": lambda m, g: merged(
         (g.w * 2.0 ** -torch.arange(g.w.shape[1])[:, None, None]) @ g.v
     ),
+    "slopes written to zeros": lambda m, g: merged((g.w * slopes(g.w.shape[1])) @ g.v),
+    "a number for each": lambda m, g: g.y * torch.rand(g.y.numel()).view_as(g.y),
+    "put in another order": lambda m, g: put_in_groups(g),
+    "seen before it was written": lambda m, g: written(g),
+    "half of the bits": lambda m, g: merged(g.q.view(torch.int16).view(torch.float32)),
+    "dropout": lambda m, g: merged(F.scaled_dot_product_attention(g.q, g.k, g.v, dropout_p=0.1)),
     "softmax": lambda m, g: merged(g.w.softmax(1) @ g.v),
     "mean": lambda m, g: merged((g.w - g.w.mean(1, keepdim=True)) @ g.v),
     "mean of heads and channels": lambda m, g: merged(g.q - g.q.mean((1, -1), keepdim=True)),
@@ -148,6 +188,13 @@ RIGHT_OF_HEADS: Readers = {
     "mask": lambda m, g: merged(
         g.w.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool().expand_as(g.w), 0.0) @ g.v
     ),
+    "scale of a token": lambda m, g: g.y * g.x.mean(-1, True).expand_as(g.y),
+    "put": lambda m, g: put(g),
+    "copied to zeros": lambda m, g: merged(torch.zeros(g.q.shape).copy_(g.q)[..., :1] * g.q),
+    "pairs left open": lambda m, g: merged(
+        g.q.reshape(*g.q.shape[:-1], -1, 2).cumsum(-1).flatten(-2)
+    ),
+    "bits": lambda m, g: merged(g.q.view(torch.int32).abs().view(torch.float32)),
     "gate": lambda m, g: g.y * m.attention.q_proj(g.x).sigmoid(),
     "einsum": lambda m, g: merged(torch.einsum("bhqk,bhkd->bhqd", g.w, g.v)),
     "flat batches": lambda m, g: flat_batches(g),
@@ -187,6 +234,8 @@ WRONG_OF_CHANNELS: Readers = {
 }
 RIGHT_OF_CHANNELS: Readers = {
     "gelu": lambda m, g: F.gelu(g.h),
+    "hardswish": lambda m, g: F.hardswish(g.h) + F.logsigmoid(g.h),
+    "copied to new memory": lambda m, g: torch.empty_like(g.h).copy_(g.h) + g.h,
     "gated": lambda m, g: F.silu(g.h) * m.mlp.up_proj(g.x),
     "of tokens": lambda m, g: F.relu(g.h - g.h.mean(1, keepdim=True)).cumsum(1),
     "filled": lambda m, g: torch.where(g.h > 0, g.h, torch.zeros_like(g.h)),
@@ -213,30 +262,44 @@ PLACES = [
 Captured = tuple[fx.GraphModule, dict[str, Part]]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[(2, False), (4, False), (2, True), (4, True)])
 def captured(request: pytest.FixtureRequest) -> Iterator[Captured]:
-    """The graph of rank 0 of 2, and of 4 with one key-value head each; collectives do nothing."""
-    world = request.param
+    """The graph of rank 0 of 2, and of 4 with one key-value head each; also of
+    free sizes. Collectives do nothing."""
+    world, dynamic = request.param
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     model = Model().eval()
     plan = plan_parallel(model, world)
     part = shard(model, plan, 0, dist.group.WORLD.group_name)
     inputs = torch.rand(BATCH, LENGTH, WIDTH), torch.rand(BATCH, HEADS // 2 // world, 7, SIZE)
     with torch.no_grad():
-        module = normalize(capture(part, inputs, dynamic=False).program.module)
+        module = normalize(capture(part, inputs, dynamic=dynamic).program.module)
     normal_form(module)
     yield module, split_parameters(plan, model)
     dist.destroy_process_group()
+
+
+def written_by(node: fx.Node) -> fx.Node | None:
+    """The memory that the operation writes, by its first name."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    into = node.args[0]
+    while into.op == "call_function" and sees(into):
+        into = into.args[0]
+    return into
 
 
 def branch(captured: Captured, kind: str, name: str) -> fx.Graph:
     """The graph of one output alone."""
     whole, graph = captured[0].graph, fx.Graph()
     result = whole.output_node().args[0][PLACES.index((kind, name))]
-    needed, copies = {result}, {}
-    for node in reversed(whole.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
+    needed, copies, count = {result}, {}, 0
+    while count < len(needed):  # what is written to, after it was read, is found last
+        count = len(needed)
+        for node in reversed(whole.nodes):
+            if node in needed or written_by(node) in needed:
+                needed.update((node, *node.all_input_nodes))
     for node in whole.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -265,7 +328,50 @@ def test_a_layer_is_kept_whole() -> None:
     assert [split.path for split in plan.splits] == ["attention"]
     assert dict(plan.refused)["mlp"] == "as was asked for"
     assert "embed is to be on every rank" in dict(plan.refused)["embed"]
-    with pytest.raises(Unparallel, match="'mpl', which no module has"):
-        plan_parallel(model, 2, whole=["mpl"])
-    with pytest.raises(Unparallel, match="expected a list of names"):
-        plan_parallel(model, 2, whole="ml*")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        *((["mpl"], "'mpl', which none .* near it: mlp"), ("ml*", r"pass whole=\['ml\*'\]")),
+        *((["mlp.up_proj"], "'mlp.up_proj', .* near it: mlp"), (["mlp.*"], "near it: mlp")),
+        *((["embed", 3], "found 3"), (None, "expected a list of names, found None")),
+    ],
+)
+def test_what_is_kept_whole_has_a_name(world: int, whole: Any, said: str) -> None:
+    with pytest.raises(Unparallel, match=said):
+        plan_parallel(Model(), world, whole=whole)
+    with pytest.raises(OptimizeError, match="no whole with split=False"):
+        refuse_whole(whole)
+
+
+def test_a_graph_that_was_refreshed_meanwhile_fits_no_call() -> None:
+    compiler: Any = object.__new__(ParallelCompiler)
+    compiler._accepts, compiler.meeting = {}, SimpleNamespace(meet=lambda *given: given[-1])
+    graph = SimpleNamespace(captured=SimpleNamespace(program=object()))
+    assert not compiler.meet("", SimpleNamespace(flat=()), list)(graph)
+
+
+class OneHead(nn.Module):
+    """Channels of this rank's only head, seen in a shape of four dimensions, one of them open."""
+
+    def __init__(self, *last: int) -> None:
+        super().__init__()
+        self.proj, self.last = nn.Linear(WIDTH, SIZE, bias=False), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).reshape(*x.shape[:2], *self.last)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_open_dimension_of_one_may_be_more_in_one_process(dynamic: bool) -> None:
+    x, graphs = torch.rand(BATCH, LENGTH, WIDTH), []
+    for last in ((SIZE, -1), (-1, SIZE)):
+        program = capture(OneHead(*last), (x,), dynamic=dynamic).program
+        graphs.append(normalize(program.module).graph)
+    name = next(n.target for n in graphs[0].nodes if n.op == "get_attr")
+    parts = {str(name): Part("column", 0, frozenset({SIZE}), 1, "attention")}
+    with pytest.raises(LayoutError, match="whose sizes may be others in one process"):
+        follow(graphs[0], parts)
+    assert follow(graphs[1], parts)
