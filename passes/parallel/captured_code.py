@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from ridgeline.codegen.kernel import constant
 from ridgeline.ir.provenance import operator, said
 from ridgeline.passes.base import location
-from ridgeline.passes.parallel.layouts import VOCABULARY, Part
+from ridgeline.passes.parallel.layouts import VOCABULARY, Part, holds_tensor
 from ridgeline.passes.parallel.rows import COPIES, VIEWS
 from ridgeline.passes.parallel.signature import SAMPLED, digest_of
 
@@ -44,7 +44,7 @@ def code_of(graph: fx.Graph, splits: Mapping[str, Part], equal: bool) -> list[tu
         if node.op == "call_function" and node.target in (COPIES if equal else _UNEQUAL):
             names[node] = names[node.args[0]]
             continue
-        if not (equal or _is_tensor(node) or node.op == "output"):
+        if not (equal or holds_tensor(node) or node.op in ("get_attr", "output")):
             names[node] = "size"
             continue
         path = location(node).rpartition(":")[0]
@@ -100,10 +100,3 @@ def _is_size(kind: Any) -> bool:
     while kind.kind() in ("ListType", "OptionalType"):
         kind = kind.getElementType()
     return kind.kind() == "SymIntType"
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    """Does the node make a tensor, or several?"""
-    value = node.meta.get("val")
-    parts = value if isinstance(value, list | tuple) else [value]
-    return node.op == "get_attr" or any(isinstance(part, torch.Tensor) for part in parts)

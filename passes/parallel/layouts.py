@@ -150,7 +150,7 @@ def _split_of(node: fx.Node, splits: Mapping[str, Part]) -> str | None:
 def _layout(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
     if node.op != "call_function":
         return Layout.LOCAL if node.meta["split"] else Layout.REPLICATED
-    read = {layouts[n] for n in node.all_input_nodes if _holds_tensor(n)}
+    read = {layouts[n] for n in node.all_input_nodes if holds_tensor(n)}
     packet = getattr(node.target, "overloadpacket", None)
     if _of_collectives(node):
         return _of_collective(node, packet, read)
@@ -160,7 +160,7 @@ def _layout(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
         return Layout.SHARDED_BY_TOKEN
     if Layout.SHARDED_BY_TOKEN in read:
         return _of_shard(node, layouts)
-    if not _holds_tensor(node):
+    if not holds_tensor(node):
         return Layout.REPLICATED  # a size
     if Layout.PARTIAL_SUM in read:
         return _of_partial(node, layouts)
@@ -206,7 +206,7 @@ def _of_shard(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
             " of which this rank holds some tokens only; gather it first"
         )
     for other in node.all_input_nodes:
-        if layouts[other] is Layout.SHARDED_BY_TOKEN or not _holds_tensor(other):
+        if layouts[other] is Layout.SHARDED_BY_TOKEN or not holds_tensor(other):
             continue
         if layouts[other] is not Layout.REPLICATED or any(s != 1 for s in shape_of(other)[:-1]):
             raise LayoutError(
@@ -220,7 +220,7 @@ def _of_shard(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
 def _of_partial(node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Layout:
     """What is linear in a partial sum is a partial sum, and nothing else may read one."""
     partial = Layout.PARTIAL_SUM
-    kinds = [layouts[n] for n in node.all_input_nodes if _holds_tensor(n)]
+    kinds = [layouts[n] for n in node.all_input_nodes if holds_tensor(n)]
     fills = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
     linear = (
         (node.target in _MOVES or is_cast(node))
@@ -268,7 +268,8 @@ def _has_bias(node: fx.Node) -> bool:
     return node.target is aten.linear.default and len(node.args) > 2 and node.args[2] is not None
 
 
-def _holds_tensor(node: fx.Node) -> bool:
+def holds_tensor(node: fx.Node) -> bool:
+    """Does the node make a tensor, or several?"""
     value = node.meta.get("val")
     return isinstance(value, Tensor) or (
         isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value)

@@ -160,8 +160,8 @@ def test_what_a_site_changes_is_found_in_as_many_steps_however_long_the_program(
     looked_at = []
     for repeats in (4, 8):
 
-        def function(x, w):
-            for _ in range(repeats):  # noqa: B023
+        def function(x, w, repeats=repeats):
+            for _ in range(repeats):
                 x = x + torch.softmax(x @ x.transpose(-1, -2) + w, -1) @ x
             return x
 
