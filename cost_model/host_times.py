@@ -1,6 +1,9 @@
 """What the host CPU takes for the operations that its description is made of, through torch.
 
-    peaks      a square GEMM per dtype on all threads
+    peaks      a GEMM per dtype on all threads, its right operand transposed as a linear layer's
+               weight is: where a processor has no instructions for a dtype, torch takes another
+               loop for it, 14 times as fast on Zen 3, and still a hundredth of fp32; square where
+               that is quick, else of fewer rows
     caches     the bytes that an in-place multiply reads and writes, of a size that lies in each
     memory     the bytes that a sum reads of a tensor beyond the caches: what inference does with
                memory is to read weights, and reading and writing at once shows a rate that no
@@ -27,6 +30,8 @@ import torch
 from ridgeline.cost_model.waiting import waited_seconds
 
 GEMM_DTYPES = ("float32", "bfloat16", "int8")
+SLOW_PRODUCT_S = 0.02
+"""Where a square product would take longer, it is timed on fewer rows; they cost the same each."""
 LONGEST_FORK_S = 5e-5
 SHORTEST_FORK_S = 5e-7
 
@@ -35,9 +40,9 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class ProbeSizes:
-    """gemm: rows = columns of the products timed; dram_bytes: tensor beyond every cache; rounds: at
-    least two, in each of which every figure is timed `repeats` times; seconds: least duration of
-    one repeat, short so that on a busy machine some repeats run undisturbed."""
+    """gemm: columns and, at most, rows of the products timed; dram_bytes: tensor beyond every
+    cache; rounds: at least two, in each of which every figure is timed `repeats` times; seconds:
+    least duration of one repeat, short so that on a busy machine some repeats run undisturbed."""
 
     gemm: int = 1024
     dram_bytes: int = 2**27
@@ -62,7 +67,8 @@ class HostTimes:
 def host_times(sizes: ProbeSizes, caches: Sequence[int]) -> HostTimes:
     """Time the host; `caches` in bytes, innermost first."""
     clock = _Clock(sizes)
-    products = {d: _product(getattr(torch, d), sizes.gemm) for d in GEMM_DTYPES}
+    rows = {d: _rows(getattr(torch, d), sizes.gemm) for d in GEMM_DTYPES}
+    products = {d: _product(getattr(torch, d), rows[d], sizes.gemm) for d in GEMM_DTYPES}
     cached = [torch.ones(n // 8) for n in caches]  # half of each
     beyond = torch.ones(max(sizes.dram_bytes, 2 * caches[-1]) // 4)
     one, wide = torch.ones(1), torch.ones(2**17)
@@ -81,7 +87,7 @@ def host_times(sizes: ProbeSizes, caches: Sequence[int]) -> HostTimes:
     # for a core for milliseconds: that is the neighbours' cost, not this machine's.
     fork = together - dispatch - (alone - dispatch) / torch.get_num_threads()
     return HostTimes(
-        {d: 2 * sizes.gemm**3 / clock.best(d) / 1e12 for d in GEMM_DTYPES},
+        {d: 2 * rows[d] * sizes.gemm**2 / clock.best(d) / 1e12 for d in GEMM_DTYPES},
         [2 * x.nbytes / clock.best(f"cache {level}") for level, x in enumerate(cached)],
         beyond.nbytes / statistics.median(clock.times["memory"]),
         dispatch,
@@ -135,13 +141,27 @@ def _least(values: Sequence[float]) -> int:
     return min(range(len(values)), key=values.__getitem__)
 
 
-def _product(dtype: torch.dtype, n: int) -> Call:
+def _rows(dtype: torch.dtype, n: int) -> int:
+    """Rows of a product with [n, n] that take some SLOW_PRODUCT_S, a power of two's part of n."""
+    few = max(n // 32, 1)
+    product = _product(dtype, few, n)
+    product()
+    start = time.perf_counter()
+    product()
+    once = time.perf_counter() - start
+    rows = n
+    while rows > few and once * rows / few > SLOW_PRODUCT_S:
+        rows //= 2
+    return max(rows, few)
+
+
+def _product(dtype: torch.dtype, rows: int, n: int) -> Call:
     if dtype == torch.int8:
-        a, b = (torch.randint(-128, 127, (n, n), dtype=torch.int8) for _ in range(2))
-        return lambda: torch._int_mm(a, b)
-    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    out = torch.empty(n, n, dtype=dtype)
-    return lambda: torch.mm(a, b, out=out)
+        a, b = (torch.randint(-128, 127, (m, n), dtype=torch.int8) for m in (rows, n))
+        return lambda: torch._int_mm(a, b.t())
+    a, b = (torch.randn(m, n).to(dtype) for m in (rows, n))
+    out = torch.empty(rows, n, dtype=dtype)
+    return lambda: torch.mm(a, b.t(), out=out)
 
 
 def _on_one_thread(call: Call) -> None:

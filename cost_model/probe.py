@@ -27,7 +27,7 @@ from ridgeline.ir.cache_dir import cache_dir
 
 log = logging.getLogger(__name__)
 MAX_SPREAD = 0.15
-_METHOD = "reads, in rounds"
+_METHOD = "reads, in rounds, right operands transposed"
 """How the host is measured: what was stored by another method is not taken."""
 _SOURCE = "measured by ridgeline's probe of this host"
 _SYSTEM = "reported by the operating system"
@@ -141,7 +141,7 @@ def probe(sizes: ProbeSizes) -> dict[str, Any]:
     source: dict[str, Any] = {k: _SYSTEM if k in reported else _SOURCE for k in numbers}
     del source["features"]
     for key in ("gemm_efficiency", "attention_efficiency", "bandwidth_efficiency"):
-        source[key] = "estimate: other shapes against the square GEMM and the sweep of the probe"
+        source[key] = "estimate: other shapes against the timed GEMM and the sweep of the probe"
     source["peaks_tflops"] = dict.fromkeys(times.peaks, _SOURCE)
     return {**described, "source": source}
 

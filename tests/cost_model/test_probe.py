@@ -4,6 +4,7 @@ import inspect
 import logging
 
 import pytest
+import torch
 
 from ridgeline.cost_model import host_times, load_target, probe
 from ridgeline.cost_model.host_times import ProbeSizes
@@ -80,6 +81,14 @@ def test_damaged_file_is_probed_again(clean, monkeypatch, caplog, described):
         assert load_target("native").name == "cpu"
     assert "probing again" in caplog.text
     assert probe.cache_path().read_text().startswith("{\n")
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(0.0, 4), (1e9, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_products_that_take_too_long_are_timed_on_fewer_rows(monkeypatch, limit, rows, dtype):
+    monkeypatch.setattr(host_times, "SLOW_PRODUCT_S", limit)
+    assert host_times._rows(dtype, 128) == rows
+    assert host_times._product(dtype, rows, 128)().shape == (rows, 128)
 
 
 def test_a_burst_that_slows_some_rounds_costs_neither_the_figures_nor_the_trust():

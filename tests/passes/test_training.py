@@ -248,12 +248,11 @@ class Causal(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@pytest.mark.parametrize(("length", "fires"), [(17, False), (512, True)])
-def test_a_training_step_is_weighed_with_its_backward(length, fires):
+@pytest.mark.parametrize("length", [17, 512])
+def test_a_training_step_is_weighed_with_its_backward(length):
     operands = [torch.randn(2, 4, length, 16, requires_grad=True) for _ in range(3)]
     plan = ridgeline.optimize(Causal().train(), tuple(operands), target="cpu").plan
-    assert [d.rewrite for d in plan.applied] == ["flash_attention"] * fires
-    assert [d.refused_by for d in plan.refused] == ["cost"] * (not fires)
-    (decision,) = plan.applied + plan.refused
+    (decision,) = plan.applied
+    assert decision.rewrite == "flash_attention"
     products = 2 * 4 * length * (length + 1) // 2 * (16 + 16)
     assert decision.after.flops == 7 * products
