@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
+from ridgeline.codegen.tvm.llvm_helpers import llvm_helpers
 
 LANES = 16
 LOWEST = -3.4028234663852886e38
@@ -374,7 +374,7 @@ def _transpose16() -> str:
 @functools.cache
 def kernel_helpers(isa: str) -> str:
     """The LLVM IR that a kernel for `isa` imports."""
-    ir = LLVM_HELPERS + _loads() + _interleaved() + _sum16() + _transpose16()
+    ir = llvm_helpers(isa) + _loads() + _interleaved() + _sum16() + _transpose16()
     if isa == "generic":
         ir += "declare <16 x float> @llvm.floor.v16f32(<16 x float>)\n"
     else:

@@ -27,7 +27,7 @@ from tvm.script import tirx as T
 
 from ridgeline.codegen.tvm.binary_linear_layout import STEP, is_shared, panels_of
 from ridgeline.codegen.tvm.isa import BYTE_TABLES
-from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
+from ridgeline.codegen.tvm.llvm_helpers import llvm_helpers
 from ridgeline.codegen.tvm.quantized_linear_decode import POWER_UNIT, alpha, scale_shape_of
 from ridgeline.codegen.tvm.quantized_linear_parts import (
     LANES,
@@ -339,7 +339,7 @@ def build(spec: Spec) -> Any:
             scale if spec.permutation == "none" else T.match_buffer(g, (n_in,), spec.permutation)
         )
         y = matrix(h, rows, n_out)
-        with T.attr(0, "pragma_import_llvm", LLVM_HELPERS):
+        with T.attr(0, "pragma_import_llvm", llvm_helpers(spec.isa)):
             xw = T.alloc_buffer((rows, held), "float32")
             tables = T.alloc_buffer((rows, *table_shape), "uint8" if octets else "float32")
             steps_of = T.alloc_buffer((rows, blocks), "float32")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tvm.script import tirx as T
 
 from ridgeline.codegen.tvm.attention_vectors import LANES, lanes, splat, vector
-from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
+from ridgeline.codegen.tvm.llvm_helpers import llvm_helpers
 
 CHAIN = 64
 """Additions that one lane of an accumulator takes before it is flushed."""
@@ -83,7 +83,7 @@ def helpers(spec: Spec) -> str:
     kind, align = _KINDS[spec.dtype]
     # Numbers of 16 bits are bits until they fill a vector: nine bf16 ones LLVM cannot take apart.
     word = "float" if kind == "float" else "i16"
-    ir = LLVM_HELPERS + "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
+    ir = llvm_helpers(spec.isa) + "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
     ir += "define <16 x float> @rl_abs(<16 x float> %x) alwaysinline {\n"
     ir += "  %y = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)\n"
     ir += "  ret <16 x float> %y\n}\n"

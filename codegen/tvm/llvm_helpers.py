@@ -1,6 +1,6 @@
 """Vector operations that TVM cannot spell, as LLVM IR to be imported into a kernel.
 
-A kernel opens with ``with T.attr(0, "pragma_import_llvm", LLVM_HELPERS):`` and calls, for example,
+A kernel opens with ``with T.attr(0, "pragma_import_llvm", llvm_helpers(isa)):`` and calls, say,
 ``T.call_extern("float32x16", "rl_dpbf16", c, a, b)``. Only what is called is linked, and it is
 inlined. bf16 vectors travel as integers because TVM widens bf16 operands before code generation.
 
@@ -19,6 +19,8 @@ rl_exp2(x f32x16)                        2**x, rel. error 2e-7, AVX512F; x is he
 rl_prefetch(address) -> i32              brings a cache line nearer; any address, never faults
 rl_max, rl_hmax, rl_hsum                 maximum of two; horizontal maximum and sum; NaN is not kept
 """
+
+import functools
 
 _FIXED = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -48,17 +50,6 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 define i32 @rl_prefetch(ptr %a) alwaysinline {
   call void @llvm.prefetch.p0(ptr %a, i32 0, i32 3, i32 1)
   ret i32 0
-}
-define <16 x i16> @rl_cvtbf16(<16 x float> %a) alwaysinline {
-  %t = fptrunc <16 x float> %a to <16 x bfloat>
-  %r = bitcast <16 x bfloat> %t to <16 x i16>
-  ret <16 x i16> %r
-}
-define <16 x i32> @rl_i8_bf16(<32 x i8> %a) alwaysinline {
-  %f = sitofp <32 x i8> %a to <32 x float>
-  %t = fptrunc <32 x float> %f to <32 x bfloat>
-  %r = bitcast <32 x bfloat> %t to <16 x i32>
-  ret <16 x i32> %r
 }
 define <16 x i32> @rl_shift_bf16(<32 x i8> %a) alwaysinline {
   %w = sext <32 x i8> %a to <32 x i16>
@@ -148,4 +139,33 @@ def _sums_of_four() -> str:
     return ir
 
 
-LLVM_HELPERS = _FIXED + _pair_sums() + _sums_of_four()
+def bf16_bits(isa: str, lanes: int = 16) -> str:
+    """Lines that round %x, fp32, to nearest even: %bits, i16. Without the instruction LLVM calls a
+    function that no process has to have, so the bits are rounded as integers; a NaN stays one, and
+    quiet."""
+    if isa == "avx512_bf16":
+        return f"""  %narrow = fptrunc <{lanes} x float> %x to <{lanes} x bfloat>
+  %bits = bitcast <{lanes} x bfloat> %narrow to <{lanes} x i16>
+"""
+    return f"""  %wide = bitcast <{lanes} x float> %x to <{lanes} x i32>
+  %high = lshr <{lanes} x i32> %wide, splat (i32 16)
+  %odd = and <{lanes} x i32> %high, splat (i32 1)
+  %half = add <{lanes} x i32> %odd, splat (i32 32767)
+  %sum = add <{lanes} x i32> %wide, %half
+  %near = lshr <{lanes} x i32> %sum, splat (i32 16)
+  %quiet = or <{lanes} x i32> %high, splat (i32 64)
+  %nan = fcmp uno <{lanes} x float> %x, zeroinitializer
+  %chosen = select <{lanes} x i1> %nan, <{lanes} x i32> %quiet, <{lanes} x i32> %near
+  %bits = trunc <{lanes} x i32> %chosen to <{lanes} x i16>
+"""
+
+
+@functools.cache
+def llvm_helpers(isa: str) -> str:
+    """What a kernel for `isa` imports."""
+    to_bf16 = "define <16 x i16> @rl_cvtbf16(<16 x float> %x) alwaysinline {\n"
+    to_bf16 += bf16_bits(isa) + "  ret <16 x i16> %bits\n}\n"
+    to_bf16 += "define <16 x i32> @rl_i8_bf16(<32 x i8> %a) alwaysinline {\n"
+    to_bf16 += "  %x = sitofp <32 x i8> %a to <32 x float>\n" + bf16_bits(isa, 32)
+    to_bf16 += "  %r = bitcast <32 x i16> %bits to <16 x i32>\n  ret <16 x i32> %r\n}\n"
+    return _FIXED + to_bf16 + _pair_sums() + _sums_of_four()

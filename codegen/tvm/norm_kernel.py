@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from tvm.script import tirx as T
 
 from ridgeline.codegen.tvm.attention_vectors import LANES, fma, lanes, registers, splat, vector
+from ridgeline.codegen.tvm.llvm_helpers import bf16_bits
 
 ACCUMULATORS = 4
 _LLVM = {"float32": ("float", 4), "bfloat16": ("bfloat", 2), "float16": ("half", 2)}
@@ -266,30 +267,14 @@ def helpers(tail: int, isa: str) -> str:
 
 
 def _narrow(dtype: str, kind: str, isa: str) -> str:
-    """fp32 to nearest, even; without the instruction for bf16, LLVM calls a function that is not
-    there, so the bits are rounded as integers (a NaN stays one, and quiet)."""
+    """fp32 to nearest, even."""
     ir = f"define <16 x {kind}> @rl_narrow_{dtype}(<16 x float> %x) alwaysinline {{\n"
     if kind == "float":
         return ir + "  ret <16 x float> %x\n}\n"
-    if kind == "half" or isa == "avx512_bf16":
-        return ir + f"  %y = fptrunc <16 x float> %x to <16 x {kind}>\n  ret <16 x {kind}> %y\n}}\n"
-    return (
-        ir
-        + """  %b = bitcast <16 x float> %x to <16 x i32>
-  %h = lshr <16 x i32> %b, splat (i32 16)
-  %odd = and <16 x i32> %h, splat (i32 1)
-  %half = add <16 x i32> %odd, splat (i32 32767)
-  %sum = add <16 x i32> %b, %half
-  %near = lshr <16 x i32> %sum, splat (i32 16)
-  %quiet = or <16 x i32> %h, splat (i32 64)
-  %nan = fcmp uno <16 x float> %x, zeroinitializer
-  %bits = select <16 x i1> %nan, <16 x i32> %quiet, <16 x i32> %near
-  %short = trunc <16 x i32> %bits to <16 x i16>
-  %y = bitcast <16 x i16> %short to <16 x bfloat>
-  ret <16 x bfloat> %y
-}
-"""
-    )
+    if kind == "half":
+        return ir + "  %y = fptrunc <16 x float> %x to <16 x half>\n  ret <16 x half> %y\n}\n"
+    ir += bf16_bits(isa) + "  %y = bitcast <16 x i16> %bits to <16 x bfloat>\n"
+    return ir + "  ret <16 x bfloat> %y\n}\n"
 
 
 def _shuffle(name: str, operands: str, kept: range, lanes: int, absent: int = LANES) -> str:

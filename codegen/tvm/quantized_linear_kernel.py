@@ -21,7 +21,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
+from ridgeline.codegen.tvm.llvm_helpers import llvm_helpers
 from ridgeline.codegen.tvm.quantized_linear_parts import (
     LANES,
     PANEL,
@@ -265,7 +265,7 @@ def build(spec: Spec) -> Any:
             scale if spec.permutation == "none" else T.match_buffer(g, (n_in,), spec.permutation)
         )
         y = matrix(h, rows, n_out)
-        with T.attr(0, "pragma_import_llvm", LLVM_HELPERS):
+        with T.attr(0, "pragma_import_llvm", llvm_helpers(spec.isa)):
             xw = T.alloc_buffer((rows, xw_row), xw_dtype)
             xsum = T.alloc_buffer((rows, groups), "float32")
             if rows >= MANY_ROWS:

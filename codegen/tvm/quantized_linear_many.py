@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
+from ridgeline.codegen.tvm.llvm_helpers import llvm_helpers
 from ridgeline.codegen.tvm.quantized_linear_decode import (
     binary_decode,
     scale_shape_of,
@@ -104,7 +104,7 @@ def build(spec: Spec) -> Any:
             scale if spec.permutation == "none" else T.match_buffer(g, (n_in,), spec.permutation)
         )
         y = matrix(h, rows, n_out)
-        with T.attr(0, "pragma_import_llvm", LLVM_HELPERS):
+        with T.attr(0, "pragma_import_llvm", llvm_helpers(spec.isa)):
             xw = T.alloc_buffer((rows, held), "int32")
             xsum = T.alloc_buffer((rows, spec.groups), "float32")
             for m in loop(rows):

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ridgeline.codegen.tvm.isa import best_isa, executes, host_isa, llvm_features
-from ridgeline.codegen.tvm.llvm_helpers import LLVM_HELPERS
 from ridgeline.ir.errors import RidgelineError
 
-__all__ = ["LLVM_HELPERS", "compile_kernel", "host_isa", "import_tvm"]
+__all__ = ["compile_kernel", "host_isa", "import_tvm"]
 
 _LOCK = threading.Lock()
 """The launch pointer is process-wide while a module is loaded."""
