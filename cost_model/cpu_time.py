@@ -104,7 +104,11 @@ def _attention_compute(a: Attention, target: Target) -> float:
 
 
 def _gemm_compute(g: Gemm, target: Target) -> float:
-    decoded_first = g.weight_bits is not None and g.dtype == torch.bfloat16 and g.m >= MANY_ROWS
+    rate = target.peak(g.dtype)
+    if g.weight_bits is not None:  # our kernels widen what is multiplied faster so
+        rate = max(rate, target.peak(torch.float32))
+    pairs = g.dtype == torch.bfloat16 and rate > target.peak(torch.float32)
+    decoded_first = g.weight_bits is not None and pairs and g.m >= MANY_ROWS
     if g.scheme == "binary" and not decoded_first:
         tables = TABLE_FLOPS * g.batch * g.m * g.k * max(target.threads, 1)  # by one thread
         busy = _parallel(g.batch * ceil(g.n / CHUNK_N), target)
@@ -112,7 +116,7 @@ def _gemm_compute(g: Gemm, target: Target) -> float:
         return (tables + each * lookups(g) / busy) / target.peaks["float32"]
     rows = ceil(g.m / (MANY_CHUNK_M if decoded_first else CHUNK_M))
     parallel = _parallel(g.batch * rows * ceil(g.n / CHUNK_N), target)
-    compute = g.flops / (target.peak(g.dtype) * target.gemm_efficiency * parallel)
+    compute = g.flops / (rate * target.gemm_efficiency * parallel)
     if _batched(g):
         compute *= ceil(g.n / LANES) * LANES / g.n
         compute += g.batch * MATRIX_FLOPS / (target.peaks["float32"] * parallel)

@@ -4,12 +4,18 @@ numpy takes about 1 us for a function of one number, `math` a tenth of it.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 Numbers = Any  # a float or an array that broadcasts with the others
 _NUMBER = (float, int)  # a union of types would be made anew in every call
+
+
+def functions(x: Numbers) -> tuple[Callable[[Numbers], Numbers], Callable[[Numbers], Numbers]]:
+    """(ceil, log2) for arguments of the kind of `x`."""
+    return (math.ceil, math.log2) if isinstance(x, _NUMBER) else (np.ceil, np.log2)
 
 
 def ceil(x: Numbers) -> Numbers:
@@ -53,4 +59,7 @@ def sharp(a: Numbers, b: Numbers) -> Numbers:
     """(a⁸ + b⁸)^⅛: the larger of the two but for a narrow passage, as where a board's clock sinks
     once its power is reached."""
     a, b = (a * a) ** 2, (b * b) ** 2
-    return (a * a + b * b) ** 0.125
+    eighth = a * a + b * b
+    if isinstance(eighth, _NUMBER):
+        return eighth**0.125
+    return np.sqrt(np.sqrt(np.sqrt(eighth)))  # numpy's powers take five times as long

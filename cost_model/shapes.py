@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ridgeline.cost_model.elementwise import ceil, log2
+from ridgeline.cost_model.elementwise import functions
 from ridgeline.cost_model.law_attention import pairs
 from ridgeline.cost_model.law_collective import DIRECT_BYTES
 from ridgeline.ir.errors import RidgelineError
@@ -147,6 +147,7 @@ def features(
     of them leaves idle, what is left over of whole tiles, and which of the law's parts (seconds)
     is how much the largest."""
     cores = machine["cores"]
+    ceil, log2 = functions(s["bytes"])
     if law == "gemm":
         m, n, k, b = s["m"], s["n"], s["k"], s["batch"]
         out = [log2(m), log2(n), log2(k), log2(b), log2(m * n * b), log2(s["bytes"])]
