@@ -145,7 +145,7 @@ def features(
 ) -> tuple[Any, ...]:
     """Where a shape lies, for the residual: log2 sizes, waves of thread blocks and what the last
     of them leaves idle, what is left over of whole tiles, and which of the law's parts (seconds)
-    is how much the largest."""
+    is how much the largest. All are numbers, or all are arrays."""
     cores = machine["cores"]
     ceil, log2 = functions(s["bytes"])
     if law == "gemm":

@@ -140,9 +140,11 @@ def _sums_of_four() -> str:
 
 
 def bf16_bits(isa: str, lanes: int = 16) -> str:
-    """Lines that round %x, fp32, to nearest even: %bits, i16. Without the instruction LLVM calls a
-    function that no process has to have, so the bits are rounded as integers; a NaN stays one, and
-    quiet."""
+    """Lines, once in a function, that round %x, fp32 of so many lanes, to nearest even: %bits, i16.
+
+    Without the instruction LLVM calls a function that no process has to have, so the bits are
+    rounded as integers: a NaN stays one, and quiet, and subnormal numbers stay, which the
+    instruction takes for zeros."""
     if isa == "avx512_bf16":
         return f"""  %narrow = fptrunc <{lanes} x float> %x to <{lanes} x bfloat>
   %bits = bitcast <{lanes} x bfloat> %narrow to <{lanes} x i16>
