@@ -253,6 +253,12 @@ def build(spec: Spec) -> Any:
                             tables, row, step, quad, index
                         )
 
+    def factor_of(scale, index, j):
+        """α of a plane's sums. Sums of x may be so small that 2**-63 of α leaves nothing of them:
+        only those of integers are multiplied by the rest of it in the end."""
+        factor = alpha(spec, scale, index, (j, lanes(0)))
+        return factor if octets else factor * splat(T.float32(unit))
+
     @T.inline
     def panel_of(operands, panel, row, r):
         """One row of y in one panel."""
@@ -280,16 +286,11 @@ def build(spec: Spec) -> Any:
                     part[lanes(0)] = splat(T.float32(0))
                     for p in T.unroll(planes):
                         part[lanes(0)] = fma(
-                            alpha(
-                                spec,
-                                scale,
-                                (panel, s * segment // spec.group_size, p),
-                                (j, lanes(0)),
-                            ),
+                            factor_of(scale, (panel, s * segment // spec.group_size, p), j),
                             value(acc, j, p),
                             part[lanes(0)],
                         )
-                if power:
+                if octets and power:
                     part[lanes(0)] = part[lanes(0)] * splat(T.float32(POWER_UNIT))
                 if octets:
                     total[j, lanes(0)] = fma(

@@ -216,7 +216,7 @@ def test_strided_inputs(square, view):
     assert error(run(x), law(x, weight, FIXED)) < 1e-6
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-42, 1e30])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-36, 1e-42, 1e30])
 def test_extreme_inputs(square, size):
     run, weight = square
     x = inputs(3, 320) * size
