@@ -14,7 +14,7 @@ _NUMBER = (float, int)  # a union of types would be made anew in every call
 
 
 def functions(x: Numbers) -> tuple[Callable[[Numbers], Numbers], Callable[[Numbers], Numbers]]:
-    """(ceil, log2) for arguments of the kind of `x`."""
+    """(ceil, log2) for arguments of the kind of `x`, which many calls then need not ask for."""
     return (math.ceil, math.log2) if isinstance(x, _NUMBER) else (np.ceil, np.log2)
 
 

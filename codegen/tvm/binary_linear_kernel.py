@@ -67,7 +67,7 @@ def build(spec: Spec) -> Any:
     segment = FIXED_POINT_BLOCK if shared else spec.group_size
     segment = math.gcd(segment, FIXED_POINT_BLOCK) if octets else segment
     segments, per_segment = math.ceil(columns / segment), segment // STEP
-    unit, power = POWER_UNIT if spec.terms else 1.0, bool(spec.terms) and not shared
+    unit, power = POWER_UNIT if spec.terms else 1.0, octets and bool(spec.terms) and not shared
     held = blocks * FIXED_POINT_BLOCK
     loop = T.parallel if spec.parallel else T.serial
     shared_parts = pieces(spec)
@@ -290,7 +290,7 @@ def build(spec: Spec) -> Any:
                             value(acc, j, p),
                             part[lanes(0)],
                         )
-                if octets and power:
+                if power:
                     part[lanes(0)] = part[lanes(0)] * splat(T.float32(POWER_UNIT))
                 if octets:
                     total[j, lanes(0)] = fma(

@@ -139,7 +139,7 @@ def _sums_of_four() -> str:
     return ir
 
 
-def bf16_bits(isa: str, lanes: int = 16) -> str:
+def rounding_to_bf16(isa: str, lanes: int = 16) -> str:
     """Lines, once in a function, that round %x, fp32 of so many lanes, to nearest even: %bits, i16.
 
     Without the instruction LLVM calls a function that no process has to have, so the bits are
@@ -166,8 +166,8 @@ def bf16_bits(isa: str, lanes: int = 16) -> str:
 def llvm_helpers(isa: str) -> str:
     """What a kernel for `isa` imports."""
     to_bf16 = "define <16 x i16> @rl_cvtbf16(<16 x float> %x) alwaysinline {\n"
-    to_bf16 += bf16_bits(isa) + "  ret <16 x i16> %bits\n}\n"
+    to_bf16 += rounding_to_bf16(isa) + "  ret <16 x i16> %bits\n}\n"
     to_bf16 += "define <16 x i32> @rl_i8_bf16(<32 x i8> %a) alwaysinline {\n"
-    to_bf16 += "  %x = sitofp <32 x i8> %a to <32 x float>\n" + bf16_bits(isa, 32)
+    to_bf16 += "  %x = sitofp <32 x i8> %a to <32 x float>\n" + rounding_to_bf16(isa, 32)
     to_bf16 += "  %r = bitcast <32 x i16> %bits to <16 x i32>\n  ret <16 x i32> %r\n}\n"
     return _FIXED + to_bf16 + _pair_sums() + _sums_of_four()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from tvm.script import tirx as T
 
 from ridgeline.codegen.tvm.attention_vectors import LANES, fma, lanes, registers, splat, vector
-from ridgeline.codegen.tvm.llvm_helpers import bf16_bits
+from ridgeline.codegen.tvm.llvm_helpers import rounding_to_bf16
 
 ACCUMULATORS = 4
 _LLVM = {"float32": ("float", 4), "bfloat16": ("bfloat", 2), "float16": ("half", 2)}
@@ -273,7 +273,7 @@ def _narrow(dtype: str, kind: str, isa: str) -> str:
         return ir + "  ret <16 x float> %x\n}\n"
     if kind == "half":
         return ir + "  %y = fptrunc <16 x float> %x to <16 x half>\n  ret <16 x half> %y\n}\n"
-    ir += bf16_bits(isa) + "  %y = bitcast <16 x i16> %bits to <16 x bfloat>\n"
+    ir += rounding_to_bf16(isa) + "  %y = bitcast <16 x i16> %bits to <16 x bfloat>\n"
     return ir + "  ret <16 x bfloat> %y\n}\n"
 
 
