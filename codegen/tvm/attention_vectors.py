@@ -112,9 +112,9 @@ def multiply_add(spec: Spec, a: Any, b: Any, c: Any) -> Any:
     return fma(a, b, c)
 
 
-def fma(a: Any, b: Any, c: Any) -> Any:
+def fma(a: Any, b: Any, c: Any, count: int = LANES) -> Any:
     intrinsic = T.llvm_lookup_intrinsic_id("llvm.fma")
-    return T.call_llvm_pure_intrin(intrinsic, a, b, c, dtype="float32x16")
+    return T.call_llvm_pure_intrin(intrinsic, a, b, c, dtype=f"float32x{count}")
 
 
 def registers(shape: tuple[Any, ...], dtype: str = "float32") -> Any:

@@ -48,6 +48,9 @@ VISIT = 4
 """Vectors, at least, for which the backward holds a unit's sums in registers. As few as will do:
 memory is then read along the rows, which the processor fetches ahead."""
 
+HALF = 8
+"""Lanes of which ten sums stay in 16 registers."""
+
 BLOCK = 1 << 16
 """Elements that a thread of the forward takes at once."""
 
@@ -125,7 +128,10 @@ def build_backward(spec: Spec) -> Any:
     loop = T.parallel if spec.parallel else T.serial
     shared_a, shared_b = spec.numerators == 1, spec.denominators == 1
     chunk, vectors = spec.chunk, padded(spec) // LANES
+    step = LANES if spec.held else HALF
     tile_rows = max(1, VISIT // spec.vectors)
+    visited = 1 if spec.held else tile_rows * spec.vectors
+    own = lanes(0, step)
     helpers, prepare = units.helpers(spec), units.prepare(spec)
     of_a, of_c = units.operands(spec)
     coefficient = functools.partial(units.coefficient, spec)
@@ -141,8 +147,9 @@ def build_backward(spec: Spec) -> Any:
             into[lanes(0)] = T.Select(of[lanes(0)] == nothing, nothing, into[lanes(0)])
 
     @T.inline
-    def accumulate(dy, x, dx, a, c, acc, unit, row, column, count):
-        v = registers((LANES,))
+    def derive(dy, x, dx, a, c, kept, at, unit, row, column, count):
+        """Stores dx of a vector and keeps (x, u, w, v) of it in place `at`."""
+        x_ = registers((LANES,))
         z = registers((LANES,))
         p = registers((LANES,))
         dp = registers((LANES,))
@@ -151,22 +158,21 @@ def build_backward(spec: Spec) -> Any:
         q = registers((LANES,))
         u = registers((LANES,))
         w = registers((LANES,))
-        s = registers((LANES,))
-        power = registers((LANES,))
+        v = registers((LANES,))
         T.evaluate(fetch(spec, x, row, column))
         T.evaluate(fetch(spec, dy, row, column))
-        v[lanes(0)] = load(x, row, column, count)
-        z[lanes(0)] = v[lanes(0)]
+        x_[lanes(0)] = load(x, row, column, count)
+        z[lanes(0)] = x_[lanes(0)]
         if form == "abs_terms":
-            z[lanes(0)] = vector("rl_abs", v[lanes(0)])
+            z[lanes(0)] = vector("rl_abs", x_[lanes(0)])
         p[lanes(0)] = coefficient(a, unit, m)
         dp[lanes(0)] = splat(T.float32(0))
         for i in T.unroll(m):
             if i == 0:
                 dp[lanes(0)] = p[lanes(0)]
             else:
-                dp[lanes(0)] = fma(dp[lanes(0)], v[lanes(0)], p[lanes(0)])
-            p[lanes(0)] = fma(p[lanes(0)], v[lanes(0)], coefficient(a, unit, m - 1 - i))
+                dp[lanes(0)] = fma(dp[lanes(0)], x_[lanes(0)], p[lanes(0)])
+            p[lanes(0)] = fma(p[lanes(0)], x_[lanes(0)], coefficient(a, unit, m - 1 - i))
         t[lanes(0)] = coefficient(c, unit, n - 1)
         dt[lanes(0)] = t[lanes(0)]
         for i in T.unroll(n - 1):
@@ -181,29 +187,64 @@ def build_backward(spec: Spec) -> Any:
         u[lanes(0)] = load(dy, row, column, count) * q[lanes(0)]
         w[lanes(0)] = (splat(T.float32(0)) - p[lanes(0)] * q[lanes(0)]) * u[lanes(0)]
         if form == "abs_terms":
-            signed(s, w, v)
+            signed(v, w, x_)
         elif form == "abs_sum":
             signed(w, w, t)
-            s[lanes(0)] = w[lanes(0)]
+            v[lanes(0)] = w[lanes(0)]
         else:
-            s[lanes(0)] = w[lanes(0)]
-        acc[0, lanes(0)] = acc[0, lanes(0)] + u[lanes(0)]
-        power[lanes(0)] = v[lanes(0)]
-        for i in T.unroll(1, max(m, n) + 1):
-            if i > 1:
-                power[lanes(0)] = power[lanes(0)] * v[lanes(0)]
-            if i <= m:
-                acc[i, lanes(0)] = fma(power[lanes(0)], u[lanes(0)], acc[i, lanes(0)])
-            if i <= n:
-                if i % 2 == 1:
-                    acc[m + i, lanes(0)] = fma(power[lanes(0)], s[lanes(0)], acc[m + i, lanes(0)])
-                else:
-                    acc[m + i, lanes(0)] = fma(power[lanes(0)], w[lanes(0)], acc[m + i, lanes(0)])
-        u[lanes(0)] = fma(dp[lanes(0)], u[lanes(0)], dt[lanes(0)] * s[lanes(0)])
+            v[lanes(0)] = w[lanes(0)]
+        kept[at, 0, lanes(0)] = x_[lanes(0)]
+        kept[at, 1, lanes(0)] = u[lanes(0)]
+        kept[at, 2, lanes(0)] = w[lanes(0)]
+        kept[at, 3, lanes(0)] = v[lanes(0)]
+        u[lanes(0)] = fma(dp[lanes(0)], u[lanes(0)], dt[lanes(0)] * v[lanes(0)])
         if spec.streamed:
             T.evaluate(stream(dx, row, column, u))
         else:
             dx[row, columns(count, column)] = stored(spec, u, count)
+
+    @T.inline
+    def add(sums, kept, at, first):
+        """Adds the terms of `step` lanes, from `first` on, of the vector in place `at`."""
+        power = registers((step,))
+        power[own] = kept[at, 0, lanes(first, step)]
+        sums[0, own] = sums[0, own] + kept[at, 1, lanes(first, step)]
+        for i in T.unroll(1, max(m, n) + 1):
+            if i > 1:
+                power[own] = power[own] * kept[at, 0, lanes(first, step)]
+            if i <= m:
+                sums[i, own] = fma(power[own], kept[at, 1, lanes(first, step)], sums[i, own], step)
+            if i <= n:
+                sums[m + i, own] = fma(
+                    power[own], kept[at, 2 + i % 2, lanes(first, step)], sums[m + i, own], step
+                )
+
+    @T.inline
+    def visit(dy, x, dx, a, c, acc, unit, first, rows, vectors, count):
+        """Adds the `vectors` vectors, of `count` elements, of a unit in each of `rows` rows."""
+        kept = registers((visited, 4, LANES))
+        sums = registers((terms, step))
+        if spec.held:
+            for i in T.unroll(terms):
+                sums[i, lanes(0)] = acc[unit, i, lanes(0)]
+        for r in T.serial(rows):
+            for j in T.serial(vectors):
+                column = (unit * vectors + j) * LANES
+                at = 0 if spec.held else r * vectors + j
+                derive(dy, x, dx, a, c, kept, at, unit, first + r, column, count)
+                if spec.held:
+                    add(sums, kept, 0, 0)
+        if spec.held:
+            for i in T.unroll(terms):
+                acc[unit, i, lanes(0)] = sums[i, lanes(0)]
+        else:
+            for part in T.unroll(LANES // step):
+                for i in T.unroll(terms):
+                    sums[i, own] = acc[unit, i, lanes(part * step, step)]
+                for at in T.serial(rows * vectors):
+                    add(sums, kept, at, part * step)
+                for i in T.unroll(terms):
+                    acc[unit, i, lanes(part * step, step)] = sums[i, own]
 
     @T.inline
     def by_group(of_groups, sums):
@@ -272,26 +313,11 @@ def build_backward(spec: Spec) -> Any:
                 last = T.min(first + chunk, rows)
                 for tile in T.serial((last - first + tile_rows - 1) // tile_rows):
                     count = T.min(tile_rows, last - first - tile * tile_rows)
+                    row = first + tile * tile_rows
                     for unit in T.serial(whole):
-                        held = registers((terms, LANES))
-                        for i in T.unroll(terms):
-                            held[i, lanes(0)] = acc[unit, i, lanes(0)]
-                        for r in T.serial(count):
-                            row = first + tile * tile_rows + r
-                            for j in T.serial(spec.vectors):
-                                column = (unit * spec.vectors + j) * LANES
-                                accumulate(dy, x, dx, a, c, held, unit, row, column, LANES)
-                        for i in T.unroll(terms):
-                            acc[unit, i, lanes(0)] = held[i, lanes(0)]
+                        visit(dy, x, dx, a, c, acc, unit, row, count, spec.vectors, LANES)
                     if rest > 0:
-                        held = registers((terms, LANES))
-                        for i in T.unroll(terms):
-                            held[i, lanes(0)] = acc[whole, i, lanes(0)]
-                        for r in T.serial(count):
-                            row = first + tile * tile_rows + r
-                            accumulate(dy, x, dx, a, c, held, whole, row, whole * LANES, rest)
-                        for i in T.unroll(terms):
-                            acc[whole, i, lanes(0)] = held[i, lanes(0)]
+                        visit(dy, x, dx, a, c, acc, whole, row, count, 1, rest)
                 if spec.streamed:
                     T.evaluate(streamed())
                 for unit in T.serial(spec.units):

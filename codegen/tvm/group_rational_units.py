@@ -73,6 +73,11 @@ class Spec(NamedTuple):
         return -(-AHEAD // (self.channels * _KINDS[self.dtype][1]))
 
     @property
+    def held(self) -> bool:
+        """Are there registers for the sums of all lanes beside what a vector's terms need?"""
+        return self.isa != "generic"
+
+    @property
     def chunk(self) -> int:
         """Rows of which one accumulator vector takes the sum."""
         return max(1, CHAIN // self.vectors)
