@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ridgeline.cost_model.elementwise import Numbers, log2, sharp
+from ridgeline.cost_model.elementwise import Numbers, log2
 
 _LARGE = ((256, 128), (128, 256), (128, 128))
 _SMALL = (
@@ -49,6 +49,7 @@ _WIDEST = np.minimum(256.0, 40960 // _FITTED[:, 0] // 8 * 8)  # an accumulator's
 _NONE = 1e-3  # columns of a tile that is no candidate: none is slower
 _WITHIN = 0.15  # of a second pass over parts, where a block adds them up
 _NEVER = 1.0  # second that splitting takes where kernels don't
+_ONE = np.array(1.0)
 _LARGEST_EDGES = 64 * (1 / 256 + 1 / 128)
 
 
@@ -88,7 +89,8 @@ def gemm(
     fine = machine["fine"]
     table = _ALL if (fine if isinstance(fine, float) else fine.max()) > 0 else _FIXED
     tm, tn, parts, per_tm, per_tn, per_depth, several, written = table
-    down = np.ceil(m * per_tm)
+    # numpy converts a Python number in each operation, which takes as long as the operation does.
+    down = np.ceil(np.asarray(m) * per_tm)
     # With the machine's share of its rate
     rate = 2 * 64 / (1 + loss * _LARGEST_EDGES) * cores / (machine["boost"] * e_c)
     if table is _ALL:
@@ -97,13 +99,14 @@ def gemm(
         work = _work(tm, tn, loss, rate)
     else:
         work = _fixed_work(loss, rate) if isinstance(rate, float) else _work(tm, tn, loss, rate)
-    share = down * np.ceil(n * per_tn) * (parts * (b / cores))
-    waves = q * np.ceil(share) + (1 - q) * np.maximum(share, 1.0)
+    share = down * np.ceil(np.asarray(n) * per_tn) * (parts * np.asarray(b / cores))
+    waves = np.asarray(q) * np.ceil(share) + np.asarray(1 - q) * np.maximum(share, _ONE)
     pace = waves * work
-    chain = step * 1e-6 * machine["chain"]
-    square, serial = pace * pace, s["serial"]
-    each = np.sqrt(np.sqrt(square * square + (chain * (1 - serial)) ** 4)) + chain * serial
-    clocked = np.ceil(k * per_depth) * each + pace * (fill * machine["prologue"] / 64)
+    chain, serial = step * 1e-6 * machine["chain"], s["serial"]
+    loads = chain * (1 - serial)
+    each = np.sqrt(np.hypot(pace * pace, np.asarray(loads * loads))) + np.asarray(chain * serial)
+    filling = np.asarray(fill * machine["prologue"] / 64)
+    clocked = np.ceil(np.asarray(k) * per_depth) * each + pace * filling
     slow, fast = bandwidth * e_m, machine["l2_bandwidth"] * cache
     weights = s["weights"]
     kept = machine["l2"] * resident
@@ -113,17 +116,20 @@ def gemm(
     of_others = (1 - warm) / slow + warm / fast
     streamed = of_weights + (moved - weights) * of_others
     filled = (streamed * (ramp * 1e-6 * machine["floor"])) ** 0.5
-    memory = np.maximum(streamed, streamed * g / share) + filled
+    unfilled = np.asarray(streamed * g) / share
+    memory = np.maximum(np.asarray(streamed), unfilled) + np.asarray(filled)
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
-    compute = sharp(clocked, power) + stored * s["written"] * of_others
+    fourth = clocked * clocked
+    fourth = fourth * fourth
+    either = np.sqrt(np.sqrt(np.hypot(fourth, np.asarray(power * power * power * power))))
+    compute = either + np.asarray(stored * s["written"] * of_others)
     # Libraries have kernels of vectors for one row, where weights are unpacked for four, which add
     # up within a block.
     many = (m > 1 + 3 * serial) * 1.0
     second = many + (1 - many) * _WITHIN * serial
-    twice = several * (split * 1e-6 * machine["floor"] * second + _NEVER * s["whole"])
-    twice = twice + written * (8.0 * partial / 3 * b * m * n / bandwidth)
-    square_c, square_m = compute * compute, memory * memory
-    total = np.sqrt(np.sqrt(square_c * square_c + square_m * square_m)) + twice
+    twice = several * np.asarray(split * 1e-6 * machine["floor"] * second + _NEVER * s["whole"])
+    twice = twice + written * np.asarray(8.0 * partial / 3 * b * m * n / bandwidth)
+    total = np.sqrt(np.hypot(compute * compute, memory * memory)) + twice
     fixed = (floor + row * log2(1 + m)) * (machine["floor"] * 1e-6)
     busy = cores * machine["clock"] * rate_q
     later = machine["unfused"] * n * again / (bandwidth * e_m)
