@@ -27,6 +27,8 @@ from ridgeline.cost_model.target import Target, UnknownTarget, load_target
 _BOUNDS = ("launch", "compute", "memory")
 _NETWORK_BOUNDS = ("launch", "compute", "communication")
 LARGEST_POWER = {"sizes": 32, "bytes": 50}  # of 2: what laws raise to the eighth stays a number
+_SIZES = (1, 2 ** LARGEST_POWER["sizes"])
+_LIMITS = {"window": (0, _SIZES[1]), "bytes": (1, 2 ** LARGEST_POWER["bytes"])}
 
 
 def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **shape: int) -> Cost:
@@ -111,17 +113,13 @@ def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
             raise InvalidShape(f"{op}: expected {', '.join(wanted)}, found {key!r}")
     for key, default in wanted.items():
         value = given.get(key, default)
-        least = 0 if key == "window" else 1
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            shown = "nothing" if value is None else repr(value)
-            raise InvalidShape(f"{op}: {key}: expected an integer >= {least}, found {shown}")
-        shape[key] = int(value)
-        most = LARGEST_POWER["bytes" if key == "bytes" else "sizes"]
-        if shape[key] > 2**most:
-            bits = shape[key].bit_length()
-            raise InvalidShape(
-                f"{op}: {key}: expected at most 2^{most}, found a number of {bits} bits"
-            )
+        least, most = _LIMITS.get(key, _SIZES)
+        # What is asked first is what it nearly always is: a prediction takes microseconds.
+        if type(value) is not int:
+            value = _integer(op, key, value, least)
+        if not least <= value <= most:
+            raise InvalidShape(_outside(op, key, value, least, most))
+        shape[key] = value
     if "heads" in shape and shape["heads"] % shape["kv_heads"]:
         raise InvalidShape(
             f"{op}: heads: expected a multiple of kv_heads = {shape['kv_heads']},"
@@ -134,3 +132,19 @@ def _checked(op: str, dtype: str, given: Mapping[str, Any]) -> dict[str, int]:
     if "per_node" in shape:  # a node with room for more ranks holds these
         shape["per_node"] = min(shape["per_node"], shape["world"])
     return shape
+
+
+def _integer(op: str, key: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        shown = "nothing" if value is None else repr(value)
+        raise InvalidShape(f"{op}: {key}: expected an integer >= {least}, found {shown}")
+    return int(value)
+
+
+def _outside(op: str, key: str, value: int, least: int, most: int) -> str:
+    if value < least:
+        return f"{op}: {key}: expected an integer >= {least}, found {value!r}"
+    return (
+        f"{op}: {key}: expected at most 2^{most.bit_length() - 1},"
+        f" found a number of {value.bit_length()} bits"
+    )

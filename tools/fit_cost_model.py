@@ -89,7 +89,7 @@ def residual(t: Times, model: Model) -> dict[str, Any]:
     """Trees over the features of `t`'s shapes, fitted to what the law leaves."""
     parts = model.parts(t.group, t.name[0], t.machine, t.s)
     at = np.stack(np.broadcast_arrays(*features(t.group, t.machine, t.s, parts)), -1)
-    return boosted(at, t.log_s - np.log(laws.total(parts)), SEED)
+    return boosted(at, t.log_s - np.log(laws.total(parts)), t.layer // 100, SEED)
 
 
 def fit_group(t: Times, machines: bool = True) -> dict[str, Any]:

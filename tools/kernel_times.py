@@ -36,7 +36,7 @@ class Times:
     group: shapes.Group
     name: np.ndarray  # machine with topology, as calibrated
     harness: np.ndarray  # "source variant gpu op": rows that one person measured in one way
-    held_out: np.ndarray  # 30 % of the shapes by CRC
+    layer: np.ndarray  # CRC of the sizes that make a layer: what is held out is held out by it
     beside: np.ndarray  # of dtype_choice.csv: only residuals are fitted to them, none is scored
     log_s: np.ndarray
     machine: Mapping[str, np.ndarray]
@@ -45,12 +45,17 @@ class Times:
     def __len__(self) -> int:
         return len(self.log_s)
 
+    @property
+    def held_out(self) -> np.ndarray:
+        """30 % of the layers."""
+        return self.layer % 100 < 30
+
     def where(self, mask: np.ndarray) -> "Times":
         return Times(
             self.group,
             self.name[mask],
             self.harness[mask],
-            self.held_out[mask],
+            self.layer[mask],
             self.beside[mask],
             self.log_s[mask],
             {k: v[mask] for k, v in self.machine.items()},
@@ -115,7 +120,7 @@ def _unbridged(row: Mapping[str, str]) -> bool:
 
 
 def _times(group: shapes.Group, rows: list[dict[str, str]]) -> Times:
-    names, harness, held, machines, inputs = [], [], [], [], []
+    names, harness, layer, machines, inputs = [], [], [], [], []
     for row in rows:
         op, dtype = row["op"], row["dtype"]
         shape = {key: int(row[key]) for key in shapes.PARAMETERS[op]}
@@ -123,13 +128,13 @@ def _times(group: shapes.Group, rows: list[dict[str, str]]) -> Times:
         names.append(name)
         machines.append(machine)
         harness.append(" ".join((row["source"], row["variant"], row["gpu"], op, dtype)))
-        held.append(_crc(row) % 100 < 30)
+        layer.append(_crc(row))
         inputs.append(shapes.law_inputs(op, dtype, shape))
     return Times(
         group,
         np.array(names),
         np.array(harness),
-        np.array(held),
+        np.array(layer),
         np.array([row["variant"] == CHOICE for row in rows]),
         np.log([float(row["median_us"]) * 1e-6 for row in rows]),
         _columns(machines, group.law),
