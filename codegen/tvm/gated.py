@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
+from ridgeline.codegen.tvm.runtime import (
+    compile_kernel,
+    host_isa,
+    import_tvm,
+    last_contiguous,
+)
 from ridgeline.ir.gated import ACTIVATIONS
 from ridgeline.ir.op import LIBRARY
 
@@ -96,8 +101,7 @@ def _regular(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Ten
     """Three dimensions out of any number, the last one contiguous."""
     n = gate.shape[-1] if gate.dim() else 1
     gate, up = (x if x.dim() == 3 else x.reshape(1, -1, n) for x in (gate, up))
-    gate, up = (x if x.stride(2) == 1 else x.contiguous() for x in (gate, up))
-    return gate, up, out.view(gate.shape)
+    return last_contiguous(gate), last_contiguous(up), out.view(gate.shape)
 
 
 LIBRARY.define("tvm_gated_activation(Tensor gate, Tensor up, *, str activation) -> Tensor")

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
 from ridgeline.codegen.tvm.isa import host_isa
-from ridgeline.codegen.tvm.runtime import TvmMissingError, compile_kernel, import_tvm
+from ridgeline.codegen.tvm.runtime import (
+    TvmMissingError,
+    compile_kernel,
+    import_tvm,
+    last_contiguous,
+)
 from ridgeline.ir.group_rational import (
     backward_reference,
     check_attributes,
@@ -124,8 +129,7 @@ def _fields(x: Tensor, a: Tensor, b: Tensor, form: str, sign0: int) -> tuple[Any
 
 def _rows(x: Tensor) -> Tensor:
     """x as [rows, C], last dimension contiguous; copied only where no view has that shape."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return last_contiguous(x.reshape(-1, x.shape[-1]))
 
 
 def single(coefficients: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ridgeline.codegen.tvm.isa import best_isa, executes, host_isa, llvm_features
 from ridgeline.ir.errors import RidgelineError
 
-__all__ = ["compile_kernel", "host_isa", "import_tvm"]
+__all__ = ["compile_kernel", "host_isa", "import_tvm", "last_contiguous"]
 
 _LOCK = threading.Lock()
 """The launch pointer is process-wide while a module is loaded."""
@@ -97,3 +99,9 @@ def compile_kernel(prim_func: Any, isa: str | None = None) -> Callable[..., None
 
     with _LOCK, torch_threads(host_target()):
         return tvm.compile(prim_func, target=host_target())[prim_func.attrs["global_symbol"]]
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x, copied unless its last stride is 1. To torch a dimension of one element is contiguous
+    whatever its stride, but kernels ask for 1."""
+    return x if x.stride(-1) == 1 else x.contiguous().view(-1).view(x.shape)

@@ -65,6 +65,10 @@ def check(grad, x, a, b, **attributes) -> None:
         ((61, 20), (4, 4), 2, 6, "abs_coefficients", torch.float32),
         ((40, 17), (1, 1), 7, 0, "abs_terms", torch.float32),
         ((30, 8), (8, 8), 0, 3, "abs_sum", torch.float32),
+        # what LLVM forwards from small tables of coefficients it can use before it is made
+        ((3, 8), (8, 1), 1, 9, "abs_sum", torch.float32),
+        ((17, 8), (1, 4), 11, 6, "abs_terms", torch.float32),
+        ((65, 192), (2, 2), 5, 4, "abs_terms", torch.float32),
     ],
 )
 def test_the_law_at_odd_shapes(shape, groups, m, n, form, dtype, isa, monkeypatch):
@@ -87,6 +91,8 @@ def test_strides_and_narrow_coefficients():
     check(grad.transpose(1, 2), x.transpose(1, 2), a, b)
     check(grad[..., :16], x[..., 16:32], a.t().contiguous().t(), b.bfloat16())
     check(torch.ones(()).expand(x.shape), x[:1].expand(x.shape), a, b)
+    column = torch.randn(1, 40).t()  # contiguous to torch, its last stride 40
+    check(column, column, a[:1], b[:1])
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e6])
