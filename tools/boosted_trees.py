@@ -17,6 +17,7 @@ import numpy as np
 
 COUNTS = (0, 12, 25, 50, 100, 200, 400, 800)
 PATIENCE = 2  # counts that may predict no better before no more are tried
+NEARLY = 1.01  # times the least error is as good
 DEPTH = 6  # at most 8: answers are the bits of a byte
 RATE = 0.15
 BINS = 64  # quantiles between which a question may cut
@@ -30,8 +31,8 @@ Tree = tuple[list[int], list[float], np.ndarray]  # features and cuts [depth], v
 
 def boosted(x: np.ndarray, y: np.ndarray, layer: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """Trees for y[rows] of x[rows, features]: offset, features, cuts [tree, depth], values [tree,
-    leaf], in lists; as many of COUNTS as predict best in cross-validation. layer [rows]: integers,
-    of which equal ones are in one of the FOLDS."""
+    leaf], in lists; the fewest of COUNTS that predict nearly best in cross-validation. layer
+    [rows]: integers, of which equal ones are in one of the FOLDS."""
     trees = list(islice(_grown(x, y, seed), _count(x, y, layer % FOLDS, seed)))
     return {
         "offset": _offset(y),
@@ -42,7 +43,7 @@ def boosted(x: np.ndarray, y: np.ndarray, layer: np.ndarray, seed: int = 0) -> d
 
 
 def _count(x: np.ndarray, y: np.ndarray, fold: np.ndarray, seed: int) -> int:
-    """Of the trees that predict each fold best, grown on the others."""
+    """Of the fewest trees that predict each fold about best, grown on the others."""
     left, growing = y.copy(), []
     for out in np.unique(fold):
         tested = fold == out
@@ -57,7 +58,7 @@ def _count(x: np.ndarray, y: np.ndarray, fold: np.ndarray, seed: int) -> int:
         errors.append(float(np.abs(left).sum()))
         if len(errors) > PATIENCE + errors.index(min(errors)):
             break
-    return COUNTS[errors.index(min(errors))]
+    return next(c for c, e in zip(COUNTS, errors, strict=False) if e <= NEARLY * min(errors))
 
 
 def _offset(y: np.ndarray) -> float:

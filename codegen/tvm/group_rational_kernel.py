@@ -19,6 +19,9 @@ unit and coefficient, in which a lane takes about `CHAIN` additions, and adds th
 as a tree. Stage two adds the chunks in order in fp64, and mixed lanes by group. The chunks depend
 on the shapes alone, so that the result is the same bit for bit with any number of threads.
 
+With 16 registers of 8 lanes the sums do not stay in registers beside the terms: there (`Spec.held`)
+a visit puts its terms into a buffer first, and then adds them by halves of a vector.
+
 Beyond the caches memory is the limit, and it is idle while a core computes unless rows are fetched
 before they are read; and what is written whole need not be read first. Of 8192 x 768 fp32, on one
 core of a Xeon with AMX, in that core's own time: the backward 5.9 ms by itself, 5.0 with rows

@@ -199,7 +199,7 @@ def prepare(spec: Spec) -> Any:
             for i in T.serial(spec.n):
                 for c in T.serial(width):
                     to_c[i, g * width + c] = magnitude(b[gb, i])
-        # LLVM 22 forwards small tables to their loads, and then uses vectors that it has not made yet.
+        # LLVM 22 forwards small tables to their loads, and uses vectors that it has not made yet.
         T.evaluate(T.call_extern("int32", "rl_written", T.address_of(to_a[0, 0])))
         T.evaluate(T.call_extern("int32", "rl_written", T.address_of(to_c[0, 0])))
 
