@@ -15,8 +15,8 @@ vectors of 16 channels, whose lanes have coefficients of their own, read from a 
 once in a call.
 
 Sums have two stages and no atomics. Stage one: a chunk of rows keeps one accumulator vector per
-unit and coefficient, in which a lane takes about `CHAIN` additions, and adds the lanes of a group
-as a tree. Stage two adds the chunks in order in fp64, and mixed lanes by group. The chunks depend
+unit and coefficient, to which visits add their own sums, so that a lane takes about `CHAIN`
+additions, and adds the lanes of a group as a tree. Stage two adds the chunks in order in fp64, and mixed lanes by group. The chunks depend
 on the shapes alone, so that the result is the same bit for bit with any number of threads.
 
 With 16 registers of 8 lanes the sums do not stay in registers beside the terms: there (`Spec.held`)
@@ -36,6 +36,7 @@ from tvm.script import tirx as T
 from ridgeline.codegen.tvm import group_rational_units as units
 from ridgeline.codegen.tvm.attention_vectors import LANES, fma, lanes, registers, splat, vector
 from ridgeline.codegen.tvm.group_rational_units import (
+    CHAIN,
     Spec,
     columns,
     fetch,
@@ -53,6 +54,9 @@ memory is then read along the rows, which the processor fetches ahead."""
 
 HALF = 8
 """Lanes of which ten sums stay in 16 registers."""
+
+KEPT = 8
+"""Vectors of a row, at most, whose terms are kept before they are added."""
 
 BLOCK = 1 << 16
 """Elements that a thread of the forward takes at once."""
@@ -133,7 +137,8 @@ def build_backward(spec: Spec) -> Any:
     chunk, vectors = spec.chunk, padded(spec) // LANES
     step = LANES if spec.held else HALF
     tile_rows = max(1, VISIT // spec.vectors)
-    visited = 1 if spec.held else tile_rows * spec.vectors
+    most = CHAIN if spec.held else KEPT
+    slots = 1 if spec.held else tile_rows * min(spec.vectors, KEPT)
     own = lanes(0, step)
     helpers, prepare = units.helpers(spec), units.prepare(spec)
     of_a, of_c = units.operands(spec)
@@ -223,31 +228,35 @@ def build_backward(spec: Spec) -> Any:
                 )
 
     @T.inline
+    def flush(acc, unit, sums, first):
+        """Adds the sums of `step` lanes, from `first` on, to those of the chunk."""
+        for i in T.unroll(terms):
+            acc[unit, i, lanes(first, step)] = acc[unit, i, lanes(first, step)] + sums[i, own]
+            sums[i, own] = T.broadcast(T.float32(0), step)
+
+    @T.inline
     def visit(dy, x, dx, a, c, acc, unit, first, rows, vectors, count):
         """Adds the `vectors` vectors, of `count` elements, of a unit in each of `rows` rows."""
-        kept = registers((visited, 4, LANES))
+        kept = registers((slots, 4, LANES))
         sums = registers((terms, step))
-        if spec.held:
-            for i in T.unroll(terms):
-                sums[i, lanes(0)] = acc[unit, i, lanes(0)]
-        for r in T.serial(rows):
-            for j in T.serial(vectors):
-                column = (unit * vectors + j) * LANES
-                at = 0 if spec.held else r * vectors + j
-                derive(dy, x, dx, a, c, kept, at, unit, first + r, column, count)
-                if spec.held:
-                    add(sums, kept, 0, 0)
-        if spec.held:
-            for i in T.unroll(terms):
-                acc[unit, i, lanes(0)] = sums[i, lanes(0)]
-        else:
-            for part in T.unroll(LANES // step):
-                for i in T.unroll(terms):
-                    sums[i, own] = acc[unit, i, lanes(part * step, step)]
-                for at in T.serial(rows * vectors):
-                    add(sums, kept, at, part * step)
-                for i in T.unroll(terms):
-                    acc[unit, i, lanes(part * step, step)] = sums[i, own]
+        for i in T.unroll(terms):
+            sums[i, own] = T.broadcast(T.float32(0), step)
+        for block in T.serial((vectors + most - 1) // most):
+            these = T.min(most, vectors - block * most)
+            for r in T.serial(rows):
+                for j in T.serial(these):
+                    column = (unit * vectors + block * most + j) * LANES
+                    at = 0 if spec.held else r * these + j
+                    derive(dy, x, dx, a, c, kept, at, unit, first + r, column, count)
+                    if spec.held:
+                        add(sums, kept, 0, 0)
+            if spec.held:
+                flush(acc, unit, sums, 0)
+            else:
+                for part in T.unroll(LANES // step):
+                    for at in T.serial(rows * these):
+                        add(sums, kept, at, part * step)
+                    flush(acc, unit, sums, part * step)
 
     @T.inline
     def by_group(of_groups, sums):

@@ -151,6 +151,14 @@ def test_any_number_of_channels_that_fill_no_vector(dtype):
     check(*operands((65, 9), (3, 3), 5, 4, dtype, "abs_terms"))
 
 
+def test_a_group_whose_terms_would_fill_the_stack():
+    check(*operands((5, 16 * 19), (1, 1), 5, 4, torch.float32, "abs_terms"))
+    given = operands((2, 1 << 19), (1, 1), 5, 4, torch.float32, "abs_terms")
+    law = backward_reference(*(t.double() for t in given))
+    for own, exact in zip(kernels.group_rational_backward(*given), law, strict=True):
+        assert relative(own, exact) <= 1e-5  # a lane adds up thousands of visits
+
+
 @pytest.mark.skipif(not kernels._X86, reason="streaming stores are an x86 instruction here")
 def test_blocks_that_the_system_has_just_zeroed_stay_in_the_caches():
     bytes_of_results = [2**22, 2**23, 2**25 - 64, 2**25]
