@@ -142,9 +142,6 @@ def _integer(op: str, key: str, value: Any, least: int) -> int:
 
 
 def _outside(op: str, key: str, value: int, least: int, most: int) -> str:
-    if value < least:
-        return f"{op}: {key}: expected an integer >= {least}, found {value!r}"
-    return (
-        f"{op}: {key}: expected at most 2^{most.bit_length() - 1},"
-        f" found a number of {value.bit_length()} bits"
-    )
+    wanted = f"an integer >= {least}" if value < least else f"at most 2^{most.bit_length() - 1}"
+    found = value if -most <= value < least else f"a number of {value.bit_length()} bits"
+    return f"{op}: {key}: expected {wanted}, found {found}"

@@ -14,9 +14,10 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """From here on keep freed blocks below 32 MB for later ones, in this whole process.
+    """From here on keep freed blocks below 32 MB for later ones, in this whole process; they are
+    found again once the heap has settled, after a few rounds.
 
-    Returns whether that could be asked for: False where the C library is not glibc.
+    Returns whether that could be asked for: False where the C library is not glibc, or refuses.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(

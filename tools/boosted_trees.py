@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-COUNTS = (0, 12, 25, 50, 100, 200, 400, 800)
+COUNTS = (0, 12, 25, 50, 100, 200, 400, 800)  # a prediction has no time for more
 PATIENCE = 2  # counts that may predict no better before no more are tried
 NEARLY = 1.01  # times the least error is as good
 DEPTH = 6  # at most 8: answers are the bits of a byte
@@ -33,13 +33,23 @@ def boosted(x: np.ndarray, y: np.ndarray, layer: np.ndarray, seed: int = 0) -> d
     """Trees for y[rows] of x[rows, features]: offset, features, cuts [tree, depth], values [tree,
     leaf], in lists; the fewest of COUNTS that predict nearly best in cross-validation. layer
     [rows]: integers, of which equal ones are in one of the FOLDS."""
-    trees = list(islice(_grown(x, y, seed), _count(x, y, layer % FOLDS, seed)))
+    trees = list(islice(_grown(x, y, seed), _count(x, y, _folds(layer, seed), seed)))
     return {
         "offset": _offset(y),
         "features": [features for features, _, _ in trees],
         "cuts": [cuts for _, cuts, _ in trees],
         "values": [values.tolist() for _, _, values in trees],
     }
+
+
+def _folds(layer: np.ndarray, seed: int) -> np.ndarray:
+    """By the layers' numbers; in turns where that leaves a fold empty; a single layer's by row."""
+    fold = layer % FOLDS
+    if len(np.unique(fold)) < FOLDS:
+        layers, turn = np.unique(layer, return_inverse=True)
+        rows = np.random.default_rng(seed).permutation(len(layer))
+        fold = (turn if len(layers) > 1 else rows) % FOLDS
+    return fold
 
 
 def _count(x: np.ndarray, y: np.ndarray, fold: np.ndarray, seed: int) -> int:

@@ -6,6 +6,7 @@ product a row with a column of microseconds for each dtype, whose rows are `besi
 """
 
 import csv
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ class Times:
     name: np.ndarray  # machine with topology, as calibrated
     harness: np.ndarray  # "source variant gpu op": rows that one person measured in one way
     layer: np.ndarray  # CRC of the sizes that make a layer: what is held out is held out by it
-    beside: np.ndarray  # of dtype_choice.csv: only residuals are fitted to them, none is scored
+    beside: np.ndarray  # of dtype_choice.csv: residuals alone are fitted to them; not scored
     log_s: np.ndarray
     machine: Mapping[str, np.ndarray]
     s: Mapping[str, np.ndarray]
@@ -69,7 +70,7 @@ class KernelTimesError(RidgelineError):
 
 def read(folder: Path) -> dict[str, Times]:
     """Group key -> its rows. Raises KernelTimesError for a folder without one of FILES, or one of
-    them without its columns."""
+    them without its columns or with a time that is no positive number."""
     rows: dict[shapes.Group, list[dict[str, str]]] = defaultdict(list)
     for file in FILES:
         path = folder / f"{file}.csv"
@@ -83,6 +84,7 @@ def read(folder: Path) -> dict[str, Times]:
             if missing := _COLUMNS - set(reader.fieldnames or ()):
                 raise KernelTimesError(f"{path}: expected a column {sorted(missing)[0]!r}")
             for row in reader:
+                _check_time(row["median_us"], f"{path}:{reader.line_num}")
                 if (
                     {row["source"], row["variant"]} & HOST_BOUND
                     or _slow_fp8(row)
@@ -93,6 +95,15 @@ def read(folder: Path) -> dict[str, Times]:
     if (path := folder / CHOICE).is_file():
         _add_choices(rows, path)
     return {group.key: _times(group, found) for group, found in sorted(rows.items(), key=str)}
+
+
+def _check_time(written: str | None, where: str) -> None:
+    try:
+        known = 0 < float(written or "") < math.inf
+    except ValueError:
+        known = False
+    if not known:
+        raise KernelTimesError(f"{where}: median_us: expected microseconds, found {written!r}")
 
 
 def _add_choices(rows: dict[shapes.Group, list[dict[str, str]]], path: Path) -> None:

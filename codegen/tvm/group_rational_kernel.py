@@ -16,8 +16,9 @@ once in a call.
 
 Sums have two stages and no atomics. Stage one: a chunk of rows keeps one accumulator vector per
 unit and coefficient, to which visits add their own sums, so that a lane takes about `CHAIN`
-additions, and adds the lanes of a group as a tree. Stage two adds the chunks in order in fp64, and mixed lanes by group. The chunks depend
-on the shapes alone, so that the result is the same bit for bit with any number of threads.
+additions, and adds the lanes of a group as a tree. Stage two adds the chunks in order in fp64, and
+mixed lanes by group. The chunks depend on the shapes alone, so that the result is the same bit for
+bit with any number of threads.
 
 With 16 registers of 8 lanes the sums do not stay in registers beside the terms: there (`Spec.held`)
 a visit puts its terms into a buffer first, and then adds them by halves of a vector.
@@ -235,17 +236,17 @@ def build_backward(spec: Spec) -> Any:
             sums[i, own] = T.broadcast(T.float32(0), step)
 
     @T.inline
-    def visit(dy, x, dx, a, c, acc, unit, first, rows, vectors, count):
-        """Adds the `vectors` vectors, of `count` elements, of a unit in each of `rows` rows."""
-        kept = registers((slots, 4, LANES))
+    def visit(dy, x, dx, a, c, acc, unit, first, rows, across, count):
+        """Adds the `across` vectors, of `count` elements, of a unit in each of `rows` rows."""
+        kept = registers((slots, 4, LANES))  # in memory, where there are several
         sums = registers((terms, step))
         for i in T.unroll(terms):
             sums[i, own] = T.broadcast(T.float32(0), step)
-        for block in T.serial((vectors + most - 1) // most):
-            these = T.min(most, vectors - block * most)
+        for block in T.serial((across + most - 1) // most):
+            these = T.min(most, across - block * most)
             for r in T.serial(rows):
                 for j in T.serial(these):
-                    column = (unit * vectors + block * most + j) * LANES
+                    column = (unit * across + block * most + j) * LANES
                     at = 0 if spec.held else r * these + j
                     derive(dy, x, dx, a, c, kept, at, unit, first + r, column, count)
                     if spec.held:

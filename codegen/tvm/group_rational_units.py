@@ -84,7 +84,8 @@ class Spec(NamedTuple):
 
 
 def helpers(spec: Spec) -> str:
-    """LLVM IR: loads of whole vectors and of the row's last, shorter one, and vector |x|."""
+    """LLVM IR: loads of whole vectors and of the row's last, shorter one, vector |x|, and, for
+    tables, `rl_written`: what stands at an address may be anything from there on."""
     kind, align = _KINDS[spec.dtype]
     # Numbers of 16 bits are bits until they fill a vector: nine bf16 ones LLVM cannot take apart.
     word = "float" if kind == "float" else "i16"
@@ -92,8 +93,9 @@ def helpers(spec: Spec) -> str:
     ir += "define <16 x float> @rl_abs(<16 x float> %x) alwaysinline {\n"
     ir += "  %y = call <16 x float> @llvm.fabs.v16f32(<16 x float> %x)\n"
     ir += "  ret <16 x float> %y\n}\n"
-    ir += "define i32 @rl_written(ptr %a) alwaysinline {\n"
-    ir += '  call void asm sideeffect "", "r,~{memory}"(ptr %a)\n  ret i32 0\n}\n'
+    if spec.mixed:
+        ir += "define i32 @rl_written(ptr %a) alwaysinline {\n"
+        ir += '  call void asm sideeffect "", "r,~{memory}"(ptr %a)\n  ret i32 0\n}\n'
     if spec.streamed:
         ir += "declare void @llvm.x86.sse.sfence()\n"
         ir += "define i32 @rl_stream(ptr %a, <16 x float> %x) alwaysinline {\n"

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ridgeline.codegen.tvm.isa import best_isa, executes, host_isa, llvm_features
@@ -104,4 +105,4 @@ def compile_kernel(prim_func: Any, isa: str | None = None) -> Callable[..., None
 def last_contiguous(x: Tensor) -> Tensor:
     """x, copied unless its last stride is 1. To torch a dimension of one element is contiguous
     whatever its stride, but kernels ask for 1."""
-    return x if x.stride(-1) == 1 else x.contiguous().view(-1).view(x.shape)
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

@@ -152,6 +152,7 @@ def test_laws_take_arrays_as_they_take_numbers(op, dtype, shape, grows):
         ("gemm", "bf16", {**LAYER, "m": 0}, "m: expected an integer >= 1, found 0"),
         ("gemm", "bf16", {**LAYER, "m": 1.5}, "m: expected an integer >= 1, found 1.5"),
         ("gemm", "bf16", {**LAYER, "m": 10**400}, "at most 2\\^32, found a number of 1329 bits"),
+        ("gemm", "bf16", {**LAYER, "m": -(10**5000)}, "integer >= 1, found a number of 16610 bits"),
         ("gemm", "bf16", {**LAYER, "rows": 1}, "found 'rows'"),
         ("attn_decode", "bf16", {**HEADS, "kv_heads": 5, "kv_len": 9}, "multiple of kv_heads = 5"),
         ("attn_prefill", "bf16", {**HEADS, "q_len": 9, "kv_len": 8}, "at most kv_len = 8"),

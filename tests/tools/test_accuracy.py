@@ -188,3 +188,8 @@ def test_a_folder_without_measured_times_is_told_what_is_missing(tmp_path):
     (tmp_path / "gemm.csv").write_text("gpu,op\n")
     with pytest.raises(KernelTimesError, match=r"gemm.csv: expected a column 'dtype'"):
         read(tmp_path)
+    for written in ("nan", "-1.5", "fast", ""):
+        header = "source,variant,gpu,op,dtype,batch,m,n,k,median_us\n"
+        (tmp_path / "gemm.csv").write_text(f"{header}s,v,a100_80g,gemm,bf16,1,1,1,1,{written}\n")
+        with pytest.raises(KernelTimesError, match=r"gemm.csv:2: median_us: expected microsec"):
+            read(tmp_path)

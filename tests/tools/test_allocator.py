@@ -1,4 +1,4 @@
-"""Memory that tensors free stays with the process, if asked for."""
+"""Memory that is freed stays with the process, if asked for."""
 
 import platform
 import subprocess
@@ -7,12 +7,20 @@ import sys
 import pytest
 
 _FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys
 from ridgeline.tools.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
+libc, size = ctypes.CDLL(None), 20 << 20
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 def touch():
-    blocks = [torch.ones(3 << 21) for _ in range(4)]  # of 24 MiB
+    blocks = [libc.malloc(size) for _ in range(4)]
+    for block in blocks:
+        libc.memset(block, 1, size)
+    for block in reversed(blocks):
+        libc.free(block)
 for _ in range(3):
     touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

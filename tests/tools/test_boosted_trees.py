@@ -45,6 +45,13 @@ def test_what_other_layers_do_not_share_gets_no_trees():
     assert boosted(x, noise, np.arange(300))["values"]
 
 
+def test_few_layers_are_told_apart_too():
+    x = _rows(300, 5)
+    y = _steps(x)
+    for layer in (np.zeros(300, int), 3 * np.arange(300) % 9, 7 + 3 * (np.arange(300) % 2)):
+        assert boosted(x, y, layer)["values"]
+
+
 def test_what_never_varies_has_an_offset_and_no_trees():
     found = boosted(np.ones((40, 2)), np.full(40, 0.25), np.arange(40))
     assert found == {"offset": 0.25, "features": [], "cuts": [], "values": []}

@@ -93,6 +93,8 @@ def test_strides_and_narrow_coefficients():
     check(torch.ones(()).expand(x.shape), x[:1].expand(x.shape), a, b)
     column = torch.randn(1, 40).t()  # contiguous to torch, its last stride 40
     check(column, column, a[:1], b[:1])
+    one = torch.ones(()).expand(1, 1)
+    check(one, torch.randn(1, 40)[:, :1].t(), a[:1], b[:1])
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e6])

@@ -47,8 +47,9 @@ def test_gated_other_strides_and_nothing():
     close(got, gated_law(gate.double(), up.double(), activation="silu"))
     assert gated.gated_activation(gate[:0], up[:0], activation="silu").shape == (0, 6, 9)
     column = torch.randn(1, 4, 5).permute(1, 2, 0)  # contiguous to torch, its last stride 20
-    got = gated.gated_activation(column, column, activation="silu")
-    close(got, gated_law(column.double(), column.double(), activation="silu"))
+    for given in (column, torch.ones(()).expand(1, 1), torch.randn(5)[::5]):
+        got = gated.gated_activation(given, given, activation="silu")
+        close(got, gated_law(given.double(), given.double(), activation="silu"))
     with pytest.raises(UnsupportedProblem, match="one shape"):
         gated.gated_activation(gate, up[:, :3], activation="silu")
     with pytest.raises(UnsupportedProblem, match="activation"):
