@@ -196,14 +196,14 @@ def test_four_bits_win_at_one_row_and_lose_at_many():
     _on_the_q4_1_grid(layer)
     layer.bfloat16()
     decisions = {}
-    for rows in (1, 8192):
+    for rows in (1, 256):  # above where it flips, and no more: bf16 products may be slow here
         with torch.no_grad():
             captured = capture(layer, (torch.randn(rows, 2048).bfloat16(),))
             compiler = Compiler("a100", tolerance=0.2, passes=(QUANTIZED,))
             graph = compiler.rewrite(captured.program).graph
         count = len(graph.find_nodes(op="call_function", target=QUANTIZED_LINEAR.overload))
         decisions[rows] = (count, [d.refused_by for d in compiler.plan.refused])
-    assert decisions == {1: (1, []), 8192: (0, ["cost"])}
+    assert decisions == {1: (1, []), 256: (0, ["cost"])}
 
 
 def test_a_single_vector_is_left_alone():
