@@ -59,7 +59,7 @@ def sharp(a: Numbers, b: Numbers) -> Numbers:
     """(a⁸ + b⁸)^⅛: the larger of the two but for a narrow passage, as where a board's clock sinks
     once its power is reached."""
     a, b = (a * a) ** 2, (b * b) ** 2
-    eighth = a * a + b * b
-    if isinstance(eighth, _NUMBER):
-        return eighth**0.125
-    return np.sqrt(np.sqrt(np.sqrt(eighth)))  # numpy's powers take five times as long
+    if isinstance(a, _NUMBER) and isinstance(b, _NUMBER):
+        return (a * a + b * b) ** 0.125
+    # numpy's powers take five times as long, and a Python number is converted in each operation.
+    return np.sqrt(np.sqrt(np.hypot(a, np.asarray(b))))

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ridgeline.cost_model.elementwise import Numbers, log2
+from ridgeline.cost_model.elementwise import Numbers, log2, sharp
 
 _LARGE = ((256, 128), (128, 256), (128, 128))
 _SMALL = (
@@ -119,10 +119,7 @@ def gemm(
     unfilled = np.asarray(streamed * g) / share
     memory = np.maximum(np.asarray(streamed), unfilled) + np.asarray(filled)
     power = 2.0 * b * m * n * k / (machine["peak"] * e_p)
-    fourth = clocked * clocked
-    fourth = fourth * fourth
-    either = np.sqrt(np.sqrt(np.hypot(fourth, np.asarray(power * power * power * power))))
-    compute = either + np.asarray(stored * s["written"] * of_others)
+    compute = sharp(clocked, power) + np.asarray(stored * s["written"] * of_others)
     # Libraries have kernels of vectors for one row, where weights are unpacked for four, which add
     # up within a block.
     many = (m > 1 + 3 * serial) * 1.0

@@ -84,7 +84,7 @@ def read(folder: Path) -> dict[str, Times]:
             if missing := _COLUMNS - set(reader.fieldnames or ()):
                 raise KernelTimesError(f"{path}: expected a column {sorted(missing)[0]!r}")
             for row in reader:
-                _check_time(row["median_us"], f"{path}:{reader.line_num}")
+                _check_time(row["median_us"], f"{path}:{reader.line_num}: median_us")
                 if (
                     {row["source"], row["variant"]} & HOST_BOUND
                     or _slow_fp8(row)
@@ -103,7 +103,7 @@ def _check_time(written: str | None, where: str) -> None:
     except ValueError:
         known = False
     if not known:
-        raise KernelTimesError(f"{where}: median_us: expected microseconds, found {written!r}")
+        raise KernelTimesError(f"{where}: expected microseconds, found {written!r}")
 
 
 def _add_choices(rows: dict[shapes.Group, list[dict[str, str]]], path: Path) -> None:
@@ -113,9 +113,10 @@ def _add_choices(rows: dict[shapes.Group, list[dict[str, str]]], path: Path) -> 
     for dtype in CHOICE_DTYPES:
         known = rows.get(shapes.group_of("gemm", dtype), [])
         seen = {tuple(row[key] for key in _PRODUCT) for row in known}
-        for choice in choices:
+        for line, choice in enumerate(choices, start=2):
             measured = choice.get(dtype)
             if known and measured and tuple(choice[key] for key in _PRODUCT) not in seen:
+                _check_time(measured, f"{path}:{line}: {dtype}")
                 row = {**choice, "variant": CHOICE, "op": "gemm", "dtype": dtype, "batch": "1"}
                 known.append({**row, "median_us": measured})
 

@@ -24,7 +24,12 @@ from ridgeline.codegen.tvm.attention import (
     expanded,
 )
 from ridgeline.codegen.tvm.isa import quick_bf16
-from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
+from ridgeline.codegen.tvm.runtime import (
+    compile_kernel,
+    host_isa,
+    import_tvm,
+    last_contiguous,
+)
 
 LANES, KEYS = 16, 64
 """Lanes of a vector and keys of a tile, as the kernel has them."""
@@ -162,7 +167,7 @@ def _operand(x: Tensor, width: int) -> Tensor:
     """x as the kernel reads it, of that width, last dimension contiguous."""
     x = x.to(read_as(x.dtype))
     x = F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
-    return x if x.stride(3) == 1 else x.contiguous()
+    return last_contiguous(x)
 
 
 def _chunks(items: int, tiles: int, threads: int) -> int:

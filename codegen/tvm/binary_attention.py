@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
+from ridgeline.codegen.tvm.runtime import (
+    compile_kernel,
+    host_isa,
+    import_tvm,
+    last_contiguous,
+)
 from ridgeline.ir.binary_attention import check
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.op import LIBRARY
@@ -100,7 +105,7 @@ def binary_attention_out(
     if key.dtype != query.dtype:
         wide = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(wide), key.to(wide)
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(last_contiguous, (query, key, value))
     limits = (t.float().contiguous() for t in (query_threshold, key_threshold))
     depth, width = query.shape[3], value.shape[3]
     work = query.shape[0] * query.shape[1] * (query.shape[2] + key.shape[2]) * depth * width

@@ -158,7 +158,7 @@ def build_backward(spec: Spec) -> Any:
     @T.inline
     def derive(dy, x, dx, a, c, kept, at, unit, row, column, count):
         """Stores dx of a vector and keeps (x, u, w, v) of it in place `at`."""
-        x_ = registers((LANES,))
+        value = registers((LANES,))
         z = registers((LANES,))
         p = registers((LANES,))
         dp = registers((LANES,))
@@ -170,18 +170,18 @@ def build_backward(spec: Spec) -> Any:
         v = registers((LANES,))
         T.evaluate(fetch(spec, x, row, column))
         T.evaluate(fetch(spec, dy, row, column))
-        x_[lanes(0)] = load(x, row, column, count)
-        z[lanes(0)] = x_[lanes(0)]
+        value[lanes(0)] = load(x, row, column, count)
+        z[lanes(0)] = value[lanes(0)]
         if form == "abs_terms":
-            z[lanes(0)] = vector("rl_abs", x_[lanes(0)])
+            z[lanes(0)] = vector("rl_abs", value[lanes(0)])
         p[lanes(0)] = coefficient(a, unit, m)
         dp[lanes(0)] = splat(T.float32(0))
         for i in T.unroll(m):
             if i == 0:
                 dp[lanes(0)] = p[lanes(0)]
             else:
-                dp[lanes(0)] = fma(dp[lanes(0)], x_[lanes(0)], p[lanes(0)])
-            p[lanes(0)] = fma(p[lanes(0)], x_[lanes(0)], coefficient(a, unit, m - 1 - i))
+                dp[lanes(0)] = fma(dp[lanes(0)], value[lanes(0)], p[lanes(0)])
+            p[lanes(0)] = fma(p[lanes(0)], value[lanes(0)], coefficient(a, unit, m - 1 - i))
         t[lanes(0)] = coefficient(c, unit, n - 1)
         dt[lanes(0)] = t[lanes(0)]
         for i in T.unroll(n - 1):
@@ -196,13 +196,13 @@ def build_backward(spec: Spec) -> Any:
         u[lanes(0)] = load(dy, row, column, count) * q[lanes(0)]
         w[lanes(0)] = (splat(T.float32(0)) - p[lanes(0)] * q[lanes(0)]) * u[lanes(0)]
         if form == "abs_terms":
-            signed(v, w, x_)
+            signed(v, w, value)
         elif form == "abs_sum":
             signed(w, w, t)
             v[lanes(0)] = w[lanes(0)]
         else:
             v[lanes(0)] = w[lanes(0)]
-        kept[at, 0, lanes(0)] = x_[lanes(0)]
+        kept[at, 0, lanes(0)] = value[lanes(0)]
         kept[at, 1, lanes(0)] = u[lanes(0)]
         kept[at, 2, lanes(0)] = w[lanes(0)]
         kept[at, 3, lanes(0)] = v[lanes(0)]

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm
+from ridgeline.codegen.tvm.runtime import (
+    compile_kernel,
+    host_isa,
+    import_tvm,
+    last_contiguous,
+)
 from ridgeline.ir.op import LIBRARY
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -121,10 +126,7 @@ def _regular(
         return None
     if cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
-    q, k, cos, sin = (
-        x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-        for x in (q, k, cos, sin)
-    )
+    q, k, cos, sin = map(last_contiguous, (q, k, cos, sin))
     return q, k, cos, sin
 
 
