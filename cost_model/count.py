@@ -8,6 +8,7 @@ Symbolic sizes count as `ridgeline.ir.sizes` has them; no guard is added.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
@@ -29,26 +30,11 @@ _FLOPS_PER_ELEMENT = {
     "rms_norm": 5, "batch_norm": 4, "softmax": 5, "_softmax": 5, "log_softmax": 5,
     "_log_softmax": 5, "gelu": 8, "silu": 4, "sigmoid": 3, "tanh": 5, "mish": 6,
 }  # fmt: skip
-_REDUCTIONS = frozenset(
-    (
-        "layer_norm",
-        "native_layer_norm",
-        "group_norm",
-        "native_group_norm",
-        "rms_norm",
-        "batch_norm",
-        "softmax",
-        "_softmax",
-        "log_softmax",
-        "_log_softmax",
-        "cumsum",
-        "cumprod",
-        "topk",
-        "sort",
-        "argmax",
-        "argmin",
-    )
-)
+_REDUCTIONS = frozenset((
+    "layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm", "batch_norm",
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "topk", "sort",
+    "argmax", "argmin",
+))  # fmt: skip
 _CHAINS = {"gated_activation": "gate", "rotary": "rotary"}
 _GATHERS = frozenset(("embedding", "index", "index_select", "gather", "take", "take_along_dim"))
 _COPY_UNLESS_SAME = frozenset(
@@ -221,12 +207,26 @@ def _matmul(node: fx.Node, left: int = 0, bias: bool = False) -> Kernel:
     x, w = _shape(a), _shape(b)
     m = x[-2] if len(x) > 1 else 1
     n = w[-1] if len(w) > 1 else 1
+    formed = _is_formed(node.args[left + 1])
     if len(w) <= 2:  # one right operand: the batch folds into the rows
-        return Gemm(prod(x[:-1]), n, x[-1], dtype=a.dtype, bias=bias)
+        return Gemm(prod(x[:-1]), n, x[-1], dtype=a.dtype, bias=bias, formed=formed)
     batch = prod(torch.broadcast_shapes(x[:-2], w[:-2]))
     expanded = b.stride()[:-2]
     shared = all(s == 1 or step == 0 for s, step in zip(w[:-2], expanded, strict=True))
-    return Gemm(m, n, x[-1], batch, a.dtype, shared_weight=shared, bias=bias)
+    return Gemm(m, n, x[-1], batch, a.dtype, shared_weight=shared, bias=bias, formed=formed)
+
+
+def _is_formed(node: fx.Node) -> bool:
+    """Does the program form it? It does not form its weights and inputs, nor views of these."""
+    while node.op == "call_function":
+        if isinstance(node.target, OpOverload):
+            view = is_free(node, node.target._opname, tensors_of([node]))
+        else:
+            view = node.target is operator.getitem
+        if not view:
+            return True
+        node = node.all_input_nodes[0]
+    return False
 
 
 def _addmm(node: fx.Node) -> Kernel:

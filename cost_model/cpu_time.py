@@ -60,7 +60,8 @@ BF16_BATCH_CALL_S = 12e-6
 SOFTMAX_FLOPS, SOFTMAX_16_BIT_FLOPS, SOFTMAX_ROW_FLOPS = 150, 55, 2900
 GRAIN_BYTES = 32768 * 4  # at::parallel_for runs smaller elementwise work on one thread
 
-Parts = tuple[float, float, float]
+Parts = tuple[float, float, float, float]
+"""Seconds of (compute, memory, dispatch, fork)."""
 
 
 def bandwidth(working_set: float, target: Target) -> float:
@@ -72,9 +73,9 @@ def bandwidth(working_set: float, target: Target) -> float:
 
 
 def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts:
-    """(compute, memory, fixed) seconds of one kernel; its time is smoothmax of two plus fixed."""
+    """Of one kernel; its time is smoothmax of the first two plus the others."""
     moved = sum(kernel.bytes.values())
-    fixed = target.launch_s + (target.fork_s if moved > GRAIN_BYTES else 0.0)
+    dispatch, fork = target.launch_s, target.fork_s if moved > GRAIN_BYTES else 0.0
     weights = kernel.bytes.get("weight", 0.0)
     memory = (
         weights / bandwidth(max(moved, resident_bytes), target)
@@ -82,17 +83,18 @@ def kernel_parts(kernel: Kernel, target: Target, resident_bytes: float) -> Parts
     ) / target.bandwidth_efficiency
     if isinstance(kernel, Gemm):
         slow_call = _batched(kernel) and kernel.dtype == torch.bfloat16
-        return _gemm_compute(kernel, target), memory, fixed + BF16_BATCH_CALL_S * slow_call
+        return _gemm_compute(kernel, target), memory, dispatch + BF16_BATCH_CALL_S * slow_call, fork
     if isinstance(kernel, Attention):
-        return _attention_compute(kernel, target), memory, fixed
+        return _attention_compute(kernel, target), memory, dispatch, fork
     if isinstance(kernel, BinaryAttention):
         busy = _parallel(kernel.batch * kernel.heads, target)
-        return 2 * kernel.flops / (target.peak(torch.float32) * busy), memory, fixed
+        return 2 * kernel.flops / (target.peak(torch.float32) * busy), memory, dispatch, fork
     if isinstance(kernel, Norm):
         plain, second = NORM_CALL_S[kernel.library]
-        return _norm_compute(kernel, target), memory, fixed + plain + second * kernel.residual
+        call = dispatch + plain + second * kernel.residual
+        return _norm_compute(kernel, target), memory, call, fork
     if isinstance(kernel, Stream):
-        return _stream_compute(kernel, target), memory, fixed
+        return _stream_compute(kernel, target), memory, dispatch, fork
     raise TypeError(f"expected a kernel of ridgeline.cost_model.work, found {kernel!r}")
 
 

@@ -112,14 +112,14 @@ def kernel_seconds(
         p = _price(kernel, target)
         return root4(p.compute, p.memory) + p.fixed, 0.0, "communication"
     if target.kind == "cpu":
-        compute, memory, fixed = cpu_time.kernel_parts(kernel, target, resident_bytes)
+        compute, memory, fixed, fork = cpu_time.kernel_parts(kernel, target, resident_bytes)
     else:
         p = _price(kernel, target, resident_bytes)
-        compute, memory, fixed = p.compute, p.memory, p.fixed
+        compute, memory, fixed, fork = p.compute, p.memory, p.fixed, 0.0
     if refined := _refined(kernel, target):
         compute, memory = compute * refined.compute, memory * refined.memory
-        fixed *= refined.fixed
-    return root4(compute, memory), fixed, "compute" if compute > memory else "memory"
+        fixed *= refined.dispatch
+    return root4(compute, memory), fixed + fork, "compute" if compute > memory else "memory"
 
 
 def _price(kernel: Kernel, target: Target, resident_bytes: float = 0.0) -> gpu_time.Price:

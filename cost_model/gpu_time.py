@@ -207,7 +207,7 @@ def _product(
     shape = {"batch": g.batch, "m": g.m, "n": g.n, "k": g.k}
     # x comes in the dtype of the products
     moved = g.bytes
-    if resident_bytes:
+    if resident_bytes and moved["weight"]:
         changed["copies"] = max(resident_bytes / moved["weight"], 1.0)
     counted = {"bytes": sum(moved.values()), "quantized": 0.0}
     counted |= {"weights": moved["weight"], "written": moved["output"]}

@@ -66,7 +66,7 @@ class Refinement:
 
     compute: float = 1.0
     memory: float = 1.0
-    fixed: float = 1.0
+    dispatch: float = 1.0
     error: float = 0.0
 
 

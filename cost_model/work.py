@@ -36,6 +36,7 @@ class Gemm:
         `ridgeline.ir.quantized_linear`.
     stored: dtype of activations in memory, where it isn't `dtype`.
     shared_weight: one right operand for the whole batch (a broadcast matmul).
+    formed: the program forms the right operand, as attention its keys: it is no weight.
     left_elements: elements of the left operand really in memory, where fewer than b m k (the
         implicit GEMM of a convolution reads its image once).
     bias: the epilogue adds n elements.
@@ -53,6 +54,7 @@ class Gemm:
     group_size: int | None = None
     scheme: str = "symmetric"
     shared_weight: bool = False
+    formed: bool = False
     left_elements: int | None = None
     bias: bool = False
     stored: torch.dtype | None = None
@@ -90,10 +92,13 @@ class Gemm:
             if self.group_size:
                 groups = ceil(self.n / self.group_rows) * ceil(self.k / self.group_size)
                 held += self.copies * groups * self._group_bytes
-        if self.bias:
-            held += self.n * size
         output = self.batch * self.m * self.n * size
-        return {"input": float(left * size), "weight": float(held), "output": float(output)}
+        read, weight = left * size, self.n * size * self.bias
+        if self.formed:
+            read += held
+        else:
+            weight += held
+        return {"input": float(read), "weight": float(weight), "output": float(output)}
 
     @property
     def _group_bytes(self) -> int:

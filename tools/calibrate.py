@@ -125,12 +125,9 @@ def _measurement(case: Built, samples: Samples, host: Target, idle: float) -> re
     name, _, work = case
     parts = [cpu_time.kernel_parts(k, host, 0.0) for k in work.kernels]
     longest = max(range(len(parts)), key=lambda i: sum(parts[i]))  # the others are calls
-    compute, memory, _ = parts[longest]
-    fixed = sum(part[2] for part in parts)
-    least = samples.least
-    return refine.Measurement(
-        kind_of(work.kernels[longest]), name, compute, memory, fixed, max(least - idle, 0.1 * least)
-    )
+    dispatch, fork = (sum(part[i] for part in parts) for i in (2, 3))
+    kind, taken = kind_of(work.kernels[longest]), max(samples.least - idle, 0.1 * samples.least)
+    return refine.Measurement(kind, name, *parts[longest][:2], dispatch, fork, taken)
 
 
 def table(found: Measured, refined: dict[str, refine.Refinement]) -> Table:
@@ -140,7 +137,7 @@ def table(found: Measured, refined: dict[str, refine.Refinement]) -> Table:
         title=Text(f"predicted against measured, {len(found.measurements)} cases"),
         box=box.SIMPLE_HEAD,
     )
-    columns = "kind", "cases", "before", "after", "held out", "compute", "memory", "fixed"
+    columns = "kind", "cases", "before", "after", "held out", "compute", "memory", "call"
     for column in columns:
         shown.add_column(column, justify="left" if column == "kind" else "right")
     errors: list[tuple[refine.Measurement, tuple[float, float, float]]] = []
@@ -153,7 +150,7 @@ def table(found: Measured, refined: dict[str, refine.Refinement]) -> Table:
             for m, seconds in zip(of, held_out, strict=True)
         ]
         errors += zip(of, each, strict=True)  # pyright: ignore[reportArgumentType]
-        factors = ("", "", "") if own is None else (own.compute, own.memory, own.fixed)
+        factors = ("", "", "") if own is None else (own.compute, own.memory, own.dispatch)
         shown.add_row(
             kind,
             *_medians(each),

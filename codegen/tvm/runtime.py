@@ -20,6 +20,9 @@ __all__ = ["compile_kernel", "host_isa", "import_tvm", "last_contiguous"]
 
 _LOCK = threading.Lock()
 """The launch pointer is process-wide while a module is loaded."""
+_SKIPPED_PASSES = ["s_tir.CompactBufferAllocation"]
+"""It shrinks buffers to what is used of them: kernels declare what they use, and to find that out
+again takes it up to four fifths of the time that a kernel takes to build."""
 
 
 class TvmMissingError(RidgelineError):
@@ -98,7 +101,8 @@ def compile_kernel(prim_func: Any, isa: str | None = None) -> Callable[..., None
         raise RidgelineError(f"this kernel needs {isa!r}; this CPU has {best_isa()!r}")
     from ridgeline.codegen.tvm.openmp import torch_threads
 
-    with _LOCK, torch_threads(host_target()):
+    quick = tvm.transform.PassContext(opt_level=2, disabled_pass=_SKIPPED_PASSES)
+    with _LOCK, torch_threads(host_target()), quick:
         return tvm.compile(prim_func, target=host_target())[prim_func.attrs["global_symbol"]]
 
 

@@ -31,7 +31,7 @@ def host(monkeypatch, tmp_path):
 def _measured(left_out=0):
     kinds = "norm", "elementwise"
     times = [
-        Measurement(kind, f"{kind} {i}", 1e-6 * 2**i, 1e-7, 1e-6, 3e-6 * 2**i)
+        Measurement(kind, f"{kind} {i}", 1e-6 * 2**i, 1e-7, 1e-6, 0.0, 3e-6 * 2**i)
         for kind in kinds
         for i in range(FEWEST)
     ]
@@ -108,8 +108,8 @@ def test_cases_in_doubt_are_left_out_and_calling_is_subtracted(monkeypatch, host
 
 
 def test_the_held_out_error_is_of_fits_without_the_case(host):
-    kept = [Measurement("norm", f"norm {i}", 1e-6 * 2**i, 0.0, 0.0, 2e-6 * 2**i) for i in range(6)]
-    out = Measurement("norm", "an odd one", 1e-6, 0.0, 0.0, 20e-6)
+    kept = [Measurement("norm", f"norm {i}", 1e-6 * 2**i, 0.0, 0.0, 0.0, 2e-6 * 2**i) for i in range(6)]
+    out = Measurement("norm", "an odd one", 1e-6, 0.0, 0.0, 0.0, 20e-6)
     alone = left_out([*kept, out])[-1]
     assert alone == pytest.approx(2e-6, rel=0.2)
     others = [dataclasses.replace(out, name=f"odd {i}") for i in range(6)]
