@@ -4,9 +4,9 @@
 
 minimises sum of huber(ln(measured / t)) + PRIOR (α² + β² + γ²) / 2: few measurements leave the law
 as it stands, many correct it. Each kind is refined as a whole, whoever's kernel it is, so that what
-is known of two kernels' ratio stays known. What a call takes differs between kinds, waking the threads does
-not. error: median |ln(measured / t)| with the measurement
-at hand left out of the fit, at least ERROR_FLOOR.
+is known of two kernels' ratio stays known. What a call takes differs between kinds, waking the
+threads does not. error: median |ln(measured / t)| with the measurement at hand left out of the fit,
+at least ERROR_FLOOR.
 """
 
 import functools

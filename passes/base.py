@@ -21,8 +21,9 @@ class Setting:
     """What a pass may look at besides the site.
 
     target: the machine; training: gradients must flow; tolerance: the user's error budget.
-    observed: node -> its value on the example inputs (read only by approximate passes), and
-        ``observed.values(node)``: what it ranges over; an `observe.Observation`.
+    observed: node -> its value on the example inputs (read only by approximate passes);
+        ``observed.finite(node)``: is all of it finite; ``observed.values(node)``: what it ranges
+        over; an `observe.Observation`.
     weights: the store of quantised weights, shared by all graphs of one `optimize`.
     proofs: what was found out about nodes of this graph, for the sites that ask again.
     """

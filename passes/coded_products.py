@@ -69,13 +69,13 @@ def accepts(site: Site, setting: Setting) -> Sequence[Candidate] | Reject:
             else ("approximate, and tolerance is 0", "pass tolerance > 0, such as tolerance=0.01")
         )
         return Reject(reason, out, way) if alone else []
-    rows = setting.observed(x)
-    if not torch.isfinite(rows).all():
+    if not setting.observed.finite(x):
         reason = f"{said(x)} is infinite or NaN on the example inputs"
         way = "capture with inputs on which the model is finite"
         return Reject(reason, x, way) if alone else []
     memory = copied_bytes(site)
     codes = [node.args[POSITIONS["packed"]] for node in site.outs]
+    rows = setting.observed(x)
     beside = "" if alone else f", {len(site.outs)} layers side by side"
     found = []
     for multiply in products:

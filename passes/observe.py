@@ -90,6 +90,10 @@ class Observation:
             self._rows = run.rows
         return self._rows[node]
 
+    def finite(self, node: fx.Node) -> bool:
+        """Are these rows without infinities and NaN?"""
+        return bool(torch.isfinite(self(node)).all())
+
     def values(self, node: fx.Node) -> Values:
         """What the value of `node`, any floating tensor, ranges over."""
         if self._values is None:

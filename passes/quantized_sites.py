@@ -79,7 +79,7 @@ def propose_forms(
         return []
     x = site.outs[0].args[0]
     assert isinstance(x, fx.Node)
-    if not torch.isfinite(setting.observed(x)).all():
+    if not setting.observed.finite(x):
         return Reject(
             f"{said(x)} is infinite or NaN on the example inputs",
             x,

@@ -34,6 +34,10 @@ class Unobserved:
         value = node.meta["val"]
         return _drawn(value.shape[-1], 1.0, value.dtype)
 
+    def finite(self, node: fx.Node) -> bool:
+        """What is drawn is finite."""
+        return True
+
     def values(self, node: fx.Node) -> Values:
         """Its range, likewise."""
         return Values(REACH, _drawn(256, 1.0, node.meta["val"].dtype).flatten())

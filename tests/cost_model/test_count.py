@@ -94,6 +94,24 @@ def test_expanded_operand_is_read_once():
     assert work.bytes["input"] == (45 + 5) * 4
 
 
+@pytest.mark.parametrize(
+    ("right", "formed"),
+    [
+        (lambda w: w.transpose(1, 2), False),
+        (lambda w: w.chunk(2)[1].transpose(-1, -2).expand(2, 7, 7), False),
+        (lambda w: (w + 1).transpose(1, 2), True),
+        (lambda w: w.exp().chunk(2)[1].expand(2, 7, 7), True),
+        (lambda w: w.half().float().transpose(1, 2), True),
+    ],
+)
+def test_what_a_program_forms_is_no_weight(right, formed):
+    graph = captured(lambda x, w: torch.bmm(x, right(w)), r(2, 5, 7), r(2, 7, 7))
+    (product,) = (k for k in work_of_graph(graph).kernels if isinstance(k, Gemm))
+    held = product.bytes["input"] - 2 * 5 * 7 * 4
+    assert (product.formed, held > 0, product.bytes["weight"] == 0) == (formed,) * 3
+    assert held + product.bytes["weight"] in (49 * 4, 2 * 49 * 4)
+
+
 def test_symbolic_sizes_count_with_their_hints():
     dynamic = ({0: torch.export.Dim("rows", min=2)}, None)
     graph = captured(F.linear, r(6, 7), r(11, 7), dynamic_shapes=(dynamic,))

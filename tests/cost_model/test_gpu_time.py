@@ -179,6 +179,16 @@ def test_a_weight_is_in_the_cache_only_if_the_others_leave_it_there():
     assert seconds(large, "l40s", resident_bytes=4e7) < seconds(large, "l40s") / 2
 
 
+def test_a_right_operand_that_was_just_formed_is_found_in_the_cache():
+    """Attention's keys, whatever weights the program has besides."""
+    keys = Gemm(16, 1024, 64, batch=32, dtype=BF16, formed=True)
+    weights = dataclasses.replace(keys, formed=False)
+    assert seconds(keys, "h100", resident_bytes=1e10) == seconds(keys, "h100")
+    assert seconds(keys, "h100", resident_bytes=1e10) < 0.9 * seconds(
+        weights, "h100", resident_bytes=1e10
+    )
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["t4", "v100", "a100"])
 def test_coded_weights_take_no_step_that_plain_ones_do_not(name, bits):

@@ -108,7 +108,9 @@ def test_cases_in_doubt_are_left_out_and_calling_is_subtracted(monkeypatch, host
 
 
 def test_the_held_out_error_is_of_fits_without_the_case(host):
-    kept = [Measurement("norm", f"norm {i}", 1e-6 * 2**i, 0.0, 0.0, 0.0, 2e-6 * 2**i) for i in range(6)]
+    kept = [
+        Measurement("norm", f"norm {i}", 1e-6 * 2**i, 0.0, 0.0, 0.0, 2e-6 * 2**i) for i in range(6)
+    ]
     out = Measurement("norm", "an odd one", 1e-6, 0.0, 0.0, 0.0, 20e-6)
     alone = left_out([*kept, out])[-1]
     assert alone == pytest.approx(2e-6, rel=0.2)
