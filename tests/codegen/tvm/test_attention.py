@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import re
 
 import pytest
 import torch
@@ -19,8 +20,16 @@ LOWEST = torch.finfo(torch.float32).min
 
 attention = torch.ops.ridgeline.tvm_attention
 
+FP32, BF16 = torch.float32, torch.bfloat16
+ON_EVERY_ISA = pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [(i, d) for i in HOST_ISAS for d in (FP32, BF16) if (i, d) != ("avx512_bf16", FP32)],
+    indirect=["isa"],
+)
+"""fp32 kernels of avx512_bf16 are those of avx512, as a test shows."""
 
-@pytest.fixture(params=HOST_ISAS)
+
+@pytest.fixture
 def isa(request, monkeypatch):
     monkeypatch.setenv("RIDGELINE_ISA", request.param)
     cpu.host_kernel.cache_clear()
@@ -50,7 +59,7 @@ def check(q, k, v, mask=None, sinks=None, *, exact=torch.float64, scale=0.25, **
     return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@ON_EVERY_ISA
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_kernels_follow_the_law(isa, dtype, group):
     for queries, keys in [(1, 1), (1, 700), (2, 65), (5, 17), (64, 64), (77, 130), (200, 257)]:
@@ -59,7 +68,7 @@ def test_kernels_follow_the_law(isa, dtype, group):
             check(q, k, v, diagonal=diagonal)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@ON_EVERY_ISA
 def test_short_lengths(isa, dtype):
     for length in (1, 2, 7, 15, 16, 17, 31, 33, 63):
         q, k, v = operands(2, 4, 1, length, length, 24, dtype=dtype)
@@ -117,6 +126,7 @@ def test_masks_broadcast(queries, shape):
     check(*(x.bfloat16() for x in (q, k, v)), noise.bfloat16())
 
 
+@pytest.mark.parametrize("isa", [i for i in HOST_ISAS if i != "avx512_bf16"], indirect=True)
 def test_masks_on_every_isa(isa):
     for queries in (3, 70):
         q, k, v = operands(1, 2, 1, queries, 150)
@@ -125,7 +135,7 @@ def test_masks_on_every_isa(isa):
         check(q, k, v, noise)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@ON_EVERY_ISA
 def test_sinks_take_their_share(isa, dtype):
     sinks = torch.tensor([0.5, -3.0, 40.0, -torch.inf, torch.finfo(dtype).min, 2.0])
     for queries, keys in [(1, 1), (1, 700), (5, 17), (77, 130)]:
@@ -139,7 +149,7 @@ def test_sinks_take_their_share(isa, dtype):
         check(q, k, v, noise > 0.5, sinks, diagonal=keys - queries)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@ON_EVERY_ISA
 def test_scores_are_capped(isa, dtype):
     for queries, keys in [(1, 1), (1, 700), (5, 17), (77, 130)]:
         q, k, v = operands(2, 4, 2, queries, keys, dtype=dtype)
@@ -298,6 +308,7 @@ def test_problems_are_named():
             attention(*wrong, scale=1.0)
 
 
+@pytest.mark.parametrize("isa", HOST_ISAS, indirect=True)
 @pytest.mark.parametrize("role", ["tiled", "decode", "saved"])
 def test_source_is_the_kernel(isa, role):
     text = cpu.source(64, dtype=torch.bfloat16, mask=torch.bool, role=role, isa=isa)
@@ -307,6 +318,14 @@ def test_source_is_the_kernel(isa, role):
     )
     with pytest.raises(UnsupportedProblem, match="multiples of 8"):
         cpu.source(12, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("role", ["decode", "tiled"])
+def test_fp32_kernels_have_no_use_for_bf16_instructions(role):
+    texts = (cpu.source(64, dtype=FP32, role=role, isa=isa) for isa in ("avx512", "avx512_bf16"))
+    one, other = (re.sub(r"\bv_\d+", "v", text) for text in texts)  # strides, in no fixed order
+    assert one == other
+    assert "rl_" in one
 
 
 def denormals_met(call) -> bool:
