@@ -13,6 +13,11 @@ from ridgeline.cost_model import probe, record
 from ridgeline.cost_model.host_times import ProbeSizes
 from ridgeline.cost_model.target import parse_target
 from ridgeline.ir.normalize import normalize
+from ridgeline.tools.allocator import keep_freed_memory
+
+
+def pytest_configure() -> None:
+    keep_freed_memory()  # faults of fresh pages would be a fifth of the suite's processor time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,7 +22,7 @@ from ridgeline.passes.base import Pass, Setting
 from ridgeline.passes.certify import relative_error
 from ridgeline.passes.propose import propose
 from ridgeline.passes.weights import WeightStore
-from ridgeline.tools.pages import keep_pages
+from ridgeline.tools.allocator import keep_freed_memory
 from ridgeline.tools.predicted import log_timings
 from ridgeline.tools.timing import TimingError, Timings, interleave
 
@@ -44,7 +44,7 @@ def compare(
         results would have to copy them into the layout of eager torch's. target: the CPU at hand.
     Raises TimingError where the pass does not fit, or where results differ by more than rounding.
     """
-    keep_pages()
+    keep_freed_memory()
     program = capture(model, inputs).program
     module = normalize(program.module)
     inductor = compile_graph(module, program.inputs, dynamic=False)

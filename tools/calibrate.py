@@ -24,8 +24,8 @@ from rich.text import Text
 from ridgeline.cost_model import Target, Work, cpu_time, probe, record, refine
 from ridgeline.cost_model.estimate import kind_of
 from ridgeline.ir.errors import RidgelineError
+from ridgeline.tools.allocator import keep_freed_memory
 from ridgeline.tools.calibrate_cases import TORCH, cases, nothing
-from ridgeline.tools.pages import keep_pages
 from ridgeline.tools.undisturbed import Samples, time_calls
 
 ROUNDS, SECONDS = 8, 0.002
@@ -57,7 +57,7 @@ def run(console: Console, status: Status, *, dry: bool = False, patience: float 
     patience: seconds to wait for an undisturbed probe, and again for undisturbed benchmarks.
     Raises NoisyMachine where they stay disturbed.
     """
-    keep_pages()
+    keep_freed_memory()
     with status("compiling ridgeline's kernels"), torch.inference_mode(False):
         built = [(case.name, *case.build(probe.unrefined_host())) for case in (*cases(), nothing())]
     with status("probing"):

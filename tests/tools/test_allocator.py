@@ -11,7 +11,7 @@ import ctypes, resource, sys
 from ridgeline.tools.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
-libc, size = ctypes.CDLL(None), 20 << 20
+libc, size = ctypes.CDLL(None), 40 << 20
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
