@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ridgeline.tools.allocator import keep_freed_memory
+
 TIMEOUT = 60.0
 """Seconds that a rank waits for another, where the test is not about that."""
 
@@ -74,6 +76,7 @@ def _rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
