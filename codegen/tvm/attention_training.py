@@ -24,12 +24,7 @@ from ridgeline.codegen.tvm.attention import (
     expanded,
 )
 from ridgeline.codegen.tvm.isa import quick_bf16
-from ridgeline.codegen.tvm.runtime import (
-    compile_kernel,
-    host_isa,
-    import_tvm,
-    last_contiguous,
-)
+from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm, last_contiguous
 
 LANES, KEYS = 16, 64
 """Lanes of a vector and keys of a tile, as the kernel has them."""

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.tvm.runtime import (
-    compile_kernel,
-    host_isa,
-    import_tvm,
-    last_contiguous,
-)
+from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm, last_contiguous
 from ridgeline.ir.binary_attention import check
 from ridgeline.ir.layout import heads_side_by_side
 from ridgeline.ir.op import LIBRARY

@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from ridgeline.codegen.errors import UnsupportedProblem
-from ridgeline.codegen.tvm.runtime import (
-    compile_kernel,
-    host_isa,
-    import_tvm,
-    last_contiguous,
-)
+from ridgeline.codegen.tvm.runtime import compile_kernel, host_isa, import_tvm, last_contiguous
 from ridgeline.ir.op import LIBRARY
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
