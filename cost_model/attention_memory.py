@@ -15,8 +15,9 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from ridgeline.cost_model.count import argument, tensors_of
+from ridgeline.cost_model.count import argument
 from ridgeline.cost_model.target import Target
+from ridgeline.cost_model.views import tensors_of
 from ridgeline.ir.sizes import numbers
 
 _NO_FLASH = ("sm_70", "sm_75")

@@ -8,8 +8,7 @@ Symbolic sizes count as `ridgeline.ir.sizes` has them; no guard is added.
 """
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from ridgeline.cost_model.views import COPY_UNLESS_SAME, is_free, origin_of, tensors_of
 from ridgeline.cost_model.work import Attention, BinaryAttention, Gemm, Kernel, Norm, Stream, Work
 from ridgeline.ir.errors import RidgelineError
 from ridgeline.ir.sizes import number, numbers
@@ -37,9 +37,6 @@ _REDUCTIONS = frozenset((
 ))  # fmt: skip
 _CHAINS = {"gated_activation": "gate", "rotary": "rotary"}
 _GATHERS = frozenset(("embedding", "index", "index_select", "gather", "take", "take_along_dim"))
-_COPY_UNLESS_SAME = frozenset(
-    ("to", "_to_copy", "contiguous", "reshape", "flatten", "type_as", "float", "half")
-)
 _IN_PLACE_WRITES = frozenset(
     ("index_put", "index_put_", "index_copy", "index_copy_", "scatter", "scatter_")
 )
@@ -75,8 +72,7 @@ def work_of(node: fx.Node) -> Work:
             )
         return _NOTHING
     name = node.target._opname
-    law = _LAWS.get(node.target.overloadpacket) if node.target.namespace != "ridgeline" else None
-    law = _RIDGELINE.get(name) if node.target.namespace == "ridgeline" else law
+    law = _LAWS.get(node.target.overloadpacket) or _NAMED.get(node.target._schema.name)
     if law is not None:
         return Work((law(node),))
     if is_free(node, name, results):
@@ -108,50 +104,11 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return numbers(tensor.shape)
 
 
-def tensors_of(values: Iterable[Any]) -> list[torch.Tensor]:
-    """Every tensor among values, those of nodes included."""
-    found = []
-    for value in values:
-        if isinstance(value, fx.Node):
-            value = value.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += tensors_of(value)
-    return found
-
-
 def _size_bytes(tensor: torch.Tensor) -> int:
     """Bytes really held: a dimension that is only expanded (stride 0) is read once."""
     strides = tensor.stride()
     held = (s for s, step in zip(_shape(tensor), strides, strict=True) if step != 0 or s == 0)
     return prod(held) * tensor.dtype.itemsize
-
-
-def _is_contiguous(tensor: torch.Tensor) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(_shape(tensor)), reversed(tensor.stride()), strict=True):
-        if size > 1:
-            if number(stride) != expected:
-                return False
-            expected *= size
-    return True
-
-
-def is_free(node: fx.Node, name: str, results: list[torch.Tensor]) -> bool:
-    """Is the result of an ATen call, `name`, a view: is nothing read or written?"""
-    if name in ("dropout", "feature_dropout", "alpha_dropout"):
-        return not node.args[2]
-    if name in ("lift_fresh_copy", "alias", "detach_", "_assert_tensor_metadata"):
-        return True
-    if name in _COPY_UNLESS_SAME:
-        source = tensors_of(node.args[:1])
-        if not source or source[0].dtype != results[0].dtype:
-            return False
-        # A view keeps the strides of a source with gaps; a copy closes them.
-        return _is_contiguous(source[0]) or not _is_contiguous(results[0])
-    schema = node.target._schema
-    return not schema.is_mutable and all(r.alias_info is not None for r in schema.returns)
 
 
 def _stream(node: fx.Node, name: str, results: list[torch.Tensor]) -> Stream:
@@ -171,7 +128,7 @@ def _stream(node: fx.Node, name: str, results: list[torch.Tensor]) -> Stream:
     elif name in _REDUCTIONS or torch.Tag.reduction in node.target.tags:
         access = "reduction"
     flops = elements * _FLOPS_PER_ELEMENT.get(name, 1)
-    if name in ("clone", "copy_", "cat", "stack", *_COPY_UNLESS_SAME) or not operands:
+    if name in ("clone", "copy_", "cat", "stack", *COPY_UNLESS_SAME) or not operands:
         flops = 0
     ours = node.target.namespace == "ridgeline"
     chain, rows = _CHAINS.get(name, "") if ours else "", 0
@@ -199,7 +156,7 @@ def _linear(node: fx.Node) -> Gemm:
     dtype = _val(node, 0).dtype
     n = weight[0] if len(weight) == 2 else 1
     biased = argument(node, "bias") is not None
-    return Gemm(prod(x[:-1]), n, x[-1], dtype=dtype, bias=biased)
+    return Gemm(prod(x[:-1]), n, x[-1], dtype=dtype, bias=biased, weight=_weight(node))
 
 
 def _matmul(node: fx.Node, left: int = 0, bias: bool = False) -> Kernel:
@@ -207,26 +164,33 @@ def _matmul(node: fx.Node, left: int = 0, bias: bool = False) -> Kernel:
     x, w = _shape(a), _shape(b)
     m = x[-2] if len(x) > 1 else 1
     n = w[-1] if len(w) > 1 else 1
-    formed = _is_formed(node.args[left + 1])
+    weight = _weight(node, left)
     if len(w) <= 2:  # one right operand: the batch folds into the rows
-        return Gemm(prod(x[:-1]), n, x[-1], dtype=a.dtype, bias=bias, formed=formed)
+        return Gemm(prod(x[:-1]), n, x[-1], dtype=a.dtype, bias=bias, weight=weight)
     batch = prod(torch.broadcast_shapes(x[:-2], w[:-2]))
     expanded = b.stride()[:-2]
     shared = all(s == 1 or step == 0 for s, step in zip(w[:-2], expanded, strict=True))
-    return Gemm(m, n, x[-1], batch, a.dtype, shared_weight=shared, bias=bias, formed=formed)
+    return Gemm(m, n, x[-1], batch, a.dtype, shared_weight=shared, bias=bias, weight=weight)
 
 
-def _is_formed(node: fx.Node) -> bool:
-    """Does the program form it? It does not form its weights and inputs, nor views of these."""
-    while node.op == "call_function":
-        if isinstance(node.target, OpOverload):
-            view = is_free(node, node.target._opname, tensors_of([node]))
-        else:
-            view = node.target is operator.getitem
-        if not view:
-            return True
-        node = node.all_input_nodes[0]
-    return False
+def _weight(node: fx.Node, left: int = 0) -> str:
+    """The operand of a product that is a weight (`Gemm.weight`), be it through views and casts; of
+    an input of the graph, which may be one, the right."""
+    sources = [origin_of(node.args[i]) for i in (left, left + 1)]
+    if sources[1].op == "call_function":
+        return "left" if sources[0].op == "get_attr" else "none"
+    return "left" if [x.op for x in sources] == ["get_attr", "placeholder"] else "right"
+
+
+def _grouped(node: fx.Node) -> Kernel:
+    """Rows [M, K] that are sorted by expert, times weights [E, K, N]: an expert that gets no row is
+    not read, and rows are taken to be spread over all. A weight's gradient: one product."""
+    x, w = _shape(_val(node, 0)), _shape(_val(node, 1))
+    experts = min(w[0], prod(x[:-1])) if len(w) > 2 else 1
+    weight = _weight(node)
+    return Gemm(
+        prod(x[:-1]), w[-1], x[-1], dtype=_val(node, 0).dtype, experts=experts, weight=weight
+    )
 
 
 def _addmm(node: fx.Node) -> Kernel:
@@ -383,7 +347,7 @@ _LAWS: dict[Any, Callable[[fx.Node], Kernel]] = {
     aten.conv_transpose2d: _convolution,
     aten.conv_transpose3d: _convolution,
 }
-_RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
+_OWN: dict[str, Callable[[fx.Node], Kernel]] = {
     "attention": _ridgeline_attention,
     "quantized_linear": _quantized_linear,
     "binary_attention": _binary_attention,
@@ -392,4 +356,8 @@ _RIDGELINE: dict[str, Callable[[fx.Node], Kernel]] = {
     "layer_norm_rational": _norm_rational,
     "linear_rational": _linear_rational,
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), _norm),
+}
+_NAMED = {
+    **{f"ridgeline::{name}": law for name, law in _OWN.items()},
+    **dict.fromkeys(("aten::_grouped_mm", "transformers::grouped_mm_fallback"), _grouped),
 }

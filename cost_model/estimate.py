@@ -118,7 +118,7 @@ def kernel_seconds(
         compute, memory, fixed, fork = p.compute, p.memory, p.fixed, 0.0
     if refined := _refined(kernel, target):
         compute, memory = compute * refined.compute, memory * refined.memory
-        fixed *= refined.dispatch
+        fixed, fork = fixed * refined.dispatch, fork * refined.fork
     return root4(compute, memory), fixed + fork, "compute" if compute > memory else "memory"
 
 

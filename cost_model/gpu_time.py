@@ -25,8 +25,9 @@ size, and would weigh in what is chosen between libraries.
 A program's weights are read in turns, each once a step, so that one is found in L2 only if all of
 them are: in place of a harness's copies of one weight stand the program's others. A weight of a
 model that is larger than L2 comes from DRAM at every step, of one that fits from L2, however small
-its layers are. Decoded keys have what the weights leave of L2. What a product reads beside its
-weights was made by the kernel before it, as in a harness.
+its layers are. Decoded keys have what the weights leave of L2, whether one kernel reads them or a
+product of few rows. What else a product reads beside its weights was made by the kernel before it,
+as in a harness.
 """
 
 import dataclasses
@@ -209,6 +210,8 @@ def _product(
     moved = g.bytes
     if resident_bytes and moved["weight"]:
         changed["copies"] = max(resident_bytes / moved["weight"], 1.0)
+    if g.weight == "none" and g.m <= DECODE_ROWS:  # read as attention's decode reads its keys
+        machine = {**machine, "l2": max(machine["l2"] - resident_bytes, 1.0)}
     counted = {"bytes": sum(moved.values()), "quantized": 0.0}
     counted |= {"weights": moved["weight"], "written": moved["output"]}
     s = shapes.law_inputs("gemm", law, shape) | counted

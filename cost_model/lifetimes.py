@@ -24,9 +24,9 @@ import numpy as np
 from torch import Tensor, fx
 
 from ridgeline.cost_model.attention_memory import attention_workspace
-from ridgeline.cost_model.count import tensors_of
 from ridgeline.cost_model.target import Target
 from ridgeline.cost_model.values import Facts, Replaced, Value, Values
+from ridgeline.cost_model.views import tensors_of
 from ridgeline.ir.sizes import numbers
 
 Pieces = tuple[tuple[int, int, int], ...]

@@ -67,6 +67,7 @@ class Refinement:
     compute: float = 1.0
     memory: float = 1.0
     dispatch: float = 1.0
+    fork: float = 1.0
     error: float = 0.0
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from ridgeline.cost_model.count import is_free, tensors_of
+from ridgeline.cost_model.views import is_free, tensors_of
 from ridgeline.ir.symbolic import size_expression
 
 _ROWWISE = frozenset(

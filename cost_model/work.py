@@ -36,7 +36,9 @@ class Gemm:
         `ridgeline.ir.quantized_linear`.
     stored: dtype of activations in memory, where it isn't `dtype`.
     shared_weight: one right operand for the whole batch (a broadcast matmul).
-    formed: the program forms the right operand, as attention its keys: it is no weight.
+    experts: right operands among which the rows are shared out, each read once.
+    weight: the operand that is one, "right" or "left"; "none": the program forms both, as attention
+        its queries and keys.
     left_elements: elements of the left operand really in memory, where fewer than b m k (the
         implicit GEMM of a convolution reads its image once).
     bias: the epilogue adds n elements.
@@ -54,7 +56,8 @@ class Gemm:
     group_size: int | None = None
     scheme: str = "symmetric"
     shared_weight: bool = False
-    formed: bool = False
+    experts: int = 1
+    weight: str = "right"
     left_elements: int | None = None
     bias: bool = False
     stored: torch.dtype | None = None
@@ -75,7 +78,7 @@ class Gemm:
     @property
     def copies(self) -> int:
         """Right operands."""
-        return 1 if self.shared_weight else self.batch
+        return self.experts * (1 if self.shared_weight else self.batch)
 
     @property
     def lookup(self) -> bool:
@@ -92,13 +95,11 @@ class Gemm:
             if self.group_size:
                 groups = ceil(self.n / self.group_rows) * ceil(self.k / self.group_size)
                 held += self.copies * groups * self._group_bytes
-        output = self.batch * self.m * self.n * size
-        read, weight = left * size, self.n * size * self.bias
-        if self.formed:
-            read += held
-        else:
-            weight += held
-        return {"input": float(read), "weight": float(weight), "output": float(output)}
+        operands = {"left": left * size, "right": held}
+        bias, output = self.n * size * self.bias, self.batch * self.m * self.n * size
+        weight = operands.get(self.weight, 0)
+        read = left * size + held - weight
+        return {"input": float(read), "weight": float(weight + bias), "output": float(output)}
 
     @property
     def _group_bytes(self) -> int:

@@ -197,7 +197,9 @@ class WhatIf:
         """The whole program's kernels, before and after."""
         rest = Counter(self._kinds.values())
         for c, times in choice.times.items():
-            rest.subtract({self._kinds[n]: times for n in c.site.nodes if n in self._kinds})
+            for node in c.site.nodes:
+                if node in self._kinds:  # layers side by side may be of one kind
+                    rest[self._kinds[node]] -= times
         outside = _repeated((w, rest[kind]) for kind, w in self._work_by_kind(sizes).items())
         return [
             Work(outside + _repeated((getattr(c, side), n) for c, n in choice.times.items()))

@@ -69,12 +69,12 @@ def run(console: Console, status: Status, *, dry: bool = False, patience: float 
         found = measure(host, built, patience)
     refined = refine.refine(found.measurements)
     console.print(table(found, refined))
-    for m in found.measurements:
-        record.append(host.name, m.kind, f"calibrate: {m.name}", m.predicted(), m.measured)
     console.print(Text(_said(found, host)))
     if dry:
         console.print("nothing is stored")
         return
+    for m in found.measurements:
+        record.append(host.name, m.kind, f"calibrate: {m.name}", m.predicted(), m.measured)
     all_cases = len(found.measurements) + len(found.left_out)
     if len(found.left_out) > MOST_LEFT_OUT * all_cases:
         raise NoisyMachine(_noise(f"disturbed {len(found.left_out)} of {all_cases} benchmarks"))
@@ -136,8 +136,10 @@ def table(found: Measured, refined: dict[str, refine.Refinement]) -> Table:
     shown = Table(
         title=Text(f"predicted against measured, {len(found.measurements)} cases"),
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    columns = "kind", "cases", "before", "after", "held out", "compute", "memory", "call"
+    columns = "kind", "cases", "before", "after", "held out", "compute", "memory", "call", "fork"
     for column in columns:
         shown.add_column(column, justify="left" if column == "kind" else "right")
     errors: list[tuple[refine.Measurement, tuple[float, float, float]]] = []
@@ -150,11 +152,11 @@ def table(found: Measured, refined: dict[str, refine.Refinement]) -> Table:
             for m, seconds in zip(of, held_out, strict=True)
         ]
         errors += zip(of, each, strict=True)  # pyright: ignore[reportArgumentType]
-        factors = ("", "", "") if own is None else (own.compute, own.memory, own.dispatch)
+        factors = ("",) * 4 if own is None else (own.compute, own.memory, own.dispatch, own.fork)
         shown.add_row(
             kind,
             *_medians(each),
-            *(f"x {f:.2f}" if isinstance(f, float) else f for f in factors),
+            *(f"{f:.2f}" if isinstance(f, float) else f for f in factors),
         )
     shown.add_section()
     ours = [each for m, each in errors if not m.name.startswith(TORCH)]

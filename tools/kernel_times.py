@@ -9,7 +9,7 @@ import csv
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,7 @@ def read(folder: Path) -> dict[str, Times]:
             )
         with path.open(encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream)
-            if missing := _COLUMNS - set(reader.fieldnames or ()):
-                raise KernelTimesError(f"{path}: expected a column {sorted(missing)[0]!r}")
+            _check_columns(_COLUMNS, reader.fieldnames, path)
             for row in reader:
                 _check_time(row["median_us"], f"{path}:{reader.line_num}: median_us")
                 if (
@@ -97,6 +96,11 @@ def read(folder: Path) -> dict[str, Times]:
     return {group.key: _times(group, found) for group, found in sorted(rows.items(), key=str)}
 
 
+def _check_columns(wanted: Set[str], found: Sequence[str] | None, path: Path) -> None:
+    if missing := wanted - set(found or ()):
+        raise KernelTimesError(f"{path}: expected a column {min(missing)!r}")
+
+
 def _check_time(written: str | None, where: str) -> None:
     try:
         known = 0 < float(written or "") < math.inf
@@ -109,11 +113,13 @@ def _check_time(written: str | None, where: str) -> None:
 def _add_choices(rows: dict[shapes.Group, list[dict[str, str]]], path: Path) -> None:
     """Adds products that groups of `rows` haven't already. Its fp8 is that of `_slow_fp8`."""
     with path.open(encoding="utf-8", newline="") as stream:
-        choices = list(csv.DictReader(stream))
+        reader = csv.DictReader(stream)
+        _check_columns(set(_PRODUCT), reader.fieldnames, path)
+        choices = [(reader.line_num, row) for row in reader]
     for dtype in CHOICE_DTYPES:
         known = rows.get(shapes.group_of("gemm", dtype), [])
         seen = {tuple(row[key] for key in _PRODUCT) for row in known}
-        for line, choice in enumerate(choices, start=2):
+        for line, choice in choices:
             measured = choice.get(dtype)
             if known and measured and tuple(choice[key] for key in _PRODUCT) not in seen:
                 _check_time(measured, f"{path}:{line}: {dtype}")

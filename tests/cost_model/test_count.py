@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ridgeline.ir.attention  # noqa: F401 - registers the op
 from ridgeline.cost_model import Attention, Gemm, Uncountable, Work, work_of, work_of_graph
+from ridgeline.ir.capture import capture
 from ridgeline.passes.quantization import Codec, QuantizedWeight
 from ridgeline.passes.quantization.layer import QuantizedLinear
 
@@ -94,22 +95,71 @@ def test_expanded_operand_is_read_once():
     assert work.bytes["input"] == (45 + 5) * 4
 
 
+class Product(torch.nn.Module):
+    """The product of `left` and `right` of an input [2, 7, 7] and a weight of that shape."""
+
+    def __init__(self, left, right):
+        super().__init__()
+        self.left, self.right = left, right
+        self.weight = torch.nn.Parameter(r(2, 7, 7))
+
+    def forward(self, x):
+        return torch.bmm(self.left(x, self.weight), self.right(x, self.weight))
+
+
 @pytest.mark.parametrize(
-    ("right", "formed"),
+    ("left", "right", "weight"),
     [
-        (lambda w: w.transpose(1, 2), False),
-        (lambda w: w.chunk(2)[1].transpose(-1, -2).expand(2, 7, 7), False),
-        (lambda w: (w + 1).transpose(1, 2), True),
-        (lambda w: w.exp().chunk(2)[1].expand(2, 7, 7), True),
-        (lambda w: w.half().float().transpose(1, 2), True),
+        (lambda x, w: x.exp(), lambda x, w: w.transpose(1, 2), "right"),
+        (lambda x, w: x.exp(), lambda x, w: w.chunk(2)[1].mT.expand(2, 7, 7), "right"),
+        (lambda x, w: x.exp(), lambda x, w: w.half().float().clone(), "right"),
+        (lambda x, w: x.exp(), lambda x, w: x, "right"),
+        (lambda x, w: x.exp(), lambda x, w: (x + 1).mT, "none"),
+        (lambda x, w: x, lambda x, w: x.exp().chunk(2)[1].expand(2, 7, 7), "none"),
+        (lambda x, w: w.mT, lambda x, w: x.exp(), "left"),
+        (lambda x, w: w.bfloat16().float(), lambda x, w: x, "left"),
     ],
 )
-def test_what_a_program_forms_is_no_weight(right, formed):
-    graph = captured(lambda x, w: torch.bmm(x, right(w)), r(2, 5, 7), r(2, 7, 7))
+def test_a_weight_is_what_the_program_does_not_form(left, right, weight):
+    with torch.no_grad():
+        graph = capture(Product(left, right).eval(), (r(2, 7, 7),)).program.module.graph
     (product,) = (k for k in work_of_graph(graph).kernels if isinstance(k, Gemm))
-    held = product.bytes["input"] - 2 * 5 * 7 * 4
-    assert (product.formed, held > 0, product.bytes["weight"] == 0) == (formed,) * 3
-    assert held + product.bytes["weight"] in (49 * 4, 2 * 49 * 4)
+    assert product.weight == weight
+    assert (product.bytes["weight"] > 0) == (weight != "none")
+    one, two = 49 * 4, 2 * 49 * 4  # a part that is expanded is read once
+    assert sum(product.bytes.values()) in (3 * two, 2 * two + one)
+
+
+def test_experts_share_the_rows_and_are_read_once():
+    ends = torch.tensor([4, 4, 10], dtype=torch.int32)
+    weights = r(3, 16, 8).bfloat16()
+    for rows, read in ((10, 3), (2, 2)):
+        x = r(rows, 16).bfloat16()
+        graph = captured(torch._grouped_mm, x, weights, ends.clamp(max=rows))
+        (product,) = (k for k in work_of_graph(graph).kernels if isinstance(k, Gemm))
+        assert product.flops == 2 * rows * 16 * 8
+        assert product.bytes == {
+            "input": 2.0 * rows * 16, "weight": 2.0 * read * 16 * 8, "output": 2.0 * rows * 8,
+        }  # fmt: skip
+
+
+def test_mixtrals_experts_count():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False}
+    config = transformers.MixtralConfig(**sizes, **heads, num_experts_per_tok=2)
+    with torch.no_grad():
+        model = transformers.MixtralForCausalLM(config).eval()
+        graph = capture(model, (torch.zeros(2, 8, dtype=torch.long),)).program.module.graph
+    products = [k for k in work_of_graph(graph).kernels if isinstance(k, Gemm) and k.experts > 1]
+    assert [k.experts for k in products] == [config.num_local_experts] * 2
+    assert sum(k.flops for k in products) == 2 * (2 * 8) * 2 * 3 * 32 * 48  # 3 matrices, 2 experts
+
+
+def test_a_linear_layer_reads_keys_that_were_formed():
+    graph = captured(lambda x, y: F.linear(x, y.exp()), r(5, 7), r(11, 7))
+    (linear,) = (k for k in work_of_graph(graph).kernels if isinstance(k, Gemm))
+    assert linear.bytes == {"input": 4.0 * (35 + 77), "weight": 0.0, "output": 4.0 * 55}
 
 
 def test_symbolic_sizes_count_with_their_hints():

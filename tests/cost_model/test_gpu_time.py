@@ -179,14 +179,23 @@ def test_a_weight_is_in_the_cache_only_if_the_others_leave_it_there():
     assert seconds(large, "l40s", resident_bytes=4e7) < seconds(large, "l40s") / 2
 
 
-def test_a_right_operand_that_was_just_formed_is_found_in_the_cache():
-    """Attention's keys, whatever weights the program has besides."""
-    keys = Gemm(16, 1024, 64, batch=32, dtype=BF16, formed=True)
-    weights = dataclasses.replace(keys, formed=False)
+def test_keys_that_were_just_formed_are_found_in_the_cache():
+    """Whatever weights the program has besides."""
+    keys = Gemm(65, 128, 4096, batch=16, dtype=BF16, weight="none")
     assert seconds(keys, "h100", resident_bytes=1e10) == seconds(keys, "h100")
-    assert seconds(keys, "h100", resident_bytes=1e10) < 0.9 * seconds(
-        weights, "h100", resident_bytes=1e10
-    )
+    weights = dataclasses.replace(keys, weight="right")
+    assert seconds(keys, "h100") < 0.9 * seconds(weights, "h100", resident_bytes=1e10)
+
+
+@pytest.mark.parametrize("target", ["a100", "h100", "l40s", "mi300x"])
+@pytest.mark.parametrize("keys", [1024, 4096])
+def test_decode_in_two_products_reads_its_cache_from_where_one_kernel_does(target, keys):
+    """The weights of a large model leave nothing of it in the cache, however it is read."""
+    sizes = {"batch": 32, "dtype": BF16, "weight": "none"}
+    apart = [Gemm(1, keys, 128, **sizes), Gemm(1, 128, keys, **sizes)]
+    whole = Attention(1, 32, 32, 1, keys, 128, 128, dtype=BF16)
+    times = [seconds(kernel, target, resident_bytes=1e10) for kernel in (whole, *apart)]
+    assert times[0] < sum(times[1:])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

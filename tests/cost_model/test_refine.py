@@ -22,7 +22,7 @@ from ridgeline.cost_model.pointwise import gated_work, rotary_work
 from ridgeline.cost_model.refine import Measurement
 from ridgeline.cost_model.target import Refinement
 
-TRUTH = Refinement(compute=1.8, memory=0.6, dispatch=5.0)
+TRUTH = Refinement(compute=1.8, memory=0.6, dispatch=5.0, fork=2.0)
 PARTS = [(1e-6, 1e-7), (1e-5, 1e-6), (1e-6, 4e-5), (1e-4, 1e-5), (1e-5, 1e-3), (1e-3, 1e-5),
          (1e-7, 1e-7), (3e-6, 2e-6)]  # fmt: skip
 
@@ -30,22 +30,23 @@ PARTS = [(1e-6, 1e-7), (1e-5, 1e-6), (1e-6, 4e-5), (1e-4, 1e-5), (1e-5, 1e-3), (
 def measured(truth=TRUTH, noise=0.0):
     found = []
     for i, (compute, memory) in enumerate(PARTS):
-        m = Measurement("norm", str(i), compute, memory, 2e-6, 1e-6, 0.0)
-        seconds = m.predicted(truth) * (1 + noise * (-1) ** i)
+        m = Measurement("norm", str(i), compute, memory, 2e-6, (i % 3 == 0) * 1e-5, 0.0)
+        seconds = m.predicted(truth) * (1 + noise * (-1) ** (i // 2))
         found.append(dataclasses.replace(m, measured=seconds))
     return found
 
 
 def test_a_known_distortion_is_found():
     found = refine.refine(measured())["norm"]
-    for name in ("compute", "memory", "dispatch"):
+    for name in ("compute", "memory", "dispatch", "fork"):
         assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.1)
     assert found.error < 0.25
 
 
 def test_measurements_as_predicted_change_nothing():
     found = refine.refine(measured(Refinement()))["norm"]
-    assert (found.compute, found.memory, found.dispatch) == pytest.approx((1, 1, 1), rel=1e-3)
+    factors = found.compute, found.memory, found.dispatch, found.fork
+    assert factors == pytest.approx((1,) * 4, rel=1e-3)
     assert found.error == refine.ERROR_FLOOR
 
 
@@ -64,10 +65,10 @@ def host():
 
 def test_an_estimate_is_refined_by_kind(host):
     norm, gemm = Norm(64, 576), Gemm(8, 576, 576)
-    refined = dataclasses.replace(host, refined={"norm": Refinement(2.0, 2.0, 2.0, 0.07)})
+    refined = dataclasses.replace(host, refined={"norm": Refinement(2.0, 2.0, 2.0, 2.0, 0.07)})
     assert kind_of(norm) == "norm"
     plain, twice = (estimate(Work((norm,)), t).seconds for t in (host, refined))
-    assert twice == pytest.approx(2 * plain - host.fork_s)  # threads are woken as they were
+    assert twice == pytest.approx(2 * plain)
     assert estimate(Work((gemm,)), host) == estimate(Work((gemm,)), refined)
     assert measured_error(norm, refined) == pytest.approx(0.07 + host.spread)
     assert measured_error(gemm, refined) == measured_error(gemm, host)
@@ -77,7 +78,7 @@ def test_an_estimate_is_refined_by_kind(host):
 
 def test_a_chain_is_a_kind_of_its_own_and_the_others_go_by_all_of_them(host):
     """A rotary embedding and a rational function spend their time on different things."""
-    slow, quick = Refinement(2.0, 2.0, 2.0), Refinement(0.5, 0.5, 0.5)
+    slow, quick = Refinement(*[2.0] * 4), Refinement(*[0.5] * 4)
     found = [
         dataclasses.replace(m, kind=f"elementwise {chain}", measured=m.predicted(truth))
         for chain, truth in (("gate", slow), ("rotary", quick))

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 import torch
 
-from ridgeline.cost_model import Lifetimes, load_target
+from ridgeline.cost_model import Gemm, Lifetimes, load_target, work_of_graph
 from ridgeline.ir.normalize import normalize
 from ridgeline.ir.sizes import sizes_at
 from ridgeline.passes import PASSES
@@ -62,6 +63,10 @@ def _one_by_one(program, target, batch, context):
     return made, held, sum(choice.worth[c] for c in choice.chosen)
 
 
+def _products(work):
+    return Counter(kernel for kernel in work.kernels if isinstance(kernel, Gemm))
+
+
 @pytest.mark.parametrize("target", ["a100", "l4", "cpu"])
 def test_the_answer_is_that_of_every_site_by_itself(by_phase, target):
     target = load_target(target)
@@ -74,6 +79,8 @@ def test_the_answer_is_that_of_every_site_by_itself(by_phase, target):
             # Above five hundred options the solver stops a thousandth before the optimum.
             assert answer.weights[1] == pytest.approx(held, rel=2e-3)
             assert answer.before.seconds - answer.after.seconds == pytest.approx(gain, rel=2e-3)
+            with sizes_at(answer.sizes.values):
+                assert _products(answer.work_before) == _products(work_of_graph(question.graph))
         repeats = question._repeats[target]
         assert max(repeats.counts.values()) >= 3  # layers were taken together at all
 
