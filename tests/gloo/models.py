@@ -28,9 +28,7 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def build(
-    family: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS
-) -> PreTrainedModel:
+def build(family: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> PreTrainedModel:
     """llama: 4 key-value heads; gqa: 2, with biases and tied embeddings; gpt2; gemma; gemma2."""
     torch.manual_seed(0)
     sizes = _SIZES | {"num_hidden_layers": layers}
