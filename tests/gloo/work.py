@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 import ridgeline
-from gloo.models import build, ids
+from gloo.models import LAYERS, build, ids
 
 PLAIN: dict[str, Any] = {
     "target": "a100",
@@ -52,15 +52,17 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def outputs(family: str, dtype: str, batch: int, length: int, hidden: bool) -> dict[str, Any]:
+def outputs(
+    family: str, dtype: str, batch: int, length: int, hidden: bool, layers: int = LAYERS
+) -> dict[str, Any]:
     """Errors against one process of logits and, where `hidden`, residuals; both sides' errors
     against fp64 (exact); what a call sends."""
-    model = build(family, getattr(torch, dtype))
+    model = build(family, getattr(torch, dtype), layers)
     before = [p.clone() for p in model.parameters()]
     x, options = ids(batch, length), {"output_hidden_states": hidden, "use_cache": False}
     with torch.no_grad():
         expected = model(x, **options)
-        exact = build(family, getattr(torch, dtype)).double()(x).logits
+        exact = build(family, getattr(torch, dtype), layers).double()(x).logits
         part = ridgeline.parallelize(model, **PLAIN)
         part.capture(x, **options)
         with Sent() as sent:
@@ -82,7 +84,7 @@ def outputs(family: str, dtype: str, batch: int, length: int, hidden: bool) -> d
 
 def generated(family: str) -> dict[str, Any]:
     """Tokens of a greedy generation, on the ranks and in one process."""
-    model, x = build(family), ids(2, 5)
+    model, x = build(family, layers=2), ids(2, 5)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     part = ridgeline.parallelize(model, **PLAIN)
     return {
@@ -208,11 +210,12 @@ def _woven(
     fuse: str = "always",
     padding: int = 0,
     static: int = 0,
+    layers: int = LAYERS,
 ) -> dict[str, Any]:
     """Calls with so many tokens of each sequence, which go on from the cache of the one before.
     padding: on the left of each sequence, one more from each to the next. static: slots of a cache
     of fixed length."""
-    model, x = build(family), ids(batch, sum(lengths))
+    model, x = build(family, layers=layers), ids(batch, sum(lengths))
     mask = torch.ones_like(x)
     for row in range(batch if padding else 0):
         mask[row, : padding + row] = 0
@@ -247,7 +250,7 @@ def _woven(
 
 def woven_generation() -> dict[str, Any]:
     """A greedy generation with a static cache, whose prefills write to it part by part."""
-    model, x = build("llama"), ids(1, 9)
+    model, x = build("llama", layers=2), ids(1, 9)
     part = ridgeline.parallelize(model, **(PLAIN | {"weave": "always"}))
     options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
     return {
@@ -259,8 +262,9 @@ def woven_generation() -> dict[str, Any]:
 
 
 def compiled(family: str, length: int) -> dict[str, Any]:
-    """What Inductor sends, and waits for, in order; errors at this length and at another."""
-    model = build(family)
+    """What Inductor sends, and waits for, in order; errors at this length and at another. Of one
+    layer it would move nothing."""
+    model = build(family, layers=2)
     options = {"passes": (), "lowering": "inductor", "fuse": "never", "weave": "always"}
     part = ridgeline.parallelize(model, **options)
     errors = []

@@ -11,28 +11,34 @@ from gloo.work import generated, outputs, predicted_for
 from ridgeline.passes.parallel import plan_parallel
 
 CASES = [
-    *((family, 2) for family in ("llama", "gqa", "gpt2", "gemma", "gemma2")),
-    *((family, 4) for family in ("gqa", "gpt2", "gemma")),
+    *((family, 2, LAYERS) for family in ("llama", "gqa", "gpt2", "gemma")),
+    *((family, 4, LAYERS) for family in ("gqa", "gpt2", "gemma")),
+    ("gemma2", 2, 2),
+    ("llama", 4, 2),
 ]
+"""Two layers have a residual between them, before one norm and before two."""
 SITES = 2 * LAYERS + 1
 """Attention and MLP of each layer, and the embedding: each is a sum before a norm."""
 
 
-@pytest.mark.parametrize(("family", "world"), CASES)
-def test_outputs_and_residuals(family: str, world: int) -> None:
+@pytest.mark.parametrize(("family", "world", "layers"), CASES)
+def test_outputs_and_residuals(family: str, world: int, layers: int) -> None:
     """14 tokens: 4 ranks get a shard that is padded. The residuals before each layer are results,
     and so gathered besides what the norms give."""
-    for rank, told in enumerate(on_ranks(world, outputs, family, "float32", 2, 7, True)):
+    sites = 2 * layers + 1
+    given = (family, "float32", 2, 7, True, layers)
+    for rank, told in enumerate(on_ranks(world, outputs, *given)):
         assert "error" not in told, told
-        assert told["applied"] == ["allreduce_rms_norm"] * SITES
+        assert told["applied"] == ["allreduce_rms_norm"] * sites
         assert not told["refused"]
         assert told["logits"] <= 1e-6
-        assert len(told["residuals"]) == LAYERS + 1
+        assert len(told["residuals"]) == layers + 1
         assert max(told["residuals"]) <= 1e-6
-        gathers = SITES + LAYERS + 1  # and the logits
-        assert told["sent"] == {"all_to_all_single": SITES, "all_gather_into_tensor": gathers}
+        gathers = sites + layers + 1  # and the logits
+        assert told["sent"] == {"all_to_all_single": sites, "all_gather_into_tensor": gathers}
         assert told["unchanged"]
-        assert told["bytes"] == plan_parallel(build(family), world).bytes_per_rank[rank]
+        plan = plan_parallel(build(family, layers=layers), world)
+        assert told["bytes"] == plan.bytes_per_rank[rank]
 
 
 def test_without_residuals_only_the_norms_are_gathered() -> None:
@@ -49,7 +55,7 @@ def test_bfloat16_rounds_less_than_one_process(family: str) -> None:
     Both round by themselves, so where one process is 5e-3 from fp64 by itself, as in the last two
     families, they are as far apart as both errors together.
     """
-    for told in on_ranks(2, outputs, family, "bfloat16", 2, 7, True):
+    for told in on_ranks(2, outputs, family, "bfloat16", 2, 7, True, 2):
         here, one_process = told["exact"]
         assert here < one_process
         assert (one_process > 5e-3) == (family in ("llama", "gemma2"))

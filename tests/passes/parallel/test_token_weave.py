@@ -26,14 +26,18 @@ from ridgeline.passes.parallel.token_weave import choose_cut, find_cut
 from ridgeline.tools.fit_tensor_parallel import LLAMA
 
 SUMS = 2 * LAYERS + 1
-FUSED = {"all_to_all_single": 2 * SUMS, "all_gather_into_tensor": 2 * SUMS + 2}
-"""A scatter and a gather for each sum of a part, and the gather of its logits."""
+
+
+def fused(layers: int = LAYERS) -> dict[str, int]:
+    """A scatter and a gather for each sum of a part, and the gather of its logits."""
+    sums = 2 * layers + 1
+    return {"all_to_all_single": 2 * sums, "all_gather_into_tensor": 2 * sums + 2}
 
 
 def test_parts_of_sequences_and_their_caches() -> None:
     """Odd counts, padding, grouped heads, soft caps; what goes on from a prefill's cache."""
     cases = [
-        {"family": "llama", "batch": 1, "lengths": [9, 8, 1]},
+        {"family": "llama", "batch": 1, "lengths": [9, 8, 1], "layers": 2},
         {"family": "gpt2", "batch": 1, "lengths": [7]},
         {"family": "gemma2", "batch": 1, "lengths": [11]},
         {"family": "gqa", "batch": 2, "lengths": [8, 6], "padding": 2, "fuse": "never"},
@@ -50,7 +54,7 @@ def test_parts_of_sequences_and_their_caches() -> None:
     cuts = [[(5, 4), (4, 4)], [(4, 3)], [(6, 5)], [(4, 4), (3, 3)]]
     assert sizes == [[f"tokens {a} + {b}" for a, b in case] for case in cuts]
     assert tokens[0]["refused"] == ["1 tokens, one of each sequence"]
-    assert [case["sent"] for case in tokens] == [FUSED] * 3
+    assert [case["sent"] for case in tokens] == [fused(2), fused(), fused()]
     assert plain["sent"] == {"all_reduce": 2 * SUMS, "all_gather_into_tensor": 2}
     assert sequences["woven"] == ["sequences 3 + 2"] * 2  # each a prefill and a step
     assert static["woven"] == ["sequences 3 + 2"]
@@ -58,7 +62,7 @@ def test_parts_of_sequences_and_their_caches() -> None:
         "5 tokens, one of each sequence, whose number is fixed in this graph"
     ]
     assert static["sent"] == sequences["sent"]
-    assert sequences["sent"] == FUSED | {"all_gather_into_tensor": 2 * SUMS + 1}
+    assert sequences["sent"] == fused() | {"all_gather_into_tensor": 2 * SUMS + 1}
 
 
 def test_four_ranks() -> None:
@@ -66,7 +70,7 @@ def test_four_ranks() -> None:
     for told in on_ranks(4, woven, [{"family": "llama", "batch": 1, "lengths": [9]}]):
         assert "error" not in told, told
         assert max(told[0]["errors"]) <= 1e-6
-        assert (told[0]["sent"], told[0]["under way"]) == (FUSED, 2)
+        assert (told[0]["sent"], told[0]["under way"]) == (fused(), 2)
 
 
 def test_static_caches_are_written_part_by_part() -> None:
@@ -81,7 +85,7 @@ def test_inductor_keeps_the_order() -> None:
         assert "error" not in told, told
         assert max(told["errors"]) <= 1e-6
         assert told["captures"] == 1
-        assert told["order"] == "s" + "sw" * (2 * SUMS + 1) + "w"
+        assert told["order"] == "s" + "sw" * (2 * (2 * 2 + 1) + 1) + "w"
 
 
 def test_what_is_measured_is_decided_alike_on_all_ranks() -> None:
