@@ -131,6 +131,12 @@ class WhatIf:
         """Has the program a length, of its inputs or caches?"""
         return sizes_of(self.program, None, None).context is not None
 
+    @property
+    def fixed_context(self) -> bool:
+        """Is its length fixed, as that of sliding windows that are full?"""
+        captured = sizes_of(self.program, None, None).context
+        return captured is not None and bool(sizes_of(self.program, None, captured + 1).fixed)
+
     def at(self, target: Target, batch: int | None = None, context: int | None = None) -> Answer:
         """The decision for `target` at this batch and context; None: as captured.
 

@@ -22,7 +22,7 @@ from ridgeline.passes.what_if import Answer, WhatIf
 from ridgeline.passes.workload import check_number
 from ridgeline.tools.progress import stage_bars
 from ridgeline.tools.whatif_flips import Ranges, flips, host_bound_below
-from ridgeline.tools.whatif_model import QuestionError, positions_of, programs
+from ridgeline.tools.whatif_model import QuestionError, positions_of, spans
 from ridgeline.tools.whatif_table import (
     Row,
     answer_tables,
@@ -71,10 +71,12 @@ class Questions:
 
     def __init__(self, request: Request) -> None:
         dtype = getattr(torch, request.dtype)
-        captured = programs(request.model, request.phases, dtype, max(request.contexts))
-        self.by_phase = {
-            phase: WhatIf(program, PASSES, request.objective) for phase, program in captured.items()
-        }
+        self._spans = [
+            (span, {name: WhatIf(p, PASSES, request.objective) for name, p in programs.items()})
+            for span in spans(request.model, request.phases, dtype, request.contexts)
+            for programs in (span.programs,)
+        ]
+        self.phases = list(self._spans[0][0].programs)
         self.targets: dict[str, Target] = {name: load_target(name) for name in request.targets}
         self._answers: dict[tuple[str, str, int, int | None], Answer] = {}
 
@@ -82,12 +84,21 @@ class Questions:
         """One decision, made once."""
         key = phase, target, batch, context
         if key not in self._answers:
-            self._answers[key] = self.by_phase[phase].at(self.targets[target], batch, context)
+            what_if, beyond = self.what_if(phase, context)
+            # Beyond its windows a model that has nothing else takes every context alike.
+            length = None if beyond and what_if.fixed_context else context
+            self._answers[key] = what_if.at(self.targets[target], batch, length)
         return self._answers[key]
+
+    def what_if(self, phase: str, context: int | None = None) -> tuple[WhatIf, bool]:
+        """The program to ask of a context; is that beyond the model's sliding windows?"""
+        holding = (s for s in self._spans if context is None or context <= s[0].end)
+        span, of = next(holding, self._spans[-1])
+        return of[phase], span.beyond
 
     def contexts(self, phase: str, asked: Sequence[int]) -> Sequence[int | None]:
         """Those asked for, or (None,) for a program without a length."""
-        has = self.by_phase[phase].has_context
+        has = self.what_if(phase)[0].has_context
         return asked if has else (None,)
 
     def known(self, phase: str, target: str, context: int | None) -> dict[int, Answer]:
@@ -125,7 +136,7 @@ def run(
         shown = listed([length(c) for c in beyond])
         had = length(positions_of(request.model) or 0)
         console.print(Text(f"note: the model has {had} positions; {shown} is beyond them"))
-    passes = {phase: [p.name for p in q.passes] for phase, q in questions.by_phase.items()}
+    passes = {phase: [p.name for p in PASSES] for phase in questions.phases}
     for line in (
         *refusal_lines(rows, request.objective, passes),
         *flip_lines(found, request.largest),
@@ -146,7 +157,7 @@ def _answers(
     """(a line per decision, flips, where the host bounds)."""
     where = [
         (phase, target, context)
-        for phase in questions.by_phase
+        for phase in questions.phases
         for target in questions.targets
         for context in questions.contexts(phase, request.contexts)
     ]

@@ -8,13 +8,14 @@ shapes and dtypes, no weight. A model that generates is captured twice, as
     decode     ids [batch, 1], the cache that such a prefill leaves
 
 any other once, on the inputs that its function gives. Batch and length of the example are two
-different small numbers, so that both stay free sizes; where a sliding window is shorter than the
-contexts asked about, the example passes it, and its caches are full.
+different small numbers, so that both stay free sizes. For contexts beyond a sliding window the
+example passes it, and its caches are full; contexts within it are asked of a capture of their own.
 """
 
 import inspect
 import json
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,30 @@ class QuestionError(RidgelineError, ValueError):
     """A MODEL, or a phase of it, that nothing can be asked about."""
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """programs, by phase, for contexts up to `end`; beyond: do these pass the model's sliding
+    windows, whose caches are full then?"""
+
+    end: int
+    beyond: bool
+    programs: dict[str, Program]
+
+
 def programs(
     spec: str, phases: Sequence[str], dtype: torch.dtype, context: int = 1
 ) -> dict[str, Program]:
-    """The programs of MODEL by phase, those of `phases`, or all where it is empty.
+    """Those of the one `Span` of one context."""
+    return spans(spec, phases, dtype, (context,))[0].programs
 
-    dtype: of a model that is built from a config. context: the most tokens asked about.
+
+def spans(
+    spec: str, phases: Sequence[str], dtype: torch.dtype, contexts: Sequence[int]
+) -> list[Span]:
+    """The programs of MODEL by phase, those of `phases`, or all where it is empty; the contexts
+    asked about that its sliding windows hold come first, where there are such.
+
+    dtype: of a model that is built from a config.
     Raises QuestionError, ModelError, CaptureError.
     """
     example = None
@@ -59,9 +78,15 @@ def programs(
     if generates(model):
         wanted = phases or GENERATING
         _only(wanted, GENERATING, spec)
-        length = LENGTH + (window if (window := window_of(model)) < context else 0)
-        found = _generating(model, wanted, length)
-        return {phase: p for phase, p in found.items() if phase in wanted}
+        window = window_of(model)
+        sides = [[c for c in contexts if (c > window > 0) == beyond] for beyond in (False, True)]
+        found = []
+        for beyond, side in enumerate(sides):
+            if side:
+                captured = _generating(model, wanted, LENGTH + window * beyond)
+                asked = {phase: p for phase, p in captured.items() if phase in wanted}
+                found.append(Span(max(side), bool(beyond), asked))
+        return found
     if example is None:
         raise QuestionError(
             f"{spec}: a {type(model).__name__} does not generate; give a file.py:function that"
@@ -69,7 +94,7 @@ def programs(
         )
     program = _captured(model, tuple(map(_twice, example.args)), _each(example)).program
     _only(phases, (program.phase,), spec)
-    return {program.phase: program}
+    return [Span(max(contexts), False, {program.phase: program})]
 
 
 def generates(model: nn.Module) -> bool:

@@ -40,7 +40,7 @@ def check_plot(file: Path) -> None:
 def draw(request: "Request", questions: "Questions") -> None:
     """Write `request.plot` from the answers that are known."""
     assert request.plot is not None
-    phases = list(questions.by_phase)
+    phases = questions.phases
     figure = _figure(len(phases))
     axes = figure.subplots(len(phases), 2, squeeze=False)
     for (left, right), phase in zip(axes, phases, strict=True):

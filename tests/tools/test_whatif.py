@@ -105,7 +105,7 @@ def test_a_7b_needs_no_weights(questions):
     assert answer.weights[0] == pytest.approx(2 * parameters, rel=1e-3)
     assert answer.weights[1] < answer.weights[0] / 2
     assert answer.after.seconds < answer.before.seconds
-    for program in (q.program for q in questions.by_phase.values()):
+    for program in (questions.what_if(phase)[0].program for phase in questions.phases):
         held = program.module.graph.find_nodes(op="get_attr")
         devices = {n.meta["val"].device.type for n in held if n.meta["val"].dim() == 2}
         assert devices == {"meta"}
@@ -142,9 +142,33 @@ def test_caches_of_sliding_windows_end_at_the_window(tmp_path, context, windowed
         assert 0 <= held - 8 * token * (full + window) <= 32  # and each window's counter
 
 
+WINDOWS = {
+    "model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "sliding_window": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["windows alone", "every other layer"])
+def test_contexts_on_both_sides_of_a_window_are_answered_as_each_alone(tmp_path, mixed):
+    file = tmp_path / "config.json"
+    others = {"model_type": "gemma2", "head_dim": 16} if mixed else {}
+    file.write_text(json.dumps(WINDOWS | others))
+
+    def asked(*contexts):
+        questions = whatif.Questions(whatif.Request(str(file), ("h100",), contexts=contexts))
+        return [questions.ask("decode", "h100", 8, context) for context in contexts]
+
+    for one, alone in zip(asked(48, 1024, 4096), (48, 1024, 4096), strict=True):
+        (other,) = asked(alone)
+        assert (one.before, one.after, one.state) == (other.before, other.after, other.state)
+    inside, full, longer = asked(48, 1024, 4096)
+    assert inside.state < full.state
+    assert (full.state == longer.state) == (not mixed)
+
+
 def test_what_does_not_fit_says_so(questions):
     small = dataclasses.replace(load_target("a100"), memory_bytes=10**9)
-    answer = questions.by_phase["decode"].at(small, 8, 32768)
+    answer = questions.what_if("decode")[0].at(small, 8, 32768)
     assert not answer.fits
     assert answer.before is answer.after is None
 
