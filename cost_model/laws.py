@@ -50,8 +50,6 @@ def roof(law: str, machine: Mapping[str, float], s: Mapping[str, float]) -> floa
     moved = s["bytes"]
     if law == "collective":
         return 0.0
-    if law in ("prefill", "decode") and s["window"]:  # whose bytes count keys that nobody reads
-        return 0.0
     hit = 1 / (1 + (moved / machine["cache"]) ** 8)
     read = moved * ((1 - hit) / machine["dram"] + hit / machine["l2_bandwidth"])
     if law != "gemm":

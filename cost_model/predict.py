@@ -28,6 +28,7 @@ _BOUNDS = ("launch", "compute", "memory")
 _NETWORK_BOUNDS = ("launch", "compute", "communication")
 LARGEST_POWER = {"sizes": 32, "bytes": 50}  # of 2: what laws raise to the eighth stays a number
 _SIZES = (1, 2 ** LARGEST_POWER["sizes"])
+_NOTHING_SPENT = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
 _LIMITS = {"window": (0, _SIZES[1]), "bytes": (1, 2 ** LARGEST_POWER["bytes"])}
 
 
@@ -58,19 +59,21 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
     if runs != dtype:  # a measured machine's kernels were others
         s |= shapes.AS_ONE_KERNEL
     if shape.get("world") == 1:
-        return Cost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "communication")
+        return Cost(*[0.0] * 7, "communication", spent=dict(_NOTHING_SPENT))
     group = shapes.group_of(op, runs)
     model = calibration()
     parts = model.parts(group, name, machine, s)
     like = name if runs == dtype else ""
-    seconds = laws.total(parts)
-    seconds *= model.factor(group, like, machine, s, parts, seconds)
+    law = laws.total(parts)
+    factor = model.factor(group, like, machine, s, parts, law)
+    seconds, fixed = law * factor, parts[0] * factor
     largest = max(range(3), key=parts.__getitem__)
     below, above = model.interval(group, like, largest)
     flops, moved = shapes.flops(op, shape), s["bytes"]
     eflops = 0.0 if network else flops + machine["intensity"] * moved
     energy = 0.0 if network else flops / 2 * _pair_joules(dtype) + movement_joules(moved)
     bound = _NETWORK_BOUNDS if network else _BOUNDS
+    busy = bound[1 if parts[1] > parts[2] else 2]
     return Cost(
         seconds,
         seconds * math.exp(below),
@@ -81,6 +84,7 @@ def predict(target: str | Target, op: str, dtype: str, *, reserved: int = 0, **s
         energy,
         bound[largest],
         shapes.weight_bytes(op, dtype, shape),
+        {**_NOTHING_SPENT, "launch": fixed, busy: seconds - fixed},
     )
 
 

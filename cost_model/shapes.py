@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ridgeline.cost_model.elementwise import functions
+from ridgeline.cost_model.elementwise import choose, functions, least
 from ridgeline.cost_model.law_attention import pairs
 from ridgeline.cost_model.law_collective import DIRECT_BYTES
 from ridgeline.ir.errors import RidgelineError
@@ -101,10 +101,12 @@ def law_inputs(op: str, dtype: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         s["whole"] = float(dtype == "fp8")  # scaled products of CUTLASS, as engines call them
         s["serial"] = float(dtype in ("w8a16", "w4a16"))
     elif op in ("attn_prefill", "attn_decode"):
-        read = s["heads"] * s["q_len"] + s["kv_heads"] * s["kv_len"]
+        q, kv, window = s["q_len"], s["kv_len"], s["window"]
+        seen = choose(window > 0, least(kv, q - 1 + window), kv)
+        read = s["heads"] * q + s["kv_heads"] * seen
         s["itemsize"] = float(ITEMSIZE[dtype])
         s["bytes"] = 2.0 * s["itemsize"] * s["batch"] * s["head_dim"] * read
-        s["pairs"] = pairs(s["q_len"], s["kv_len"], s["window"])
+        s["pairs"] = pairs(q, kv, window)
     elif op in STREAMS:
         s["bytes"] = s["rows"] * s["width"] * float(ITEMSIZE[dtype] * sum(STREAMS[op]))
         if op == "quant_fp8" and dtype == "fp32":  # not measured: as 16-bit rows of as many bytes

@@ -311,6 +311,33 @@ def test_a_description_of_ones_own_needs_no_16_bit_unit(tmp_path):
         predict(str(file), "gemm", "fp16", **LAYER)
 
 
+def test_what_the_time_is_spent_on_adds_up():
+    heads = {"heads": 8, "kv_heads": 2, "head_dim": 64}
+    for cost in (
+        predict("a100", "gemm", "bf16", m=512, n=512, k=512),
+        predict("a100", "attn_decode", "bf16", batch=64, kv_len=4096, **heads),
+        predict("h100", "rmsnorm", "fp16", rows=8, width=4096),
+        predict("h100", "all_reduce", "fp16", world=8, per_node=8, bytes=2**26),
+        predict("h100", "all_reduce", "fp16", world=1, per_node=8, bytes=2**26),
+    ):
+        assert cost.spent.keys() == {"compute", "memory", "launch", "communication"}
+        assert sum(cost.spent.values()) == pytest.approx(cost.seconds)
+
+
+@pytest.mark.parametrize("op", ["attn_prefill", "attn_decode"])
+def test_keys_outside_of_a_window_are_not_read(op):
+    queries = 4096 if op == "attn_prefill" else 1
+    sizes = {"heads": 8, "kv_heads": 8, "head_dim": 128, "q_len": queries, "kv_len": 65536}
+    for name in ("v100", "h100", "a100"):
+        found = predict(name, op, "bf16", batch=16, window=512, **sizes)
+        read = 2 * 2 * 16 * 128 * 8 * (queries + queries - 1 + 512)
+        assert found.bytes == read
+        bandwidth = load_target(name).bandwidth_bytes_per_s
+        assert found.seconds > found.bytes / bandwidth
+        wide = predict(name, op, "bf16", batch=16, window=2**20, **sizes)
+        assert wide.bytes == predict(name, op, "bf16", batch=16, **sizes).bytes
+
+
 def test_a_residual_brings_no_kernel_below_its_roof():
     l40s = load_target("l40s")
     narrow = predict("l40s", "gemm", "int8", m=32768, n=8192, k=64)
