@@ -310,7 +310,11 @@ def accuracy(
     output: Output = None,
     traceback: Trace = False,
 ) -> None:
-    """The cost model's own error on kernels and machines it has not seen, beside the goals."""
+    """The cost model's own error on kernels and machines it has not seen, beside the goals.
+
+    Its laws are fitted anew to FOLDER's rows but for those that are scored: the laws are tested,
+    not the constants that are shipped.
+    """
     with clear_errors(traceback):
         from ridgeline.tools.accuracy import run
         from ridgeline.tools.accuracy_table import markdown, tables

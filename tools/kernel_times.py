@@ -70,7 +70,8 @@ class KernelTimesError(RidgelineError):
 
 def read(folder: Path) -> dict[str, Times]:
     """Group key -> its rows. Raises KernelTimesError for a folder without one of FILES, or one of
-    them without its columns or with a time that is no positive number."""
+    them without its columns, with an operator or dtype that `predict` does not know, or with a size
+    or time that is no positive number; UnknownTarget for a GPU that isn't described."""
     rows: dict[shapes.Group, list[dict[str, str]]] = defaultdict(list)
     for file in FILES:
         path = folder / f"{file}.csv"
@@ -90,10 +91,27 @@ def read(folder: Path) -> dict[str, Times]:
                     or _unbridged(row)
                 ):
                     continue
-                rows[shapes.group_of(row["op"], row["dtype"])].append(row)
+                rows[_group(row, f"{path}:{reader.line_num}")].append(row)
     if (path := folder / CHOICE).is_file():
         _add_choices(rows, path)
     return {group.key: _times(group, found) for group, found in sorted(rows.items(), key=str)}
+
+
+def _group(row: Mapping[str, str], where: str) -> shapes.Group:
+    op, dtype = row["op"], row["dtype"]
+    if op not in shapes.PARAMETERS:
+        known = ", ".join(shapes.PARAMETERS)
+        raise KernelTimesError(f"{where}: op: expected one of {known}, found {op!r}")
+    if dtype not in shapes.dtypes_of(op):
+        known = ", ".join(shapes.dtypes_of(op))
+        raise KernelTimesError(f"{where}: dtype: expected one of {known} for {op}, found {dtype!r}")
+    for name in shapes.PARAMETERS[op]:
+        written = row.get(name) or ""
+        least = 0 if name == "window" else 1
+        if not written.isdecimal() or int(written) < least:
+            expected = f"expected an integer of at least {least}"
+            raise KernelTimesError(f"{where}: {name}: {expected}, found {written!r}")
+    return shapes.group_of(op, dtype)
 
 
 def _check_columns(wanted: Set[str], found: Sequence[str] | None, path: Path) -> None:

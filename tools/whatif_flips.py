@@ -23,7 +23,7 @@ Ask = Callable[[int], Answer]
 class Ranges:
     """Where a pass fires: (first, last) batches, in order. largest: the last batch that was asked
     and that fits the memory; capped: is it the machine's memory that ends there? form: that it
-    takes most often at the first of these batches."""
+    takes most often at the first of these batches, "" where others are of another width."""
 
     fires: tuple[tuple[int, int], ...]
     largest: int
@@ -70,7 +70,7 @@ def flips(ask: Ask, largest: int) -> dict[str, Ranges] | None:
     names = dict.fromkeys(name for batch in fitting for name in ask(batch).firing)
     found = {name: _ranges(name, ask, fitting) for name in names}
     return {
-        name: Ranges(ranges, last, capped, ask(ranges[0][0]).firing[name].form)
+        name: Ranges(ranges, last, capped, _form(name, ask, ranges, fitting))
         for name, ranges in found.items()
         if ranges
     }
@@ -95,6 +95,13 @@ def _ranges(name: str, ask: Ask, grid: list[int]) -> tuple[tuple[int, int], ...]
     if start is not None:
         ranges.append((start, grid[-1]))
     return tuple(ranges)
+
+
+def _form(name: str, ask: Ask, ranges: tuple[tuple[int, int], ...], grid: list[int]) -> str:
+    """That it fires in first; "" where it fires in forms of other widths as well."""
+    inside = [b for first, last in ranges for b in (first, *grid, last) if first <= b <= last]
+    forms = [ask(batch).firing[name].form for batch in inside]
+    return forms[0] if len({form.partition(" ")[0] for form in forms}) == 1 else ""
 
 
 def host_bound_below(ask: Ask, largest: int) -> int | None:

@@ -37,6 +37,8 @@ SMOLLM2_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True, "rope_theta": 100000, "max_position_embeddings": 8192,
 }  # fmt: skip
 """As `ridgeline.tools.smollm2` describes it."""
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "Model")
+"""How transformers' names of these end."""
 
 
 class QuestionError(RidgelineError, ValueError):
@@ -158,6 +160,12 @@ def _config(spec: str) -> Any:
 def _built(config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    named = getattr(config, "architectures", None) or []
+    if named and not any(name.endswith(_LANGUAGE_MODELS) for name in named):
+        raise QuestionError(
+            f"the config is of a {named[0]}, and only language models that generate are built from"
+            " their config; give a file.py:function that returns the model with example inputs"
+        )
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

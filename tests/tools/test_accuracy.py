@@ -193,3 +193,12 @@ def test_a_folder_without_measured_times_is_told_what_is_missing(tmp_path):
         (tmp_path / "gemm.csv").write_text(f"{header}s,v,a100_80g,gemm,bf16,1,1,1,1,{written}\n")
         with pytest.raises(KernelTimesError, match=r"gemm.csv:2: median_us: expected microsec"):
             read(tmp_path)
+    row = {"op": "gemm", "dtype": "bf16", "batch": "1", "m": "1", "n": "1", "k": "1"}
+    for change in ({"op": "gimm"}, {"dtype": "bf61"}, {"m": "13.5"}, {"k": "0"}, {"n": ""}):
+        cells = ",".join((row | change).values())
+        (tmp_path / "gemm.csv").write_text(
+            f"source,variant,gpu,{','.join(row)},median_us\ns,v,a100_80g,{cells},2.5\n"
+        )
+        ((name, found),) = change.items()
+        with pytest.raises(KernelTimesError, match=rf"gemm.csv:2: {name}: .*found '{found}'"):
+            read(tmp_path)

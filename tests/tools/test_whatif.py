@@ -166,6 +166,13 @@ def test_contexts_on_both_sides_of_a_window_are_answered_as_each_alone(tmp_path,
     assert (full.state == longer.state) == (not mixed)
 
 
+def test_a_config_of_no_language_model_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(QuestionError, match="BertForMaskedLM"):
+        whatif.Questions(whatif.Request(str(file), ("h100",)))
+
+
 def test_what_does_not_fit_says_so(questions):
     small = dataclasses.replace(load_target("a100"), memory_bytes=10**9)
     answer = questions.what_if("decode")[0].at(small, 8, 32768)
