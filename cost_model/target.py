@@ -170,8 +170,8 @@ def parse_target(described: Mapping[str, Any], origin: str) -> Target:
     lists = _CPU_LISTS if cpu else ()
     check.only({*_TEXTS, *numbers, *lists, "features", "peaks_tflops", "source"})
     n = {key: check.number(key) for key in numbers}
-    if n["cores"] < 1:
-        check.fail("cores", "a number of at least 1", n["cores"])
+    if n["cores"] < 1 or n["cores"] % 1:
+        check.fail("cores", "an integer of at least 1", n["cores"])
     peaks = check.peaks()
     sizes, speeds = (check.numbers(key) for key in _CPU_LISTS) if cpu else ((), ())
     if len(sizes) != len(speeds):
@@ -209,6 +209,8 @@ def parse_target(described: Mapping[str, Any], origin: str) -> Target:
     )
 
 
+_LEAST, _MOST = 1e-6, 1e9
+"""No machine's figure lies outside; what laws divide by and raise to powers stays a number."""
 _ARCHITECTURES = {"cuda": (r"sm_\d{2,3}", "'sm_90'"), "hip": (r"gfx[0-9a-f]{3,4}", "'gfx942'")}
 
 
@@ -254,6 +256,8 @@ class _Checked:
         if not usable or not (0 < value < float("inf") or (zero and value == 0)):
             limit = " of at most 1" if key in _FRACTIONS else ""
             self.fail(key, f"a {'non-negative' if zero else 'positive'} number{limit}", value)
+        if value and not _LEAST <= value <= _MOST:
+            self.fail(key, f"a number from {_LEAST:g} to {_MOST:g}", value)
         return float(value)
 
     def number(self, key: str) -> float:
