@@ -1,6 +1,8 @@
 """Every shipped machine loads; a bad description names file, key, expected and found."""
 
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +130,13 @@ def test_a_gpu_has_a_power_limit_with_a_source(name):
     target = load_target(name)
     assert 50 < target.tdp_w <= 1200
     assert target.sources["tdp_w"]
+
+
+def test_the_docs_name_every_key_of_a_file():
+    page = (Path(__file__).parents[2] / "docs" / "whatif.md").read_text(encoding="utf-8")
+    table = page.partition("## A machine of your own")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`\[?(\w+)\]?`", table))
+    keys = set()
+    for name in SHIPPED:
+        keys |= tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8")).keys()
+    assert keys | {"threads", "fork_us", "spread", "cache_kib", "cache_bandwidth_gb_per_s"} <= named
