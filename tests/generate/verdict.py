@@ -174,6 +174,9 @@ class _Values:
             self.known = run.env
         return self.known[node]
 
+    def finite(self, node: fx.Node) -> bool:
+        return bool(torch.isfinite(self(node)).all())
+
 
 def _differences(original, module, chosen, inputs, widths: Sequence[int]) -> list[str]:
     """For each case how the module with `chosen` applied differs from the captured one."""
