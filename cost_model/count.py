@@ -176,10 +176,10 @@ def _matmul(node: fx.Node, left: int = 0, bias: bool = False) -> Kernel:
 def _weight(node: fx.Node, left: int = 0) -> str:
     """The operand of a product that is a weight (`Gemm.weight`), be it through views and casts; of
     an input of the graph, which may be one, the right."""
-    sources = [origin_of(node.args[i]) for i in (left, left + 1)]
-    if sources[1].op == "call_function":
-        return "left" if sources[0].op == "get_attr" else "none"
-    return "left" if [x.op for x in sources] == ["get_attr", "placeholder"] else "right"
+    first, second = (origin_of(node.args[i]).op for i in (left, left + 1))
+    if first == "get_attr" != second:
+        return "left"
+    return "none" if second == "call_function" else "right"
 
 
 def _grouped(node: fx.Node) -> Kernel:

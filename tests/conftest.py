@@ -17,7 +17,7 @@ from ridgeline.tools.allocator import keep_freed_memory
 
 
 def pytest_configure() -> None:
-    keep_freed_memory()  # faults of fresh pages would be a fifth of the suite's processor time
+    keep_freed_memory()  # faults of fresh pages take some tests a sixth of their time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

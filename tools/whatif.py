@@ -71,10 +71,10 @@ class Questions:
 
     def __init__(self, request: Request) -> None:
         dtype = getattr(torch, request.dtype)
+        found = spans(request.model, request.phases, dtype, request.contexts)
         self._spans = [
-            (span, {name: WhatIf(p, PASSES, request.objective) for name, p in programs.items()})
-            for span in spans(request.model, request.phases, dtype, request.contexts)
-            for programs in (span.programs,)
+            (s, {name: WhatIf(p, PASSES, request.objective) for name, p in s.programs.items()})
+            for s in found
         ]
         self.phases = list(self._spans[0][0].programs)
         self.targets: dict[str, Target] = {name: load_target(name) for name in request.targets}

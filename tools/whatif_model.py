@@ -55,15 +55,8 @@ class Span:
     programs: dict[str, Program]
 
 
-def programs(
-    spec: str, phases: Sequence[str], dtype: torch.dtype, context: int = 1
-) -> dict[str, Program]:
-    """Those of the one `Span` of one context."""
-    return spans(spec, phases, dtype, (context,))[0].programs
-
-
 def spans(
-    spec: str, phases: Sequence[str], dtype: torch.dtype, contexts: Sequence[int]
+    spec: str, phases: Sequence[str], dtype: torch.dtype, contexts: Sequence[int] = (1,)
 ) -> list[Span]:
     """The programs of MODEL by phase, those of `phases`, or all where it is empty; the contexts
     asked about that its sliding windows hold come first, where there are such.

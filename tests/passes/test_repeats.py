@@ -19,7 +19,7 @@ from ridgeline.passes.room import Room
 from ridgeline.passes.unobserved import UnknownWeights, Unobserved
 from ridgeline.passes.what_if import ALLOWED, WhatIf
 from ridgeline.passes.workload import sizes_of, state, state_bytes
-from ridgeline.tools.whatif_model import programs
+from ridgeline.tools.whatif_model import spans
 
 pytest.importorskip("transformers")
 LLAMA = {
@@ -37,7 +37,7 @@ GEMMA = {  # every other layer sees a window of 64 tokens
 def by_phase(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "config.json"
     file.write_text(json.dumps(request.param))
-    return programs(str(file), (), torch.bfloat16, 1024)
+    return spans(str(file), (), torch.bfloat16, (1024,))[0].programs
 
 
 def _one_by_one(program, target, batch, context):

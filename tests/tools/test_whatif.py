@@ -20,7 +20,7 @@ from ridgeline.passes.workload import Sizes, WorkloadError
 from ridgeline.tools import whatif
 from ridgeline.tools.cli import app
 from ridgeline.tools.whatif_flips import Ranges, flips
-from ridgeline.tools.whatif_model import QuestionError, programs
+from ridgeline.tools.whatif_model import QuestionError, spans
 from ridgeline.tools.whatif_table import flip_lines, host_lines, letter, refusal_lines, said
 
 pytest.importorskip("transformers")
@@ -114,7 +114,8 @@ def test_a_7b_needs_no_weights(questions):
 def test_a_tied_embedding_stays_beside_its_quantised_head(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**LLAMA_7B, "num_hidden_layers": 1, "tie_word_embeddings": True}))
-    question = WhatIf(programs(str(file), ("decode",), torch.bfloat16)["decode"], PASSES)
+    (span,) = spans(str(file), ("decode",), torch.bfloat16)
+    question = WhatIf(span.programs["decode"], PASSES)
     answer = question.at(load_target("l4"), 1, 1024)
     assert answer.firing["quantized_linear"].made == 8
     table, layer = 2 * 32000 * 4096, 4 * 4096**2 + 3 * 4096 * 11008
@@ -188,7 +189,8 @@ def test_scores_in_memory_end_what_fits(tmp_path, monkeypatch):
     build = transformers.AutoModelForCausalLM.from_config
     eager = functools.partial(build, attn_implementation="eager")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", eager)
-    (program,) = programs(str(file), ("prefill",), torch.float32, 65536).values()
+    (span,) = spans(str(file), ("prefill",), torch.float32, (65536,))
+    (program,) = span.programs.values()
     scores = 4 * 32 * 65536**2
     alone, fused = (WhatIf(program, [p for p in PASSES if p.name in names]) for names in
                     ((), ("flash_attention",)))  # fmt: skip
@@ -277,12 +279,13 @@ def build():
 def test_a_function_is_asked_at_other_batches(tmp_path):
     file = tmp_path / "model.py"
     file.write_text(BUILD)
-    (phase, program), *others = programs(f"{file}:build", (), torch.bfloat16).items()
+    (span,) = spans(f"{file}:build", (), torch.bfloat16)
+    (phase, program), *others = span.programs.items()
     assert (phase, others) == ("forward", [])
     one, many = (WhatIf(program, PASSES).at(load_target("a100"), b) for b in (1, 4096))
     assert one.before.flops * 4096 == pytest.approx(many.before.flops)
     with pytest.raises(QuestionError, match="has no phase decode; it has forward"):
-        programs(f"{file}:build", ("decode",), torch.bfloat16)
+        spans(f"{file}:build", ("decode",), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
